@@ -1,0 +1,114 @@
+// The two small matrix products of attention, with queries along the vector lanes.
+//
+// A group of kVecs * kLanes queries is kept transposed (head_dim, group), so that keys and values
+// are read as they lie in memory, one broadcast scalar at a time, and every softmax reduction over
+// keys is lane-wise: nothing but the queries is ever repacked.
+#pragma once
+
+#include "simd.h"
+
+namespace pbs::cpu::PBS_CPU_ARCH {
+
+// 32 vector registers hold a 4 x 4 tile of accumulators and its operands, 16 hold 4 x 2.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxVecs = 4;
+#else
+constexpr int kMaxVecs = 2;
+#endif
+constexpr int kTileRows = 4;
+
+// scores[r][i] = sum_d queries[d][i] * keys[r][d] for kRows keys and kVecs vectors of queries.
+template <int kRows, int kVecs>
+inline void score_tile(const float* queries, int64_t query_stride, const float* keys,
+                       int64_t key_stride, int64_t head_dim, float* scores, int64_t score_stride) {
+  Vec acc[kRows][kVecs] = {};
+  for (int64_t d = 0; d < head_dim; ++d) {
+    Vec q[kVecs];
+    for (int c = 0; c < kVecs; ++c) q[c] = load(queries + d * query_stride + c * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec key = splat(keys[r * key_stride + d]);
+      for (int c = 0; c < kVecs; ++c) acc[r][c] += key * q[c];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVecs; ++c) store(scores + r * score_stride + c * kLanes, acc[r][c]);
+  }
+}
+
+// scores (num_keys, kVecs * kLanes) = keys . queries.
+template <int kVecs>
+inline void score_keys_tile(const float* queries, int64_t query_stride, const float* keys,
+                            int64_t key_stride, int64_t head_dim, int64_t num_keys, float* scores) {
+  constexpr int64_t kScoreStride = kVecs * kLanes;
+  int64_t key = 0;
+  for (; key + kTileRows <= num_keys; key += kTileRows) {
+    score_tile<kTileRows, kVecs>(queries, query_stride, keys + key * key_stride, key_stride,
+                                 head_dim, scores + key * kScoreStride, kScoreStride);
+  }
+  for (; key < num_keys; ++key) {
+    score_tile<1, kVecs>(queries, query_stride, keys + key * key_stride, key_stride, head_dim,
+                         scores + key * kScoreStride, kScoreStride);
+  }
+}
+
+// out[d][i] = out[d][i] * rescale[i] + sum_r weights[r][i] * values[r][d].
+template <int kVecs>
+inline void accumulate_values(const float* weights, const float* values, int64_t value_stride,
+                              int64_t head_dim, int64_t num_keys, const Vec* rescale, float* out,
+                              int64_t out_stride) {
+  static_assert(32 % kTileRows == 0, "every head_dim is a multiple of 32");
+  constexpr int64_t kWeightStride = kVecs * kLanes;
+  for (int64_t d = 0; d < head_dim; d += kTileRows) {
+    Vec acc[kTileRows][kVecs];
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kVecs; ++c) {
+        acc[r][c] = load(out + (d + r) * out_stride + c * kLanes) * rescale[c];
+      }
+    }
+    for (int64_t key = 0; key < num_keys; ++key) {
+      Vec w[kVecs];
+      for (int c = 0; c < kVecs; ++c) w[c] = load(weights + key * kWeightStride + c * kLanes);
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec value = splat(values[key * value_stride + d + r]);
+        for (int c = 0; c < kVecs; ++c) acc[r][c] += value * w[c];
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kVecs; ++c) store(out + (d + r) * out_stride + c * kLanes, acc[r][c]);
+    }
+  }
+}
+
+// Transposes query rows into (head_dim, padded) times `factor`; the padding lanes become 0.
+// `buffer` (num_rows, head_dim) serves inputs that are not float32.
+inline void pack_queries(const ConstRows& q, const Problem& problem, int64_t b, int64_t h,
+                         int64_t first_row, int64_t num_rows, int64_t padded, float factor,
+                         float* buffer, float* packed) {
+  int64_t stride = 0;
+  const float* rows = float_rows(q, problem, b, h, first_row, num_rows, buffer, &stride);
+  for (int64_t d = 0; d < problem.head_dim; ++d) {
+    float* dst = packed + d * padded;
+    for (int64_t r = 0; r < num_rows; ++r) dst[r] = rows[r * stride + d] * factor;
+    for (int64_t r = num_rows; r < padded; ++r) dst[r] = 0.0f;
+  }
+}
+
+inline int64_t padded_rows(int64_t num_rows) { return (num_rows + kLanes - 1) / kLanes * kLanes; }
+
+template <int kVecs>
+struct Vecs {
+  static constexpr int value = kVecs;
+};
+
+// Calls visit(Vecs<n>, first_lane) for groups of n vectors that together cover `padded` lanes.
+template <class Visit>
+inline void for_each_group(int64_t padded, Visit&& visit) {
+  int64_t lane = 0;
+  for (; lane + kMaxVecs * kLanes <= padded; lane += kMaxVecs * kLanes) {
+    visit(Vecs<kMaxVecs>{}, lane);
+  }
+  for (; lane + 2 * kLanes <= padded; lane += 2 * kLanes) visit(Vecs<2>{}, lane);
+  for (; lane < padded; lane += kLanes) visit(Vecs<1>{}, lane);
+}
+
+}  // namespace pbs::cpu::PBS_CPU_ARCH

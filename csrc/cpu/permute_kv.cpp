@@ -1,0 +1,41 @@
+// permute_kv: gathers K and V rows of one permuted key block and averages its keys.
+#include "pbs/geometry.h"
+#include "simd.h"
+#include "stages.h"
+
+namespace pbs::cpu::PBS_CPU_ARCH {
+
+int64_t permute_scratch(const PermuteKVParams& params) { return params.problem.head_dim; }
+
+void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) {
+  const Problem& problem = params.problem;
+  const int64_t head_dim = problem.head_dim;
+  const int64_t num_kv_blocks = ceil_div(problem.num_kv, params.kv_block_size);
+  const int64_t kv_block_idx = item % num_kv_blocks;
+  const int64_t head = item / num_kv_blocks;
+  const int64_t b = head / problem.num_perm_heads;
+  const int64_t hkv =
+      head % problem.num_perm_heads / (problem.num_perm_heads / problem.num_kv_heads);
+  const int64_t begin = kv_block_idx * params.kv_block_size;
+  const int64_t end = smaller(begin + params.kv_block_size, problem.num_kv);
+
+  float* mean = params.k_mean + item * head_dim;
+  for (int64_t d = 0; d < head_dim; ++d) mean[d] = 0.0f;
+  const int64_t row_bytes = head_dim * element_size(problem.dtype);
+  const int64_t k_head = b * params.k.batch_stride + hkv * params.k.head_stride;
+  const int64_t v_head = b * params.v.batch_stride + hkv * params.v.head_stride;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t dst = head * problem.num_kv + row;
+    const int64_t src = params.perm[dst];
+    const void* key = offset(params.k.data, k_head + src * params.k.row_stride, problem.dtype);
+    const void* value = offset(params.v.data, v_head + src * params.v.row_stride, problem.dtype);
+    std::memcpy(static_cast<char*>(params.k_perm) + dst * row_bytes, key, row_bytes);
+    std::memcpy(static_cast<char*>(params.v_perm) + dst * row_bytes, value, row_bytes);
+    to_floats(key, problem.dtype, scratch, head_dim);
+    for (int64_t d = 0; d < head_dim; ++d) mean[d] += scratch[d];
+  }
+  const float share = 1.0f / static_cast<float>(end - begin);
+  for (int64_t d = 0; d < head_dim; ++d) mean[d] *= share;
+}
+
+}  // namespace pbs::cpu::PBS_CPU_ARCH

@@ -1,0 +1,85 @@
+// select_blocks, first half: the softmax mass of every key block a block of queries may visit.
+#include "pbs/geometry.h"
+#include "simd.h"
+#include "stages.h"
+
+namespace pbs::cpu::PBS_CPU_ARCH {
+namespace {
+
+constexpr float kNegInf = -__builtin_huge_valf();
+constexpr float kLog2e = 1.4426950408889634f;
+
+// The mean of rows [begin, end) of one head; `buffer` (D) serves inputs that are not float32.
+void mean_rows(const ConstRows& rows, const Problem& problem, int64_t b, int64_t h, int64_t begin,
+               int64_t end, float* buffer, float* mean) {
+  for (int64_t d = 0; d < problem.head_dim; ++d) mean[d] = 0.0f;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t stride = 0;
+    const float* src = float_rows(rows, problem, b, h, row, 1, buffer, &stride);
+    for (int64_t d = 0; d < problem.head_dim; ++d) mean[d] += src[d];
+  }
+  const float share = 1.0f / static_cast<float>(end - begin);
+  for (int64_t d = 0; d < problem.head_dim; ++d) mean[d] *= share;
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  Vec total{};
+  for (int64_t i = 0; i < n; i += kLanes) total += load(a + i) * load(b + i);
+  return sum(total);
+}
+
+void softmax_base2(float* logits, int64_t n) {
+  float top = kNegInf;
+  for (int64_t i = 0; i < n; ++i) top = logits[i] > top ? logits[i] : top;
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    logits[i] = __builtin_exp2f(logits[i] - top);
+    total += logits[i];
+  }
+  const float inverse = static_cast<float>(1.0 / total);
+  for (int64_t i = 0; i < n; ++i) logits[i] *= inverse;
+}
+
+}  // namespace
+
+int64_t select_scratch(const SelectBlocksParams& params) {
+  return num_mass_entries(params) + 3 * params.problem.head_dim;
+}
+
+void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {
+  const Problem& problem = params.problem;
+  const Blocking& blocking = params.blocking;
+  const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
+  const int64_t num_kv_blocks = ceil_div(problem.num_kv, blocking.kv_block_size);
+  const int64_t hq = item / num_q_blocks % problem.num_q_heads;
+  const int64_t b = item / num_q_blocks / problem.num_q_heads;
+  const int64_t hp = hq / (problem.num_q_heads / problem.num_perm_heads);
+  const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
+  const QueryBlock block =
+      query_block(item % num_q_blocks, problem.num_q, problem.num_kv, blocking.block_size,
+                  blocking.kv_block_size, blocking.segment_size, params.is_causal);
+
+  float* logits = scratch;
+  float* q_mean = scratch + num_mass_entries(params);
+  float* own_mean = q_mean + problem.head_dim;
+  float* buffer = own_mean + problem.head_dim;
+  mean_rows(params.q, problem, b, hq, block.first_row, block.first_row + block.num_rows, buffer,
+            q_mean);
+  const float factor = params.scale * kLog2e;
+  const float* k_mean =
+      params.k_mean + (b * problem.num_perm_heads + hp) * num_kv_blocks * problem.head_dim;
+  for (int64_t j = 0; j < block.num_candidates; ++j) {
+    logits[j] = factor * dot(q_mean, k_mean + j * problem.head_dim, problem.head_dim);
+  }
+  int64_t num_entries = block.num_candidates;
+  if (params.is_mass_causal) {
+    for (int64_t begin = block.own_begin; begin < block.own_end; begin += blocking.kv_block_size) {
+      const int64_t end = smaller(begin + blocking.kv_block_size, problem.num_kv);
+      mean_rows(params.k, problem, b, hkv, begin, end, buffer, own_mean);
+      logits[num_entries++] = factor * dot(q_mean, own_mean, problem.head_dim);
+    }
+  }
+  softmax_base2(logits, num_entries);
+}
+
+}  // namespace pbs::cpu::PBS_CPU_ARCH

@@ -1,0 +1,107 @@
+// The CUDA backend. Registered in every build: where a kernel is missing, the user learns which
+// and why instead of the dispatcher's list of backends.
+#include "stage_ops.h"
+
+#ifdef PBS_WITH_CUDA
+#include <dlfcn.h>
+
+#include <cstring>
+
+#include "launch.h"
+#include "pbs/arch.h"
+#endif
+
+namespace pbs {
+namespace {
+
+#ifdef PBS_WITH_CUDA
+
+void check_cuda(const char* error, const char* what) {
+  if (error != nullptr) fail("pbs_attn: ", what, " failed: ", error);
+}
+
+// Makes the tensor's device current while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor& t) {
+    check_cuda(cuda::current_device(&previous_), "cudaGetDevice");
+    check_cuda(cuda::set_device(t.get_device_index()), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cuda::set_device(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// torch's current stream on the tensor's device. Looked up in the loaded libtorch_cuda, because
+// the library also loads beside a torch without CUDA, which has no such symbol to link.
+void* current_stream(const Tensor& t) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  void* stream = nullptr;
+  if (get_stream == nullptr || get_stream(t.get_device_index(), &stream) != AOTI_TORCH_SUCCESS) {
+    fail("pbs_attn: torch's current CUDA stream cannot be found");
+  }
+  return stream;
+}
+
+void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
+  const auto is_aligned = [](int64_t bytes) { return bytes % 16 == 0; };
+  const int64_t size = element_size(dtype);
+  if (!is_aligned(reinterpret_cast<int64_t>(rows.data)) || !is_aligned(rows.batch_stride * size) ||
+      !is_aligned(rows.head_stride * size) || !is_aligned(rows.row_stride * size)) {
+    fail(name, " must start at, and have strides of, a multiple of 16 bytes on CUDA, got strides (",
+         rows.batch_stride, ", ", rows.head_stride, ", ", rows.row_stride, ")");
+  }
+}
+
+#endif
+
+struct CudaBackend {
+  static void require(const char* stage, const Tensor& t) {
+#ifdef PBS_WITH_CUDA
+    if (std::strcmp(stage, "permute_kv") != 0) {
+      fail(stage, " has no CUDA kernel in this version of pbs_attn, got a tensor on ",
+           device_text(t), "; move the tensors to the CPU");
+    }
+    int capability = 0;
+    check_cuda(cuda::compute_capability(t.get_device_index(), &capability),
+               "cudaDeviceGetAttribute");
+    const std::string error = capability_error(capability);
+    if (!error.empty()) fail(error);
+#else
+    fail(stage,
+         " has no CUDA kernel: this is a CPU-only build of pbs_attn (" PBS_CUDA_STATUS
+         "), got a tensor on ",
+         device_text(t));
+#endif
+  }
+
+  static void permute_kv([[maybe_unused]] const PermuteKVParams& params,
+                         [[maybe_unused]] const Tensor& like) {
+#ifdef PBS_WITH_CUDA
+    check_aligned("k", params.k, params.problem.dtype);
+    check_aligned("v", params.v, params.problem.dtype);
+    const DeviceGuard guard(like);
+    check_cuda(cuda::launch_permute_kv(params, current_stream(like)), "permute_kv");
+#endif
+  }
+
+  // require() has refused these before they can be reached.
+  static void score_keys(const ScoreKeysParams&, const Tensor&) {}
+  static void sort_segments(const SortSegmentsParams&, const Tensor&) {}
+  static void select_blocks(const SelectBlocksParams&, const Tensor&) {}
+  static void attend(const AttendParams&, const Tensor&) {}
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pbs, CUDA, m) { StageOps<CudaBackend>::register_all(m); }
+
+}  // namespace pbs

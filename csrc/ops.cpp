@@ -1,0 +1,26 @@
+// Every operator of torch.ops.pbs, by stage. docs/ops.md explains the arguments.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pbs, m) {
+  m.def(
+      "score_keys(Tensor q, Tensor k, *, int block_size=128, int segment_size=256, "
+      "float? scale=None, str permute_per=\"kv_head\") -> Tensor");
+  m.def("sort_segments(Tensor scores, *, int segment_size=256, int? num_heavy=None) -> Tensor");
+  m.def(
+      "permute_kv(Tensor k, Tensor v, Tensor perm, *, int kv_block_size=128) "
+      "-> (Tensor k_perm, Tensor v_perm, Tensor k_mean)");
+  m.def(
+      "select_blocks(Tensor q, Tensor k, Tensor k_mean, Tensor? perm=None, *, int block_size=128, "
+      "int? kv_block_size=None, int segment_size=256, float threshold=0.9, bool is_causal=True, "
+      "float? scale=None, str mass=\"earlier\", str score=\"mean\") "
+      "-> (Tensor block_mask, Tensor counts)");
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor k_perm, Tensor v_perm, Tensor block_mask, *, "
+      "int block_size=128, int? kv_block_size=None, int segment_size=256, bool is_causal=True, "
+      "float? scale=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
+      "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, "
+      "str permute_per=\"kv_head\", int? num_heavy=None, str mass=\"earlier\", "
+      "str score=\"mean\") -> Tensor");
+}

@@ -1,0 +1,245 @@
+// Argument checks shared by every backend. Each failure throws std::runtime_error in the words
+// "<argument> must <rule>, got <value>", in the order device, dtype, ndim, shape, stride, meaning.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "pbs/bitmask.h"
+#include "pbs/geometry.h"
+#include "pbs/params.h"
+
+namespace pbs {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i == 0 ? "" : ", ") << t.size(i);
+  text << ')';
+  return text.str();
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  std::ostringstream text;
+  text << (t.is_cuda() ? "cuda" : "another device") << ':' << t.get_device_index();
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+// The dtypes a stage takes for q, k and v.
+inline DType check_float_dtype(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(name, " must be float32, bfloat16 or float16, got ", dtype_text(t.scalar_type()));
+  }
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() != dtype) {
+    fail(name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
+  }
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const char* other_name,
+                              const Tensor& other) {
+  if (device_text(t) != device_text(other)) {
+    fail(name, " must be on the device of ", other_name, " (", device_text(other), "), got ",
+         device_text(t));
+  }
+}
+
+inline void check_ndim(const char* name, const Tensor& t, int64_t ndim, const char* layout) {
+  if (t.dim() != ndim) {
+    fail(name, " must have ", ndim, " dimensions ", layout, ", got ", t.dim(), " ", shape_text(t));
+  }
+}
+
+inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t size,
+                       const char* why) {
+  if (t.size(dim) != size) {
+    fail(name, " must have size ", size, " in dimension ", dim, " (", why, "), got ",
+         shape_text(t));
+  }
+}
+
+inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
+  if (t.size(3) > 1 && t.numel() > 0 && t.stride(3) != 1) {
+    fail(name, " must be contiguous in its last dimension, got stride ", t.stride(3));
+  }
+}
+
+inline void check_contiguous(const char* name, const Tensor& t) {
+  if (!t.is_contiguous()) fail(name, " must be contiguous, got a strided view ", shape_text(t));
+}
+
+inline void check_head_dim(const char* name, int64_t head_dim) {
+  if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 256) {
+    fail(name, " must have a head_dim of 64, 96, 128 or 256, got ", head_dim);
+  }
+}
+
+inline void check_num_keys(const char* name, int64_t num_kv) {
+  if (num_kv > std::numeric_limits<int32_t>::max()) {
+    fail(name, " must have fewer than 2^31 rows, got ", num_kv);
+  }
+}
+
+// k (and v) of a pair: same device, dtype and shape.
+inline void check_key_value(const Tensor& k, const Tensor& v) {
+  check_same_device("v", v, "k", k);
+  if (v.scalar_type() != k.scalar_type()) {
+    fail("v must have the dtype of k (", dtype_text(k.scalar_type()), "), got ",
+         dtype_text(v.scalar_type()));
+  }
+  check_ndim("v", v, 4, "(batch, heads, tokens, head_dim)");
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    if (v.size(dim) != k.size(dim)) {
+      fail("v must have the shape of k ", shape_text(k), ", got ", shape_text(v));
+    }
+  }
+  check_last_dim_contiguous("v", v);
+}
+
+inline Problem check_query_key(const Tensor& q, const Tensor& k) {
+  check_same_device("k", k, "q", q);
+  Problem problem{};
+  problem.dtype = check_float_dtype("q", q);
+  if (k.scalar_type() != q.scalar_type()) {
+    fail("k must have the dtype of q (", dtype_text(q.scalar_type()), "), got ",
+         dtype_text(k.scalar_type()));
+  }
+  check_ndim("q", q, 4, "(batch, heads, tokens, head_dim)");
+  check_ndim("k", k, 4, "(batch, heads, tokens, head_dim)");
+  check_head_dim("q", q.size(3));
+  check_size("k", k, 3, q.size(3), "head_dim of q");
+  check_size("k", k, 0, q.size(0), "batch of q");
+  if (k.size(1) == 0 || q.size(1) % k.size(1) != 0) {
+    fail("q must have a multiple of the heads of k (", k.size(1), "), got ", q.size(1));
+  }
+  if (q.size(2) > k.size(2)) {
+    fail("q must have no more rows than k (", k.size(2), "), got ", q.size(2));
+  }
+  check_num_keys("k", k.size(2));
+  check_last_dim_contiguous("q", q);
+  check_last_dim_contiguous("k", k);
+  problem.batch = q.size(0);
+  problem.num_q_heads = q.size(1);
+  problem.num_kv_heads = k.size(1);
+  problem.num_perm_heads = k.size(1);
+  problem.num_q = q.size(2);
+  problem.num_kv = k.size(2);
+  problem.head_dim = q.size(3);
+  return problem;
+}
+
+// The heads of a permuted tensor: one per KV head or one per query head.
+inline int64_t check_perm_heads(const char* name, int64_t num_heads, const Problem& problem) {
+  if (num_heads != problem.num_kv_heads && num_heads != problem.num_q_heads) {
+    fail(name, " must have ", problem.num_kv_heads, " heads (one per KV head) or ",
+         problem.num_q_heads, " (one per query head), got ", num_heads);
+  }
+  return num_heads;
+}
+
+inline void check_block(const char* name, int64_t size) {
+  if (size != 32 && size != 64 && size != 128) fail(name, " must be 32, 64 or 128, got ", size);
+}
+
+inline void check_segment(int64_t segment_size, const char* name, int64_t block) {
+  if (segment_size <= 0 || segment_size % block != 0) {
+    fail("segment_size must be a positive multiple of ", name, " (", block, "), got ",
+         segment_size);
+  }
+}
+
+inline Blocking check_blocking(int64_t block_size, std::optional<int64_t> kv_block_size,
+                               int64_t segment_size) {
+  check_block("block_size", block_size);
+  const int64_t kv_block = kv_block_size.value_or(block_size);
+  check_block("kv_block_size", kv_block);
+  check_segment(segment_size, "block_size", block_size);
+  check_segment(segment_size, "kv_block_size", kv_block);
+  return Blocking{block_size, kv_block, segment_size};
+}
+
+inline float check_scale(std::optional<double> scale, int64_t head_dim) {
+  const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  if (!std::isfinite(static_cast<float>(value))) fail("scale must be finite, got ", value);
+  return static_cast<float>(value);
+}
+
+inline double check_threshold(double threshold) {
+  if (!(threshold > 0.0 && threshold <= 1.0)) {
+    fail("threshold must lie in (0, 1], got ", threshold);
+  }
+  return threshold;
+}
+
+// Whether `value` is the second of two allowed words.
+inline bool check_choice(const char* name, const std::string& value, const char* first,
+                         const char* second) {
+  if (value == second) return true;
+  if (value == first) return false;
+  fail(name, " must be \"", first, "\" or \"", second, "\", got \"", value, "\"");
+}
+
+inline void check_score(const std::string& score) {
+  if (score != "mean") fail("score must be \"mean\", got \"", score, "\"");
+}
+
+inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
+  if (num_heavy.has_value() && *num_heavy < 0) {
+    fail("num_heavy must not be negative, got ", *num_heavy);
+  }
+  return num_heavy.value_or(-1);
+}
+
+inline ConstRows const_rows(const Tensor& t) {
+  return ConstRows{t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+}  // namespace pbs

@@ -1,0 +1,43 @@
+// Which keys a block of queries may visit: index arithmetic shared by every backend.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define PBS_HOST_DEVICE __host__ __device__
+#else
+#define PBS_HOST_DEVICE
+#endif
+
+namespace pbs {
+
+PBS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PBS_HOST_DEVICE constexpr int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
+PBS_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What one block of queries visits: the selected ones among permuted key blocks
+// [0, num_candidates), and original keys [own_begin, own_end). Causal: the row at position p stops
+// at p; the own range starts at a segment boundary, so no candidate needs a mask.
+struct QueryBlock {
+  int64_t first_row;       // query row
+  int64_t num_rows;        // fewer than block_size in the last block
+  int64_t first_position;  // position of first_row among the keys (bottom-right alignment)
+  int64_t own_begin;       // key row
+  int64_t own_end;         // key row, one past the last visible to any row of the block
+  int64_t num_candidates;  // permuted key blocks
+};
+
+PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t num_q, int64_t num_kv,
+                                                 int64_t block_size, int64_t kv_block_size,
+                                                 int64_t segment_size, bool is_causal) {
+  QueryBlock block{};
+  block.first_row = q_block_idx * block_size;
+  block.num_rows = smaller(block_size, num_q - block.first_row);
+  block.first_position = num_kv - num_q + block.first_row;
+  block.own_begin = round_down(is_causal ? block.first_position : num_kv, segment_size);
+  block.own_end = is_causal ? block.first_position + block.num_rows : num_kv;
+  block.num_candidates = block.own_begin / kv_block_size;
+  return block;
+}
+
+}  // namespace pbs

@@ -1,0 +1,20 @@
+"""Permuted Block-Sparse Attention (arXiv 2510.21270) as a compiled PyTorch extension."""
+
+from ._library import build_info, has_kernel
+from .attention import Selection, attention, select
+from .config import PBSConfig
+from .masks import bool_to_mask, density, lists_to_mask, mask_to_bool, mask_to_lists
+
+__all__ = [
+    "PBSConfig",
+    "Selection",
+    "attention",
+    "bool_to_mask",
+    "build_info",
+    "density",
+    "has_kernel",
+    "lists_to_mask",
+    "mask_to_bool",
+    "mask_to_lists",
+    "select",
+]

@@ -1,0 +1,109 @@
+"""Permuted block-sparse attention with the argument habits of scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # registers torch.ops.pbs  # noqa: F401
+from .config import PBSConfig
+
+_DEFAULT = PBSConfig()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    config: PBSConfig = _DEFAULT,
+) -> Tensor:
+    """Attention over the key blocks that matter (arXiv 2510.21270, section 3).
+
+    Keys are sorted by importance inside segments, blocks of them are selected per block of
+    queries, and flash attention visits the selected blocks and each query's own segment. What is
+    visited is computed exactly. Differs from ``scaled_dot_product_attention`` in three ways: the
+    causal mask is aligned to the bottom right (query i of Nq stands at position Nkv - Nq + i), as
+    in chunked prefill; grouped heads need no flag; and there is no backward.
+
+    The selection looks at the last queries of the call, so an earlier row may attend to other
+    blocks when a later token changes; with the selection fixed, rows stay causal.
+
+    Args:
+        query: (batch, query heads, Nq, head_dim), Nq <= Nkv.
+        key: (batch, KV heads, Nkv, head_dim); query heads are a multiple of KV heads.
+        value: like ``key``.
+        is_causal: whether a query sees only keys at or before its own position.
+        scale: factor of the scores; None means 1/sqrt(head_dim).
+        config: block sizes, threshold and how keys are ordered.
+
+    All three are float32, bfloat16 or float16, on one device, head_dim 64, 96, 128 or 256, with
+    any strides as long as the last dim is contiguous.
+
+    Returns:
+        (batch, query heads, Nq, head_dim) in the dtype and memory order of ``query``.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule above, requires grad in grad mode, or lives on
+            a device without a kernel.
+    """
+    return torch.ops.pbs.attention(
+        query, key, value, is_causal=is_causal, scale=scale, **config.op_kwargs()
+    )
+
+
+class Selection(NamedTuple):
+    """What the first four stages chose. Hp is the KV or the query heads (``permute_per``)."""
+
+    scores: Tensor  # (B, Hp, Nkv) float32: importance of each key
+    perm: Tensor  # (B, Hp, Nkv) int32: the key row that stands at each permuted row
+    k_perm: Tensor  # (B, Hp, Nkv, D)
+    v_perm: Tensor  # (B, Hp, Nkv, D)
+    k_mean: Tensor  # (B, Hp, key blocks, D) float32
+    block_mask: Tensor  # (B, Hq, query blocks, words) int32, see pbs_attn.masks
+    counts: Tensor  # (B, Hq, query blocks) int32: selected key blocks
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    config: PBSConfig = _DEFAULT,
+) -> Selection:
+    """Runs the stages before ``attend`` one by one, for a look at what would be visited.
+
+    Takes the arguments of :func:`attention` and raises the same errors.
+    """
+    pbs = torch.ops.pbs
+    scores = pbs.score_keys(
+        query,
+        key,
+        block_size=config.block_size,
+        segment_size=config.segment_size,
+        scale=scale,
+        permute_per=config.permute_per,
+    )
+    perm = pbs.sort_segments(scores, segment_size=config.segment_size, num_heavy=config.num_heavy)
+    k_perm, v_perm, k_mean = pbs.permute_kv(key, value, perm, kv_block_size=config.key_block_size)
+    block_mask, counts = pbs.select_blocks(
+        query,
+        key,
+        k_mean,
+        perm,
+        block_size=config.block_size,
+        kv_block_size=config.kv_block_size,
+        segment_size=config.segment_size,
+        threshold=config.threshold,
+        is_causal=is_causal,
+        scale=scale,
+        mass=config.mass,
+        score=config.score,
+    )
+    return Selection(scores, perm, k_perm, v_perm, k_mean, block_mask, counts)

@@ -1,0 +1,84 @@
+"""The settings of permuted block-sparse attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+BLOCK_SIZES = (32, 64, 128)
+HEAD_DIMS = (64, 96, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class PBSConfig:
+    """How keys are ordered and which blocks of them are visited.
+
+    The defaults are those of the paper (arXiv 2510.21270, section 4.1), except that query heads
+    which share a KV head also share its permutation; ``PBSConfig.paper()`` restores the paper's
+    choice.
+
+    Attributes:
+        block_size: rows of a query block: 32, 64 or 128.
+        kv_block_size: rows of a key block: 32, 64 or 128; None takes ``block_size``.
+        segment_size: keys are reordered only inside segments of this many rows; a multiple of
+            both block sizes.
+        threshold: share of the attention mass, estimated per query block, that the selected key
+            blocks must reach, in (0, 1]. 1 visits everything.
+        permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
+            heads) or ``"query_head"`` (the paper's).
+        num_heavy: None sorts each segment by importance (the paper); h moves the h most important
+            keys of each segment to its front and keeps the original order on both sides.
+        mass: what ``threshold`` is a share of: ``"earlier"``, the mass of the segments before the
+            query block's own (the paper), or ``"causal"``, all causal mass, the own segment's
+            counted first.
+        score: how blocks are scored; ``"mean"``, the product of mean query and mean key.
+
+    Raises:
+        ValueError: if a value is outside its range.
+    """
+
+    block_size: int = 128
+    kv_block_size: int | None = None
+    segment_size: int = 256
+    threshold: float = 0.9
+    permute_per: Literal["kv_head", "query_head"] = "kv_head"
+    num_heavy: int | None = None
+    mass: Literal["earlier", "causal"] = "earlier"
+    score: Literal["mean"] = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("block_size", self.block_size, BLOCK_SIZES)
+        if self.kv_block_size is not None:
+            _check_choice("kv_block_size", self.kv_block_size, BLOCK_SIZES)
+        for name, size in (("block_size", self.block_size), ("kv_block_size", self.key_block_size)):
+            if self.segment_size <= 0 or self.segment_size % size:
+                raise ValueError(
+                    f"segment_size must be a positive multiple of {name} ({size}), "
+                    f"got {self.segment_size}"
+                )
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+        if self.num_heavy is not None and self.num_heavy < 0:
+            raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
+        _check_choice("permute_per", self.permute_per, ("kv_head", "query_head"))
+        _check_choice("mass", self.mass, ("earlier", "causal"))
+        _check_choice("score", self.score, ("mean",))
+
+    @classmethod
+    def paper(cls, threshold: float = 0.9) -> PBSConfig:
+        """The paper's own setting: a permutation per query head, full sort, earlier mass."""
+        return cls(threshold=threshold, permute_per="query_head")
+
+    @property
+    def key_block_size(self) -> int:
+        """Rows of a key block, with None resolved."""
+        return self.block_size if self.kv_block_size is None else self.kv_block_size
+
+    def op_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of ``torch.ops.pbs.attention``."""
+        return dataclasses.asdict(self)
+
+
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

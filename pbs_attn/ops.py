@@ -1,0 +1,154 @@
+"""Python-side registrations of torch.ops.pbs: fake kernels, autograd, autocast.
+
+The stable ABI registers CPU and CUDA kernels only. A fake kernel computes output shapes for
+torch.compile and torch.export; lengths may be symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_library.load()
+
+STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
+OPERATORS = (*STAGES, "attention")
+
+_registrations = torch.library.Library("pbs", "FRAGMENT")
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _mask_shape(q: Tensor, k: Tensor, block_size: int, kv_block_size: int) -> tuple[int, ...]:
+    num_words = _ceil_div(_ceil_div(k.shape[2], kv_block_size), 32)
+    return q.shape[0], q.shape[1], _ceil_div(q.shape[2], block_size), num_words
+
+
+@torch.library.register_fake("pbs::score_keys")
+def _(q, k, *, block_size=128, segment_size=256, scale=None, permute_per="kv_head"):
+    num_heads = q.shape[1] if permute_per == "query_head" else k.shape[1]
+    return q.new_empty((q.shape[0], num_heads, k.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("pbs::sort_segments")
+def _(scores, *, segment_size=256, num_heavy=None):
+    return scores.new_empty(scores.shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("pbs::permute_kv")
+def _(k, v, perm, *, kv_block_size=128):
+    batch, num_heads, num_kv = perm.shape
+    head_dim = k.shape[3]
+    permuted = (batch, num_heads, num_kv, head_dim)
+    means = (batch, num_heads, _ceil_div(num_kv, kv_block_size), head_dim)
+    return k.new_empty(permuted), k.new_empty(permuted), k.new_empty(means, dtype=torch.float32)
+
+
+@torch.library.register_fake("pbs::select_blocks")
+def _(
+    q,
+    k,
+    k_mean,
+    perm=None,
+    *,
+    block_size=128,
+    kv_block_size=None,
+    segment_size=256,
+    threshold=0.9,
+    is_causal=True,
+    scale=None,
+    mass="earlier",
+    score="mean",
+):
+    shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
+
+
+@torch.library.register_fake("pbs::attend")
+def _(
+    q,
+    k,
+    v,
+    k_perm,
+    v_perm,
+    block_mask,
+    *,
+    block_size=128,
+    kv_block_size=None,
+    segment_size=256,
+    is_causal=True,
+    scale=None,
+):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("pbs::attention")
+def _(
+    q,
+    k,
+    v,
+    *,
+    is_causal=True,
+    scale=None,
+    block_size=128,
+    kv_block_size=None,
+    segment_size=256,
+    threshold=0.9,
+    permute_per="kv_head",
+    num_heavy=None,
+    mass="earlier",
+    score="mean",
+):
+    return torch.empty_like(q)
+
+
+def _inference_only(name: str) -> Callable:
+    op = getattr(torch.ops.pbs, name).default
+
+    def forward(*args, **kwargs):
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in (*args, *kwargs.values())
+        ):
+            raise RuntimeError(
+                f"pbs::{name} has no backward: inputs must not require grad in grad mode, "
+                "got one that does; wrap the call in torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    return forward
+
+
+def _in_autocast_dtype(name: str, device_type: str) -> Callable:
+    op = getattr(torch.ops.pbs, name).default
+    key = torch._C.DispatchKey.AutocastCUDA if device_type == "cuda" else None
+    key = key or torch._C.DispatchKey.AutocastCPU
+    # The operands that must share a dtype; k_mean and the scores stay float32.
+    names = [arg.name for arg in op._schema.arguments if arg.name in _CAST]
+
+    def forward(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = tuple(
+            arg.to(dtype)
+            if isinstance(arg, Tensor) and arg.is_floating_point() and schema.name in names
+            else arg
+            for arg, schema in zip(args, op._schema.arguments, strict=False)
+        )
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*cast, **kwargs)
+
+    return forward
+
+
+_CAST = ("q", "k", "v", "k_perm", "v_perm")
+
+for _name in OPERATORS:
+    _registrations.impl(_name, _inference_only(_name), "Autograd")
+    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _registrations.impl(_name, _in_autocast_dtype(_name, _device_type), _key)
