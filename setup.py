@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libpbs.so"
@@ -53,6 +54,17 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", *arguments], check=True, stdout=sys.stderr)
 
 
+class PackageExamples(build_py):
+    """Adds the demo's document to the package; in the repository it lives under examples/."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            data = Path(self.build_lib) / "pbs_attn" / "data"
+            data.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "examples" / "persuasion.txt", data)
+
+
 class AnyPythonWheel(bdist_wheel):
     """Tags the wheel py3-none-<platform>: the library does not know which Python loads it."""
 
@@ -68,6 +80,6 @@ def cuda_build_requirements():
 
 setup(
     ext_modules=[Extension("pbs_attn.libpbs", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": CMakeBuild, "build_py": PackageExamples, "bdist_wheel": AnyPythonWheel},
     setup_requires=cuda_build_requirements(),
 )

@@ -51,8 +51,8 @@ def build_info() -> dict[str, Any]:
 
 
 def has_kernel(stage: str, device: torch.device | str) -> bool:
-    """Whether this build runs operator ``stage`` (``"attention"``, ...) on tensors of ``device``."""
+    """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``."""
     device_type = torch.device(device).type
-    return device_type == "cpu" or (
-        device_type == "cuda" and stage in build_info()["cuda_stages"]
-    )
+    if device_type == "cuda":
+        return stage in build_info()["cuda_stages"]
+    return device_type == "cpu"

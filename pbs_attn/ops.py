@@ -30,8 +30,18 @@ def _mask_shape(q: Tensor, k: Tensor, block_size: int, kv_block_size: int) -> tu
     return q.shape[0], q.shape[1], _ceil_div(q.shape[2], block_size), num_words
 
 
+def _check_one_device(first: Tensor, *others: Tensor | None) -> None:
+    # The dispatcher sends a mix of meta and real tensors here; the kernels check everything else.
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise RuntimeError(
+                f"all tensors must be on one device, got {first.device} and {other.device}"
+            )
+
+
 @torch.library.register_fake("pbs::score_keys")
 def _(q, k, *, block_size=128, segment_size=256, scale=None, permute_per="kv_head"):
+    _check_one_device(q, k)
     num_heads = q.shape[1] if permute_per == "query_head" else k.shape[1]
     return q.new_empty((q.shape[0], num_heads, k.shape[2]), dtype=torch.float32)
 
@@ -43,6 +53,7 @@ def _(scores, *, segment_size=256, num_heavy=None):
 
 @torch.library.register_fake("pbs::permute_kv")
 def _(k, v, perm, *, kv_block_size=128):
+    _check_one_device(k, v, perm)
     batch, num_heads, num_kv = perm.shape
     head_dim = k.shape[3]
     permuted = (batch, num_heads, num_kv, head_dim)
@@ -66,6 +77,7 @@ def _(
     mass="earlier",
     score="mean",
 ):
+    _check_one_device(q, k, k_mean, perm)
     shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
 
@@ -85,6 +97,7 @@ def _(
     is_causal=True,
     scale=None,
 ):
+    _check_one_device(q, k, v, k_perm, v_perm, block_mask)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -105,6 +118,7 @@ def _(
     mass="earlier",
     score="mean",
 ):
+    _check_one_device(q, k, v)
     return torch.empty_like(q)
 
 
@@ -125,30 +139,31 @@ def _inference_only(name: str) -> Callable:
     return forward
 
 
-def _in_autocast_dtype(name: str, device_type: str) -> Callable:
+# The operands that must share a dtype; k_mean and the scores stay float32 under autocast.
+_CAST = ("q", "k", "v", "k_perm", "v_perm")
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -> Callable:
     op = getattr(torch.ops.pbs, name).default
-    key = torch._C.DispatchKey.AutocastCUDA if device_type == "cuda" else None
-    key = key or torch._C.DispatchKey.AutocastCPU
-    # The operands that must share a dtype; k_mean and the scores stay float32.
-    names = [arg.name for arg in op._schema.arguments if arg.name in _CAST]
+    is_cast = [argument.name in _CAST for argument in op._schema.arguments]
 
     def forward(*args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
-        cast = tuple(
-            arg.to(dtype)
-            if isinstance(arg, Tensor) and arg.is_floating_point() and schema.name in names
-            else arg
-            for arg, schema in zip(args, op._schema.arguments, strict=False)
-        )
+        cast = [
+            arg.to(dtype) if casts and arg.dtype in _CAST_DTYPES else arg
+            for arg, casts in zip(args, is_cast, strict=False)
+        ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*cast, **kwargs)
 
     return forward
 
 
-_CAST = ("q", "k", "v", "k_perm", "v_perm")
-
 for _name in OPERATORS:
     _registrations.impl(_name, _inference_only(_name), "Autograd")
-    for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _registrations.impl(_name, _in_autocast_dtype(_name, _device_type), _key)
+    for _device_type, _key in (
+        ("cpu", torch._C.DispatchKey.AutocastCPU),
+        ("cuda", torch._C.DispatchKey.AutocastCUDA),
+    ):
+        _registrations.impl(_name, _in_autocast_dtype(_name, _device_type, _key), _key.name)

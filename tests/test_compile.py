@@ -1,0 +1,120 @@
+"""The operators inside torch.compile, torch.export and TorchScript."""
+
+import io
+
+import pytest
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig
+from pbs_attn.ops import OPERATORS
+
+CONFIGS = [
+    PBSConfig(),
+    PBSConfig(
+        block_size=64,
+        kv_block_size=32,
+        segment_size=128,
+        threshold=0.7,
+        permute_per="query_head",
+        num_heavy=16,
+        mass="causal",
+    ),
+]
+
+
+def inputs(num_q=400, num_kv=400, dtype=torch.float32):
+    q = torch.randn(1, num_q, 4, 64, dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(2, 1, 2, num_kv, 64, dtype=dtype)
+    return q, k, v
+
+
+def operator_calls(config, num_q, num_kv):
+    """A valid call of every operator: name -> (args, kwargs)."""
+    q, k, v = inputs(num_q, num_kv)
+    chosen = pbs_attn.select(q, k, v, config=config)
+    sizes = {"block_size": config.block_size, "segment_size": config.segment_size}
+    kv_size = {"kv_block_size": config.kv_block_size}
+    permuted = (chosen.k_perm, chosen.v_perm)
+    return {
+        "score_keys": ((q, k), {**sizes, "permute_per": config.permute_per}),
+        "sort_segments": (
+            (chosen.scores,),
+            {"segment_size": config.segment_size, "num_heavy": config.num_heavy},
+        ),
+        "permute_kv": ((k, v, chosen.perm), {"kv_block_size": config.key_block_size}),
+        "select_blocks": (
+            (q, k, chosen.k_mean, chosen.perm),
+            {**sizes, **kv_size, "threshold": config.threshold, "mass": config.mass},
+        ),
+        "attend": ((q, k, v, *permuted, chosen.block_mask), {**sizes, **kv_size}),
+        "attention": ((q, k, v), config.op_kwargs()),
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "other"])
+@pytest.mark.parametrize("lengths", [(400, 400), (130, 513)], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, lengths, config):
+    args, kwargs = operator_calls(config, *lengths)[name]
+    torch.library.opcheck(getattr(torch.ops.pbs, name).default, args, kwargs)
+
+
+def test_compile_has_no_break_and_one_graph_for_all_lengths():
+    frames = []
+
+    def counting_backend(graph, example_inputs):
+        frames.append(graph)
+        return graph.forward
+
+    def layer(q, k, v):
+        return pbs_attn.attention(q * 1.0, k, v) + 1.0
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counting_backend)
+    for num_kv in (300, 400, 517, 1024):
+        tensors = inputs(num_kv - 7, num_kv)
+        assert torch.equal(compiled(*tensors), layer(*tensors))
+    assert len(frames) == 1
+
+
+def test_compile_with_inductor():
+    def layer(q, k, v):
+        return pbs_attn.attention(q * 2.0, k, v) * 0.5
+
+    compiled = torch.compile(layer, fullgraph=True)
+    tensors = inputs()
+    torch.testing.assert_close(compiled(*tensors), layer(*tensors))
+
+
+class Layer(torch.nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.ops.pbs.attention(q, k, v, threshold=0.8, num_heavy=16, mass="causal")
+
+
+def test_export_round_trip():
+    tokens = torch.export.Dim("tokens", min=2, max=100_000)
+    dynamic = {name: {2: tokens} for name in "qkv"}
+    program = torch.export.export(Layer(), inputs(), dynamic_shapes=dynamic)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for num_kv in (400, 333):
+        tensors = inputs(num_kv, num_kv)
+        assert torch.equal(loaded(*tensors), Layer()(*tensors))
+
+
+def test_jit_script_save_and_load():
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Layer()), buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    tensors = inputs()
+    assert torch.equal(loaded(*tensors), Layer()(*tensors))
+
+
+def test_out_keeps_the_memory_order_of_q():
+    q, k, v = inputs()
+    out = pbs_attn.attention(q, k, v)
+    assert out.stride() == q.stride()
+    assert out.transpose(1, 2).is_contiguous()

@@ -1,0 +1,226 @@
+"""Every misuse has a defined answer: an exception in the user's words, or a correct result."""
+
+import pytest
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig, attention
+
+PBS = torch.ops.pbs
+
+
+def qkv(num_q=300, num_kv=300, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.float32):
+    q = torch.randn(1, num_q_heads, num_q, head_dim).to(dtype)
+    k, v = torch.randn(2, 1, num_kv_heads, num_kv, head_dim).to(dtype)
+    return q, k, v
+
+
+def rejects(message, call, *args, error=RuntimeError, **kwargs):
+    with pytest.raises(error, match=message) as caught:
+        call(*args, **kwargs)
+    assert "must" in str(caught.value)
+    assert "got" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_dtype(dtype):
+    name = str(dtype).removeprefix("torch.")
+    q, k, v = (t.to(dtype) for t in qkv())
+    rejects(f"q must be float32, bfloat16 or float16, got {name}", attention, q, k, v)
+
+
+def test_mixed_dtypes():
+    q, k, v = qkv()
+    rejects(r"k must have the dtype of q \(float32\), got bfloat16", attention, q, k.bfloat16(), v)
+    rejects(r"v must have the dtype of k \(float32\), got float16", attention, q, k, v.half())
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 512])
+def test_head_dim(head_dim):
+    rejects(
+        f"q must have a head_dim of 64, 96, 128 or 256, got {head_dim}",
+        attention,
+        *qkv(head_dim=head_dim),
+    )
+
+
+def test_shapes():
+    q, k, v = qkv()
+    rejects(r"q must have 4 dimensions .*got 3", attention, q[0], k, v)
+    rejects(r"v must have 4 dimensions .*got 3", attention, q, k, v[0])
+    rejects(r"k must have size 64 in dimension 3", attention, q, *qkv(head_dim=128)[1:])
+    rejects(r"k must have size 1 in dimension 0", attention, q, k.repeat(2, 1, 1, 1), v)
+    rejects(r"v must have the shape of k", attention, q, k, v[:, :, :-1])
+    rejects(r"q must have a multiple of the heads of k \(2\), got 3", attention, q[:, :3], k, v)
+    rejects(r"q must have a multiple of the heads of k \(0\)", attention, q, k[:, :0], v[:, :0])
+    rejects(r"q must have no more rows than k \(299\), got 300", attention, q, k[:, :, 1:], v)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_last_dim_must_be_contiguous(position):
+    tensors = list(qkv())
+    tensors[position] = tensors[position].transpose(2, 3).contiguous().transpose(2, 3)
+    name = "qkv"[position]
+    rejects(f"{name} must be contiguous in its last dimension, got stride 300", attention, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0"),
+        ({"threshold": 1.01}, r"threshold must lie in \(0, 1\], got 1.01"),
+        ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\], got nan"),
+        ({"block_size": 48}, "block_size must be .*got 48"),
+        ({"block_size": 0}, "block_size must be .*got 0"),
+        ({"kv_block_size": 256}, "kv_block_size must be .*got 256"),
+        ({"segment_size": 192}, r"segment_size must be a positive multiple of block_size \(128\)"),
+        ({"segment_size": 0}, "segment_size must be a positive multiple .*got 0"),
+        ({"segment_size": -256}, "segment_size must be a positive multiple .*got -256"),
+        (
+            {"segment_size": 64, "block_size": 64, "kv_block_size": 128},
+            r"segment_size must be a positive multiple of kv_block_size \(128\), got 64",
+        ),
+        ({"num_heavy": -1}, "num_heavy must not be negative, got -1"),
+        ({"mass": "all"}, "mass must be .*got .all."),
+        ({"permute_per": "head"}, "permute_per must be .*got .head."),
+        ({"score": "max"}, "score must be .*got .max."),
+    ],
+)
+def test_meaning(arguments, message):
+    rejects(message, PBS.attention, *qkv(), **arguments)
+    rejects(message, PBSConfig, error=ValueError, **arguments)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300])
+def test_scale(scale):
+    rejects("scale must be finite, got", attention, *qkv(), scale=scale)
+
+
+def test_attention_checks_everything_before_it_works():
+    q, k, v = qkv()
+    v[:] = float("nan")
+    rejects("mass must be", PBS.attention, q, k, v, mass="none")
+
+
+def test_requires_grad():
+    q, k, v = qkv()
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+        with pytest.raises(RuntimeError, match=r"must not require grad.*torch\.no_grad\(\)"):
+            attention(q, k, v)
+        with torch.no_grad():
+            assert not attention(q, k, v).requires_grad
+        with torch.inference_mode():
+            attention(q, k, v)
+        tensor.requires_grad_(False)
+
+
+def test_mixed_devices():
+    q, k, v = qkv()
+    rejects("must be on one device, got cpu and meta", attention, q, k.to("meta"), v)
+    rejects("must be on one device, got cpu and meta", attention, q, k, v.to("meta"))
+
+
+def test_other_operators_check_their_own_arguments():
+    q, k, v = qkv()
+    chosen = pbs_attn.select(q, k, v)
+    rejects("scores must be float32, got float64", PBS.sort_segments, chosen.scores.double())
+    rejects(r"scores must have 3 dimensions", PBS.sort_segments, chosen.scores[0])
+    rejects("scores must be contiguous", PBS.sort_segments, chosen.scores.transpose(1, 2))
+    rejects("segment_size must be positive", PBS.sort_segments, chosen.scores, segment_size=0)
+    rejects("perm must be int32, got int64", PBS.permute_kv, k, v, chosen.perm.long())
+    rejects("perm must have size 300 in dim", PBS.permute_kv, k, v, chosen.perm[:, :, 1:])
+    rejects("k must be float32, bfloat16", PBS.permute_kv, k.double(), v.double(), chosen.perm)
+    rejects(
+        "k_mean must have size 3 in dimension 2",
+        PBS.select_blocks,
+        q,
+        k,
+        chosen.k_mean[:, :, 1:].contiguous(),
+    )
+    three_heads = chosen.k_mean[:, :1].repeat(1, 3, 1, 1)
+    rejects(r"k_mean must have 2 heads .* or 4", PBS.select_blocks, q, k, three_heads)
+    attend = (q, k, v, chosen.k_perm, chosen.v_perm)
+    rejects("block_mask must be int32", PBS.attend, *attend, chosen.block_mask.long())
+    rejects("block_mask must have size 3", PBS.attend, *attend, chosen.block_mask[:, :, 1:])
+    rejects(
+        "v_perm must have size 2 in dimension 1",
+        PBS.attend,
+        q,
+        k,
+        v,
+        chosen.k_perm,
+        chosen.v_perm.repeat(1, 2, 1, 1),
+        chosen.block_mask,
+    )
+
+
+@pytest.mark.parametrize("bad", [-1, 300, 2**31 - 1])
+def test_permutation_out_of_range(bad):
+    _, k, v = qkv()
+    perm = torch.arange(300, dtype=torch.int32).expand(1, 2, 300).clone()
+    perm[0, 1, 7] = bad
+    rejects(f"perm must hold key rows from 0 to 299, got {bad}", PBS.permute_kv, k, v, perm)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 300), (1, 0, 300), (1, 4, 0)])
+def test_empty(shape):
+    batch, num_heads, num_q = shape
+    q = torch.randn(batch, num_heads, num_q, 64)
+    k, v = torch.randn(2, batch, 2, 300, 64)
+    assert attention(q, k, v).shape == q.shape
+    chosen = pbs_attn.select(q, k, v)
+    assert torch.equal(chosen.perm.sort(-1).values, torch.arange(300).expand_as(chosen.perm))
+
+
+def test_no_keys():
+    q, k, v = (t[:, :, :0] for t in qkv())
+    assert attention(q, k, v).shape == (1, 4, 0, 64)
+
+
+def test_nan_input_stays_visible():
+    q, k, v = qkv(num_q=700, num_kv=700)
+    k[0, 0, 10] = float("nan")
+    out = attention(q, k, v)
+    assert out[0, :2, 10:].isnan().any()
+    assert not out[0, 2:].isnan().any()
+
+
+def test_extreme_scores_do_not_overflow():
+    q, k, v = qkv(num_q=700, num_kv=700)
+    out = attention(q * 1e4, k * 1e4, v, config=PBSConfig(threshold=1.0))
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q.double() * 1e4, k.double() * 1e4, v.double(), is_causal=True, enable_gqa=True
+    )
+    # A softmax this sharp picks one key; a near-tie may fall either way after rounding.
+    is_close = (out.double() - dense).abs().amax(-1) < 1e-3
+    assert out.isfinite().all()
+    assert is_close.float().mean() > 0.99
+
+
+def test_device_without_kernel():
+    q, k, v = (t.to("meta") for t in qkv())
+    assert attention(q, k, v).device.type == "meta"  # shapes only
+    assert not pbs_attn.has_kernel("attention", "xpu")
+    assert pbs_attn.has_kernel("attention", "cpu")
+
+
+@pytest.mark.parametrize("stage", ["score_keys", "attention"])
+def test_cuda_without_a_kernel_for_the_stage(stage):
+    # Redispatching by hand reaches the CUDA registration on a machine without a GPU.
+    q, k, v = qkv()
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    args = (q, k) if stage == "score_keys" else (q, k, v)
+    with pytest.raises(RuntimeError, match=f"{stage} has no CUDA kernel.* got a tensor on cpu"):
+        getattr(PBS, stage).default.redispatch(cuda, *args)
+
+
+def test_autocast_brings_operands_to_one_dtype():
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, k.bfloat16(), v)
+        chosen = pbs_attn.select(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    assert chosen.k_perm.dtype == torch.bfloat16
+    assert chosen.k_mean.dtype == torch.float32

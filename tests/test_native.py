@@ -1,0 +1,123 @@
+"""The header-only C++ parts, through a pybind11 module built for the tests alone."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory):
+    build_dir = tmp_path_factory.mktemp("native")
+    configure = ["-S", ROOT, "-B", build_dir, "-G", "Ninja", "-DPBS_BUILD_TEST_MODULE=ON"]
+    for arguments in (
+        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+        ["--build", build_dir],
+    ):
+        result = subprocess.run(["cmake", *arguments], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    sys.path.insert(0, str(build_dir))
+    try:
+        import pbs_native
+    finally:
+        sys.path.remove(str(build_dir))
+    return pbs_native
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    num_q=st.integers(1, 2000),
+    num_earlier=st.integers(0, 2000),
+    block_size=st.sampled_from([32, 64, 128]),
+    kv_block_size=st.sampled_from([32, 64, 128]),
+    segments=st.integers(1, 4),
+    is_causal=st.booleans(),
+    data=st.data(),
+)
+def test_query_block_partitions_what_is_visible(
+    native, num_q, num_earlier, block_size, kv_block_size, segments, is_causal, data
+):
+    num_kv = num_q + num_earlier
+    segment_size = 128 * segments
+    idx = data.draw(st.integers(0, -(-num_q // block_size) - 1))
+    block = native.query_block(
+        idx, num_q, num_kv, block_size, kv_block_size, segment_size, is_causal
+    )
+    rows = range(idx * block_size, min((idx + 1) * block_size, num_q))
+    assert (block.first_row, block.num_rows) == (rows.start, len(rows))
+    assert block.first_position == num_earlier + rows.start
+    # Candidates end where the own range begins, at a segment boundary: nothing twice, no gap.
+    assert block.num_candidates * kv_block_size == block.own_begin
+    assert block.own_begin % segment_size == 0
+    if is_causal:
+        # Candidates lie before the first row, and the own range ends at the last row's position.
+        assert block.own_begin <= block.first_position < block.own_begin + segment_size
+        assert block.own_end == num_earlier + rows.stop <= num_kv
+    else:
+        assert block.own_end == num_kv
+        assert num_kv - block.own_begin < segment_size
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    words=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_selected_walks_the_set_bits_below_the_limit(native, words, data):
+    num_candidates = data.draw(st.integers(0, 32 * len(words)))
+    expected = [j for j in range(num_candidates) if words[j // 32] >> j % 32 & 1]
+    assert native.selected(words, num_candidates) == expected
+
+
+def test_capability(native):
+    assert native.capability_error(90) == ""
+    for capability, text in ((80, "8.0"), (86, "8.6"), (100, "10.0"), (120, "12.0")):
+        error = native.capability_error(capability)
+        assert error.startswith("q must be on a GPU of compute capability 9.0")
+        assert error.endswith(f"got {text}")
+
+
+def test_exp2(native):
+    points = torch.linspace(-126, 0, 5001).tolist()
+    worst = max(abs(native.exp2(x) / 2.0**x - 1) for x in points)
+    assert worst < 1.5e-7
+    assert native.exp2(0.0) == 1.0
+    assert native.exp2(-126.5) == native.exp2(-1e30) == native.exp2(-math.inf) == 0.0
+    assert math.isnan(native.exp2(math.nan))
+
+
+def test_every_half_widens_like_torch(native):
+    words = torch.arange(2**16, dtype=torch.int32)
+    expected = words.to(torch.uint16).view(torch.float16).float()
+    for word, want in zip(words.tolist(), expected.tolist(), strict=True):
+        got = native.half_to_float(word)
+        assert got == want or (math.isnan(got) and math.isnan(want))
+
+
+def test_rounding_like_torch(native):
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (20_000,), generator=generator, dtype=torch.int64)
+    random_bits = bits.to(torch.int32).view(torch.float32)
+    around_halves = torch.randn(20_000, generator=generator) * 2.0 ** torch.randint(
+        -26, 18, (20_000,), generator=generator
+    )
+    edges = torch.tensor([0.0, -0.0, 65504.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25])
+    ties = torch.arange(2048, 4096, dtype=torch.float32) + 0.5
+    values = torch.cat([random_bits, around_halves, edges, -edges, ties, ties.neg()])
+    for dtype, convert in (
+        (torch.float16, native.float_to_half),
+        (torch.bfloat16, native.float_to_bfloat16),
+    ):
+        expected = values.to(dtype)
+        got = torch.tensor([convert(x) for x in values.tolist()], dtype=torch.int32)
+        got = got.to(torch.uint16).view(dtype)
+        is_nan = expected.isnan()
+        assert torch.equal(got.isnan(), is_nan)
+        assert torch.equal(got[~is_nan].view(torch.int16), expected[~is_nan].view(torch.int16))
