@@ -1,0 +1,166 @@
+"""Times the CPU operators, stage by stage and in one call, beside dense attention.
+
+All contestants run in one process, interleaved, on the same threads; each row holds medians.
+
+    python benchmarks/cpu.py --output benchmarks/results/cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig
+
+TARGET = 1.3  # whole op <= TARGET * density * dense
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() or "unknown"
+
+
+def clustered_inputs(
+    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, seed: int
+):
+    """Random q, k, v in which each block of queries leans towards one earlier block of keys.
+
+    Plain normal data has no structure to select from: every block would hold the same mass.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    num_blocks = -(-num_tokens // 128)
+    topics = normal(1, num_kv_heads, num_blocks, head_dim)
+    of_token = torch.arange(num_tokens) // 128
+    earlier = (torch.rand(num_blocks, generator=generator) * torch.arange(num_blocks)).long()
+    k = 0.5 * normal(1, num_kv_heads, num_tokens, head_dim) + topics[:, :, of_token]
+    wanted = topics[:, :, earlier[of_token]].repeat_interleave(num_q_heads // num_kv_heads, 1)
+    q = 0.5 * normal(1, num_q_heads, num_tokens, head_dim) + wanted
+    return q, k, normal(1, num_kv_heads, num_tokens, head_dim)
+
+
+def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
+    """The contestants: dense, the op in one call, and each stage on the outputs of the previous."""
+    pbs = torch.ops.pbs
+    chosen = pbs_attn.select(q, k, v, config=config)
+    sizes = {"block_size": config.block_size, "segment_size": config.segment_size}
+    kv_size = {"kv_block_size": config.key_block_size}
+    return {
+        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ),
+        "attention": lambda: pbs_attn.attention(q, k, v, config=config),
+        "score_keys": lambda: pbs.score_keys(q, k, **sizes, permute_per=config.permute_per),
+        "sort_segments": lambda: pbs.sort_segments(
+            chosen.scores, segment_size=config.segment_size, num_heavy=config.num_heavy
+        ),
+        "permute_kv": lambda: pbs.permute_kv(k, v, chosen.perm, **kv_size),
+        "select_blocks": lambda: pbs.select_blocks(
+            q, k, chosen.k_mean, chosen.perm, **sizes, **kv_size, threshold=config.threshold
+        ),
+        "attend": lambda: pbs.attend(
+            q, k, v, chosen.k_perm, chosen.v_perm, chosen.block_mask, **sizes, **kv_size
+        ),
+    }
+
+
+def interleaved_medians(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Milliseconds of each call, from rounds that run every one of them in turn."""
+    times = {name: [] for name in calls}
+    for round_idx in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_idx > 0:  # the first round warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, object]:
+    config = PBSConfig(
+        threshold=threshold, kv_block_size=args.kv_block_size, permute_per=args.permute_per
+    )
+    q, k, v = (
+        t.to(getattr(torch, args.dtype))
+        for t in clustered_inputs(args.tokens, args.q_heads, args.kv_heads, args.head_dim, seed)
+    )
+    block_mask = pbs_attn.select(q, k, v, config=config).block_mask
+    density = pbs_attn.density(block_mask, args.tokens, args.tokens, config=config).mean().item()
+    times = interleaved_medians(stage_calls(q, k, v, config), args.repeats)
+    ratio = times["attention"] / (density * times["dense"])
+    return {
+        "tokens": args.tokens,
+        "q_heads": args.q_heads,
+        "kv_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "dtype": args.dtype,
+        "kv_block_size": config.key_block_size,
+        "permute_per": config.permute_per,
+        "threshold": threshold,
+        "seed": seed,
+        "density": f"{density:.4f}",
+        **{f"{name}_ms": f"{ms:.2f}" for name, ms in times.items()},
+        "attention_over_density_x_dense": f"{ratio:.3f}",
+        "threads": torch.get_num_threads(),
+        "capability": pbs_attn.build_info()["cpu_capability"],
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--q-heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--kv-block-size", type=int, default=128)
+    parser.add_argument("--permute-per", default="kv_head", choices=["kv_head", "query_head"])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.4, 0.7, 0.9, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    args = parser.parse_args()
+
+    rows = []
+    for threshold in args.thresholds:
+        for seed in args.seeds:
+            row = measure(args, threshold, seed)
+            rows.append(row)
+            print(
+                f"threshold {threshold} seed {seed}: density {row['density']}, "
+                f"dense {row['dense_ms']} ms, op {row['attention_ms']} ms = "
+                f"{row['attention_over_density_x_dense']} x density x dense (target {TARGET})",
+                flush=True,
+            )
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
