@@ -7,8 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import pbs_attn
+from pbs_attn.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(pbs_attn.__file__).with_name("libpbs.so")
@@ -83,3 +85,10 @@ def test_wheel_is_for_any_python(tmp_path):
     assert "pbs_attn/libpbs.so" in names
     assert any(name.startswith("pbs_attn/data/") for name in names), "the demo's document"
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "build/"))]
+
+
+def test_documented_schemas_are_the_registered_ones():
+    text = (ROOT / "docs" / "ops.md").read_text()
+    documented = re.search(r"```\n(.*?)```", text, re.DOTALL).group(1).splitlines()
+    registered = [getattr(torch.ops.pbs, name).default._schema for name in OPERATORS]
+    assert [torch._C.parse_schema(f"pbs::{line}") for line in documented] == registered
