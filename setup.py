@@ -35,7 +35,10 @@ class CMakeBuild(build_ext):
         )
         self.run_cmake(["--build", str(build_dir), "--parallel", jobs])
         library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build_dir / LIBRARY, library)
+        # Replaced, not overwritten: a running process may have the old file mapped.
+        fresh = library.with_suffix(".new")
+        shutil.copy2(build_dir / LIBRARY, fresh)
+        fresh.replace(library)
 
     def definitions(self):
         definitions = {

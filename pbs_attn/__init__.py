@@ -1,5 +1,6 @@
 """Permuted Block-Sparse Attention (arXiv 2510.21270) as a compiled PyTorch extension."""
 
+from . import transformers
 from ._library import build_info, has_kernel
 from .attention import Selection, attention, select
 from .config import PBSConfig
@@ -17,4 +18,5 @@ __all__ = [
     "mask_to_bool",
     "mask_to_lists",
     "select",
+    "transformers",
 ]

@@ -1,0 +1,124 @@
+"""The mask function registered with transformers: tells plain causal attention from all else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._hf_route import NO_INTERFACE, uses_interface
+
+
+def make_mask_function(masking_utils) -> Callable:
+    """None for plain bottom-right causal attention, else transformers' explicit boolean mask."""
+
+    def pbs_mask(
+        *,
+        kv_length: int,
+        kv_offset: int = 0,
+        mask_function: Callable = masking_utils.causal_mask_function,
+        attention_mask: torch.Tensor | None = None,
+        allow_is_causal_skip: bool = True,
+        allow_is_bidirectional_skip: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        if not uses_interface(type(kwargs.get("config")).__module__):
+            raise ValueError(f"attn_implementation must be transformers' own here: {NO_INTERFACE}")
+        # Older transformers forbid the skip only where the pattern or the cache already tells;
+        # later callers may need the mask as a tensor.
+        allow_skip = allow_is_causal_skip or "cache_position" in kwargs
+        if (
+            allow_skip
+            and _equals(kv_offset, 0)
+            and _is_causal_only(mask_function, kv_length, masking_utils)
+            and _ends_at_last_key(kv_length, **kwargs)
+            and _hides_no_key(attention_mask, kv_length)
+        ):
+            return None
+        # transformers' own skips align top-left, which is wrong for an attention function that
+        # reads a missing mask as bottom-right.
+        return masking_utils.sdpa_mask(
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **kwargs,
+        )
+
+    return pbs_mask
+
+
+def _is_readable(tensor):
+    """Whether the values can be looked at here without breaking a trace."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    fake = isinstance(tensor, (torch.fx.Proxy, torch._subclasses.FakeTensor))
+    return not (tracing or fake or tensor.is_meta)
+
+
+def _ends_at_last_key(kv_length, q_length=None, q_offset=0, cache_position=None, **_):
+    """Whether the queries are the last ones of kv_length positions, in order."""
+    if cache_position is not None:  # older transformers
+        q_length = cache_position.shape[0]
+        if q_length > kv_length or not _is_readable(cache_position):
+            return False
+        expected = torch.arange(kv_length - q_length, kv_length, device=cache_position.device)
+        return torch.equal(cache_position, expected)
+    return _equals(q_offset, kv_length - q_length)
+
+
+def _equals(offset, expected):
+    """Static caches keep their offsets in tensors."""
+    if isinstance(offset, torch.Tensor):
+        return _is_readable(offset) and int(offset) == expected
+    return offset == expected
+
+
+def _hides_no_key(attention_mask, kv_length):
+    if attention_mask is None:
+        return True
+    if attention_mask.ndim != 2 or attention_mask.shape[-1] < kv_length:
+        return False
+    return _is_readable(attention_mask) and bool(attention_mask[:, :kv_length].all())
+
+
+def _is_causal_only(mask_function, kv_length, masking_utils):
+    """Whether `mask_function` is causal over kv_length keys and hides nothing else.
+
+    transformers builds its patterns as nested functions. They are recognised by name, and what
+    they close over tells what they hide. A function that is not known counts as one that hides.
+    """
+    causal = masking_utils.causal_mask_function
+    if mask_function is causal or torch.compiler.is_compiling():
+        return mask_function is causal
+    parts = list(_and_parts(mask_function))
+    return causal in parts and all(
+        part is causal or (part.__module__ == causal.__module__ and _hides_nothing(part, kv_length))
+        for part in parts
+    )
+
+
+def _and_parts(mask_function):
+    if getattr(mask_function, "__qualname__", None) == "and_masks.<locals>.and_mask":
+        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
+            yield from _and_parts(part)
+    else:
+        yield mask_function
+
+
+def _hides_nothing(overlay, kv_length):
+    """A window or chunk that covers all keys (without padding), or packing of one sequence, which
+    transformers 4 builds for every forward without a cache."""
+    hidden = inspect.getclosurevars(overlay).nonlocals
+    maker = overlay.__qualname__.removesuffix(".<locals>.inner_mask")
+    if maker == "sliding_window_overlay":
+        return hidden["sliding_window"] >= kv_length
+    if maker == "chunked_overlay":
+        return hidden["chunk_size"] >= kv_length
+    if maker == "packed_sequence_mask_function":
+        sequence = hidden["packed_sequence_mask"]
+        return _is_readable(sequence) and bool((sequence == sequence[:, :1]).all())
+    return False
