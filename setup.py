@@ -45,6 +45,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
             "PBS_VERSION": self.distribution.get_version(),
+            "PBS_COMMIT": git_commit(),
         }
         for name in ("PBS_CUDA", "CUTLASS_DIR"):
             if os.environ.get(name):
@@ -73,6 +74,15 @@ class AnyPythonWheel(bdist_wheel):
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
+
+
+def git_commit():
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def cuda_build_requirements():

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +17,9 @@ from pathlib import Path
 import torch
 
 import pbs_attn
-from pbs_attn import PBSConfig
+from pbs_attn import PBSConfig, _environment
 
 TARGET = 1.3  # whole op <= TARGET * density * dense
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
 
 
 def clustered_inputs(
@@ -120,11 +106,7 @@ def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, 
         "density": f"{density:.4f}",
         **{f"{name}_ms": f"{ms:.2f}" for name, ms in times.items()},
         "attention_over_density_x_dense": f"{ratio:.3f}",
-        "threads": torch.get_num_threads(),
-        "capability": pbs_attn.build_info()["cpu_capability"],
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **_environment.describe(),
     }
 
 

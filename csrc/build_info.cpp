@@ -7,7 +7,7 @@
 #endif
 
 extern "C" __attribute__((visibility("default"))) const char* pbs_build_info() {
-  return "{\"version\": \"" PBS_VERSION
+  return "{\"version\": \"" PBS_VERSION "\", \"commit\": \"" PBS_COMMIT
          "\", \"torch_target\": \"2.10\""
          ", \"torch_built_with\": \"" PBS_TORCH_VERSION "\", \"compiler\": \"" __VERSION__
          "\", \"cuda_status\": \"" PBS_CUDA_STATUS "\", \"cuda_version\": \"" PBS_CUDA_VERSION

@@ -34,11 +34,11 @@ def build_info() -> dict[str, Any]:
     """What the loaded library was built with and what it can run.
 
     Returns:
-        ``version``; ``torch_target``, the oldest torch it runs under; ``torch_built_with``;
-        ``compiler``; ``cpu_capability``, the instruction set in use (``avx512``, ``avx2`` or
-        ``baseline``); ``cuda``, whether it holds CUDA kernels; ``cuda_status``, for which
-        architecture, or why not; ``cuda_stages``, the operators with a CUDA kernel;
-        ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build.
+        ``version`` and ``commit``; ``torch_target``, the oldest torch it runs under;
+        ``torch_built_with``; ``compiler``; ``cpu_capability``, the instruction set in use
+        (``avx512``, ``avx2`` or ``baseline``); ``cuda``, whether it holds CUDA kernels;
+        ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
+        CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build.
     """
     library = ctypes.CDLL(str(_PATH))
     for name in ("pbs_build_info", "pbs_cpu_capability"):

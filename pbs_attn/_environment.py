@@ -1,0 +1,35 @@
+"""Where a measurement was taken: the columns that every benchmark row ends with."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from ._library import build_info
+
+
+def cpu_name() -> str:
+    """The CPU as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Hardware, threads and versions as CSV columns."""
+    device = torch.device(device)
+    is_gpu = device.type == "cuda"
+    info = build_info()
+    return {
+        "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "cpu_capability": info["cpu_capability"],
+        "torch": torch.__version__,
+        "pbs_attn": info["version"],
+        "commit": info["commit"],
+    }

