@@ -75,12 +75,11 @@ void online_softmax(float* scores, int64_t num_keys, float* row_max, float* row_
     for (int c = 0; c < kVecs; ++c) top[c] = max(load(scores + key * kStride + c * kLanes), top[c]);
   }
   Vec base[kVecs];
-  Vec total[kVecs];
+  Vec total[kVecs] = {};
   for (int c = 0; c < kVecs; ++c) {
     // A row that has seen nothing yet keeps -inf; subtracting it from itself would give NaN.
     base[c] = top[c] == kNegInf ? Vec{} : top[c];
     rescale[c] = exp2_nonpositive(load(row_max + c * kLanes) - base[c]);
-    total[c] = load(row_sum + c * kLanes) * rescale[c];
   }
   for (int64_t key = 0; key < num_keys; ++key) {
     for (int c = 0; c < kVecs; ++c) {
@@ -92,7 +91,7 @@ void online_softmax(float* scores, int64_t num_keys, float* row_max, float* row_
   }
   for (int c = 0; c < kVecs; ++c) {
     store(row_max + c * kLanes, top[c]);
-    store(row_sum + c * kLanes, total[c]);
+    store(row_sum + c * kLanes, load(row_sum + c * kLanes) * rescale[c] + total[c]);
   }
 }
 

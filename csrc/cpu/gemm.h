@@ -17,21 +17,30 @@ constexpr int kMaxVecs = 2;
 #endif
 constexpr int kTileRows = 4;
 
+// Products are added up in runs of this many dims, and then the runs: rounding errors grow with the
+// length of a chain of additions, and a chain of 256 would lose two bits to torch's matrix product.
+constexpr int64_t kRunDims = 32;
+
 // scores[r][i] = sum_d queries[d][i] * keys[r][d] for kRows keys and kVecs vectors of queries.
 template <int kRows, int kVecs>
 inline void score_tile(const float* queries, int64_t query_stride, const float* keys,
                        int64_t key_stride, int64_t head_dim, float* scores, int64_t score_stride) {
-  Vec acc[kRows][kVecs] = {};
-  for (int64_t d = 0; d < head_dim; ++d) {
-    Vec q[kVecs];
-    for (int c = 0; c < kVecs; ++c) q[c] = load(queries + d * query_stride + c * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec key = splat(keys[r * key_stride + d]);
-      for (int c = 0; c < kVecs; ++c) acc[r][c] += key * q[c];
+  for (int64_t run = 0; run < head_dim; run += kRunDims) {
+    Vec acc[kRows][kVecs] = {};
+    for (int64_t d = run; d < run + kRunDims; ++d) {
+      Vec q[kVecs];
+      for (int c = 0; c < kVecs; ++c) q[c] = load(queries + d * query_stride + c * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec key = splat(keys[r * key_stride + d]);
+        for (int c = 0; c < kVecs; ++c) acc[r][c] += key * q[c];
+      }
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVecs; ++c) store(scores + r * score_stride + c * kLanes, acc[r][c]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kVecs; ++c) {
+        float* score = scores + r * score_stride + c * kLanes;
+        store(score, run == 0 ? acc[r][c] : load(score) + acc[r][c]);
+      }
+    }
   }
 }
 
@@ -56,15 +65,10 @@ template <int kVecs>
 inline void accumulate_values(const float* weights, const float* values, int64_t value_stride,
                               int64_t head_dim, int64_t num_keys, const Vec* rescale, float* out,
                               int64_t out_stride) {
-  static_assert(32 % kTileRows == 0, "every head_dim is a multiple of 32");
+  static_assert(kRunDims % kTileRows == 0, "every head_dim is a multiple of 32");
   constexpr int64_t kWeightStride = kVecs * kLanes;
   for (int64_t d = 0; d < head_dim; d += kTileRows) {
-    Vec acc[kTileRows][kVecs];
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int c = 0; c < kVecs; ++c) {
-        acc[r][c] = load(out + (d + r) * out_stride + c * kLanes) * rescale[c];
-      }
-    }
+    Vec acc[kTileRows][kVecs] = {};
     for (int64_t key = 0; key < num_keys; ++key) {
       Vec w[kVecs];
       for (int c = 0; c < kVecs; ++c) w[c] = load(weights + key * kWeightStride + c * kLanes);
@@ -74,7 +78,10 @@ inline void accumulate_values(const float* weights, const float* values, int64_t
       }
     }
     for (int r = 0; r < kTileRows; ++r) {
-      for (int c = 0; c < kVecs; ++c) store(out + (d + r) * out_stride + c * kLanes, acc[r][c]);
+      for (int c = 0; c < kVecs; ++c) {
+        float* sum = out + (d + r) * out_stride + c * kLanes;
+        store(sum, load(sum) * rescale[c] + acc[r][c]);
+      }
     }
   }
 }

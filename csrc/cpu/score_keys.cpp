@@ -80,12 +80,12 @@ void fold_max_sum(const Chunk& chunk, int64_t lane, int64_t num_keys) {
     const Vec old_max = load(row_max);
     Vec top = old_max;
     for (int64_t key = 0; key < num_keys; ++key) top = max(load(scores + key * kStride), top);
-    Vec total = load(row_sum) * exp2_nonpositive(old_max - top);
+    Vec total{};
     for (int64_t key = 0; key < num_keys; ++key) {
       total += exp2_nonpositive(load(scores + key * kStride) - top);
     }
     store(row_max, top);
-    store(row_sum, total);
+    store(row_sum, load(row_sum) * exp2_nonpositive(old_max - top) + total);
   }
 }
 

@@ -1,0 +1,301 @@
+"""Each CPU op against the float64 reference, stage by stage, then all five in one call.
+
+Every op is fed what the reference gave for the stage before, rounded to the dtype the op expects.
+The inputs are drawn until no sort across a block border and no selection hangs on less than
+rounding, so that integer results must be equal.
+"""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import pytest
+import reference as ref
+import torch
+from cases import DTYPES, Case, clustered_qkv, run_stages
+from tolerances import (
+    assert_attends,
+    assert_output,
+    assert_within_twice,
+    is_decided,
+)
+
+import pbs_attn  # noqa: F401  (registers the ops)
+
+ops = torch.ops.pbs
+
+CASES = [
+    Case(256, 256, num_kv_heads=4),
+    Case(300, 300, num_heads=6, block_size=64, kv_block_size=32, segment_size=128, strides="bnhd"),
+    Case(333, 333, num_heads=5, num_kv_heads=1, strides="slice"),
+    Case(128, 384, mass="causal", threshold=0.7, strides="slice"),
+    Case(75, 301, permute_per="query_head", strides="bnhd"),
+    Case(150, 331, block_size=64, segment_size=64, mass="causal", scale=0.3),
+    Case(1, 259, batch=3, block_size=64, segment_size=64, permute_per="query_head"),
+    Case(1, 64, mass="causal"),
+    Case(50, 50, permute_per="query_head", strides="slice"),
+    Case(7, 7, num_kv_heads=1, mass="causal", strides="bnhd"),
+    Case(1, 1),
+    Case(65, 65, threshold=0.3, num_heavy=8),
+    Case(300, 300, is_causal=False, strides="bnhd", num_heavy=16),
+    Case(77, 192, is_causal=False, mass="causal", permute_per="query_head", threshold=0.5),
+    Case(77, 231, is_causal=False, mass="causal", num_heads=3, num_kv_heads=1, kv_block_size=64),
+    Case(20, 50, is_causal=False, permute_per="query_head"),
+    Case(700, 700, batch=1, block_size=128, segment_size=256),
+    Case(290, 290, kv_block_size=128, segment_size=128, mass="causal", threshold=0.6),
+    Case(513, 513, batch=1, block_size=128, kv_block_size=32, segment_size=256, num_heavy=32),
+    Case(400, 400, permute_per="query_head", num_heavy=1, threshold=0.6, num_kv_heads=4),
+    Case(90, 1300, batch=1, num_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
+    Case(260, 260, threshold=1.0, mass="causal", kv_block_size=64),
+]
+WIDE = [
+    Case(*lengths, head_dim=head_dim, batch=1, block_size=64, segment_size=128, strides=strides)
+    for head_dim in (96, 128, 256)
+    for lengths, strides in [((200, 331), "bnhd"), ((270, 270), "slice")]
+]
+WIDE += [Case(600, 600, head_dim=128, batch=1, block_size=128, segment_size=256, strides="bnhd")]
+every_case = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
+        for case, dtype in itertools.product(CASES + WIDE, DTYPES)
+    ],
+)
+
+
+class Stages(NamedTuple):
+    """What the reference gives, each stage from the op's rounding of the one before."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scores: torch.Tensor
+    perm: torch.Tensor
+    k_perm: torch.Tensor
+    v_perm: torch.Tensor
+    k_mean: torch.Tensor
+    mask: torch.Tensor
+
+
+@functools.cache
+def stages_of(case, dtype):
+    for seed in range(100):
+        stages, is_settled = draw_stages(case, dtype, seed)
+        if is_settled:
+            return stages
+    raise AssertionError(f"no inputs for {case} whose selection rounding cannot change")
+
+
+def draw_stages(case, dtype, seed):
+    q, k, v = clustered_qkv(case, dtype, seed)
+    options = case.options("block_size", "segment_size", "scale", "permute_per")
+    scores = ref.score_keys(q, k, **options)
+    perm = ref.sort_segments(scores, **case.options("segment_size", "num_heavy"))
+    k_perm, v_perm, k_mean = ref.permute_kv(k, v, perm, kv_block_size=case.kv_block)
+    options = case.options("threshold", "mass")
+    mask, _ = ref.select_blocks(q, k, k_mean, perm, **options, **case.sizes)
+    masses = ref.block_mass(q, k, k_mean, case.layout, scale=case.scale, mass=case.mass)
+    is_settled = is_decided(*masses, case.threshold).all() and sorts_clearly(case, scores)
+    return Stages(q, k, v, scores, perm, k_perm, v_perm, k_mean, mask), is_settled
+
+
+def sorts_clearly(case, scores):
+    """Whether neighbours in rank that land in different key blocks (or parts) differ by 1e-6."""
+    num_sorted = case.num_keys // case.segment_size * case.segment_size
+    ranked = scores[..., :num_sorted].unflatten(-1, (-1, case.segment_size))
+    ranked = ranked.sort(-1, descending=True).values
+    borders = torch.arange(case.kv_block, case.segment_size, case.kv_block)
+    if case.num_heavy is not None:
+        borders = torch.tensor([case.num_heavy])
+    above, below = ranked[..., borders - 1], ranked[..., borders]
+    return num_sorted == 0 or (above - below > 1e-6 * above).all()
+
+
+def leave_ones_behind(*tensors):
+    """Frees memory full of 0xFF (NaN, or -1) of the sizes an op is about to allocate."""
+    for x in tensors:
+        torch.full((x.numel() * x.element_size(),), 0xFF, dtype=torch.uint8)
+
+
+@every_case
+def test_score_keys(case, dtype):
+    q, k, *_ = stages_of(case, dtype)
+    assert_scores(case, q, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_score_keys_with_sharp_softmax(dtype):
+    """Logits far beyond what exp can take without the maximum over all keys."""
+    case = Case(700, 700, segment_size=128)
+    q, k, _ = clustered_qkv(case, dtype, seed=0)
+    assert_scores(case, q * 1000, k)
+
+
+def assert_scores(case, q, k):
+    options = case.options("block_size", "segment_size", "permute_per", "scale")
+    exact = ref.score_keys(q, k, **options)
+    leave_ones_behind(exact.float())
+    scores = ops.score_keys(q, k, **options)
+
+    num_sorted = case.num_keys // case.segment_size * case.segment_size
+    keys = ref.repeat_heads(k, case.num_heads)[:, :, :num_sorted].float()
+    logits = q[:, :, -case.block_size :].float() @ keys.mT * ref.scale_for(q, case.scale)
+    in_torch = logits.softmax(-1).mean(2)
+    if case.permute_per == "kv_head":
+        in_torch = in_torch.unflatten(1, (case.num_kv_heads, -1)).mean(2)
+    assert scores.dtype == torch.float32
+    assert (scores[..., num_sorted:] == 0).all()
+    scores, exact = scores[..., :num_sorted], exact[..., :num_sorted]
+    assert_within_twice(scores, in_torch, exact, "scores")
+
+
+@every_case
+def test_sort_segments(case, dtype):
+    scores = stages_of(case, dtype).scores.float()
+    options = case.options("segment_size", "num_heavy")
+    leave_ones_behind(scores)
+    perm = ops.sort_segments(scores, **options)
+    assert perm.dtype == torch.int32
+    assert torch.equal(perm.long(), ref.sort_segments(scores, **options))
+
+
+@pytest.mark.parametrize("num_heavy", [None, 1, 13, 64])
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_sort_segments_with_ties(levels, num_heavy):
+    generator = torch.Generator().manual_seed(levels)
+    scores = torch.randint(levels, (2, 3, 300), generator=generator).float()
+    perm = ops.sort_segments(scores, segment_size=64, num_heavy=num_heavy)
+    exact = ref.sort_segments(scores, segment_size=64, num_heavy=num_heavy)
+    assert torch.equal(perm.long(), exact)
+
+
+@every_case
+def test_permute_kv(case, dtype):
+    _, k, v, _, perm, exact_k, exact_v, exact_mean, _ = stages_of(case, dtype)
+    leave_ones_behind(exact_k.to(dtype), exact_v.to(dtype), exact_mean.float())
+    k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm.int(), kv_block_size=case.kv_block)
+    assert torch.equal(k_perm, exact_k.to(dtype))
+    assert torch.equal(v_perm, exact_v.to(dtype))
+    assert k_mean.dtype == torch.float32
+    in_torch = ref.block_mean(exact_k.float(), case.kv_block)
+    assert_within_twice(k_mean, in_torch, exact_mean, "k_mean")
+
+
+@every_case
+def test_select_blocks(case, dtype):
+    q, k, _, _, perm, _, _, k_mean, exact = stages_of(case, dtype)
+    words = ref.pack_mask(exact)
+    leave_ones_behind(words)
+    options = case.options("threshold", "mass")
+    mask, counts = ops.select_blocks(q, k, k_mean.float(), perm.int(), **options, **case.sizes)
+    assert mask.dtype == counts.dtype == torch.int32
+    assert torch.equal(mask, words)
+    assert torch.equal(counts.long(), exact.sum(-1))
+
+
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("threshold", [0.12, 0.5, 0.55, 0.76, 1.0])
+def test_select_blocks_breaks_ties_by_index(threshold, mass):
+    """Equal keys, so all blocks have the same mass, exactly; perm=None: token 0 is in block 0."""
+    q, k = torch.ones(1, 2, 320, 64), torch.full((1, 2, 320, 64), 0.5)
+    k_mean = torch.full((1, 2, 10, 64), 0.5)
+    sizes = {"block_size": 32, "segment_size": 64, "threshold": threshold, "mass": mass}
+    mask, counts = ops.select_blocks(q, k, k_mean, **sizes)
+    mask = ref.unpack_mask(mask, 10)
+    for i in range(10):
+        candidates, own = i // 2 * 2, i % 2 + 1 if mass == "causal" else 0
+        if threshold == 0.5 and (candidates + own) % 8 not in (0, 4):
+            continue  # sums of thirds or tenths reach one half only in exact arithmetic
+        needed = math.ceil(threshold * (candidates + own)) - own
+        expected = min(candidates, max(1, needed))
+        assert (counts[:, :, i] == expected).all()
+        assert (mask[:, :, i] == (torch.arange(10) < expected)).all()
+
+
+def test_select_blocks_at_threshold_1_keeps_blocks_without_mass():
+    """One block holds all the mass float32 can show; below 1 it is enough, with that of token 0."""
+    q, k, k_mean = torch.ones(1, 1, 256, 64), torch.zeros(1, 1, 256, 64), torch.zeros(1, 1, 8, 64)
+    k_mean[:, :, 3] = 50
+    sizes = {"block_size": 32, "segment_size": 64}
+    for threshold, expected in [(0.9999, 2), (1.0, 6)]:
+        _, counts = ops.select_blocks(q, k, k_mean, threshold=threshold, **sizes)
+        assert counts[0, 0, 6:].eq(expected).all()
+
+
+@pytest.mark.parametrize("num_keys", [384, 300])
+def test_select_blocks_means_over_the_rows_that_exist(num_keys):
+    """The own block of the queries from 256 on weighs by all rows it has: those after the queries
+    too (384 keys), and no padding (300 keys)."""
+    q = torch.ones(1, 1, num_keys, 64)
+    k = torch.zeros(1, 1, num_keys, 64)
+    k[:, :, 288:] = 0.5 * 128 / 96
+    if num_keys == 300:
+        k[:, :, 256:] = 0.5
+    sizes = {"block_size": 32, "kv_block_size": 128, "segment_size": 128, "mass": "causal"}
+    k_mean = torch.zeros(1, 1, 3, 64)
+    mask, counts = ops.select_blocks(q, k, k_mean, threshold=0.95, **sizes)
+    # exp(8 * 0.5) against two blocks of exp(0): the own share is 0.965.
+    assert counts[0, 0, 8:].eq(1).all()
+    assert ref.unpack_mask(mask, 3)[0, 0, 8:, 0].all()
+    _, counts = ops.select_blocks(q, k, k_mean, threshold=0.99, **sizes)
+    assert counts[0, 0, 8:].eq(2).all()
+
+
+@every_case
+def test_attend(case, dtype):
+    q, k, v, _, perm, k_perm, v_perm, _, mask = stages_of(case, dtype)
+    any_blocks = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)) < 0.5
+    for blocks in (mask, any_blocks):
+        exact_out, exact_lse = ref.attend(q, k, v, perm, blocks, **case.sizes)
+        leave_ones_behind(q, exact_lse.float())
+        words = ref.pack_mask(blocks)
+        out, lse = ops.attend(q, k, v, k_perm.to(dtype), v_perm.to(dtype), words, **case.sizes)
+        visited = ref.visited_keys(perm, blocks, case.layout)
+        assert_attends(out, lse, q, k, v, visited, exact_out, exact_lse, scale=case.scale)
+        assert out.stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [30.0, 1000.0])
+def test_attend_with_sharp_softmax(factor, dtype):
+    """Logits far beyond what exp can take without the running maximum."""
+    case = Case(200, 200)
+    q, k, v, _, perm, k_perm, v_perm, _, mask = stages_of(case, dtype)
+    q = q * factor
+    exact_out, exact_lse = ref.attend(q, k, v, perm, mask, **case.sizes)
+    assert exact_lse.abs().max() > 89 / 2 * factor / 30
+    words = ref.pack_mask(mask)
+    out, lse = ops.attend(q, k, v, k_perm.to(dtype), v_perm.to(dtype), words, **case.sizes)
+    visited = ref.visited_keys(perm, mask, case.layout)
+    assert_attends(out, lse, q, k, v, visited, exact_out, exact_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_attend_rounds_to_nearest_even(size, dtype):
+    """The mean of two neighbouring values is a tie; float16 is subnormal at the smaller size."""
+    q = torch.zeros(1, 1, 2, 64, dtype=dtype)
+    first = torch.full((64,), size, dtype=dtype).view(torch.int16) + torch.arange(64).short()
+    v = torch.stack([first, first + 1]).view(dtype)[None, None]
+    words = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    out, _ = ops.attend(q, q, v, q, v, words, block_size=32, segment_size=32)
+    assert torch.equal(out[0, 0, 1], v[0, 0].double().mean(0).to(dtype))
+
+
+@every_case
+def test_attention(case, dtype):
+    """All five in one call: the same keys are visited, and the output on them is right."""
+    stages = stages_of(case, dtype)
+    q, k, v = stages[:3]
+    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    exact = ref.attention(q, k, v, **options, **case.sizes)
+    leave_ones_behind(q)
+    out = ops.attention(q, k, v, **options, **case.sizes)
+    visited = ref.visited_keys(stages.perm, stages.mask, case.layout)
+    assert_output(out, q, k, v, visited, exact, scale=case.scale)
+    assert out.stride() == torch.empty_like(q).stride()
+
+    by_stage = run_stages(case, q, k, v)
+    mask = ref.unpack_mask(by_stage.words, stages.mask.shape[-1])
+    assert torch.equal(ref.visited_keys(by_stage.perm, mask, case.layout), visited)
