@@ -186,6 +186,15 @@ def test_nan_input_stays_visible():
     assert not out[0, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_later_values_that_are_not_finite_leave_earlier_rows_alone(bad):
+    q, k, v = qkv()
+    want = attention(q, k, v)
+    k[:, :, 290:] = bad
+    v[:, :, 290:] = bad
+    assert torch.equal(attention(q, k, v)[:, :, 256:290], want[:, :, 256:290])
+
+
 def test_extreme_scores_do_not_overflow():
     q, k, v = qkv(num_q=700, num_kv=700)
     out = attention(q * 1e4, k * 1e4, v, config=PBSConfig(threshold=1.0))

@@ -102,13 +102,20 @@ void visit_group(const Tile& tile, int64_t lane, int64_t head_dim, const KeyTile
   if (num_keys <= 0) return;
   score_keys_tile<kVecs>(tile.queries + lane, tile.padded, key_tile.keys, key_tile.key_stride,
                          head_dim, num_keys, tile.scores);
-  for (int64_t key = num_keys - 1; key >= 0 && key - key_tile.diagonal > lane; --key) {
+  // Keys up to the first lane's own are visible to the whole group.
+  const int64_t num_open = smaller(num_keys, larger(0, lane + key_tile.diagonal + 1));
+  for (int64_t key = num_open; key < num_keys; ++key) {
     mask_key<kVecs>(tile.scores + key * kGroup, key - key_tile.diagonal - lane);
   }
   Vec rescale[kVecs];
   online_softmax<kVecs>(tile.scores, num_keys, tile.row_max + lane, tile.row_sum + lane, rescale);
-  accumulate_values<kVecs>(tile.scores, key_tile.values, key_tile.value_stride, head_dim, num_keys,
-                           rescale, tile.out + lane, tile.padded);
+  accumulate_values<kVecs, false>(tile.scores, key_tile.values, key_tile.value_stride, head_dim,
+                                  num_open, rescale, tile.out + lane, tile.padded);
+  if (num_open == num_keys) return;
+  for (int c = 0; c < kVecs; ++c) rescale[c] = splat(1.0f);
+  accumulate_values<kVecs, true>(
+      tile.scores + num_open * kGroup, key_tile.values + num_open * key_tile.value_stride,
+      key_tile.value_stride, head_dim, num_keys - num_open, rescale, tile.out + lane, tile.padded);
 }
 
 // Folds key rows [begin, end) into the tile. A key row at position p is hidden from queries

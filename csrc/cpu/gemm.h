@@ -60,8 +60,9 @@ inline void score_keys_tile(const float* queries, int64_t query_stride, const fl
   }
 }
 
-// out[d][i] = out[d][i] * rescale[i] + sum_r weights[r][i] * values[r][d].
-template <int kVecs>
+// out[d][i] = out[d][i] * rescale[i] + sum_r weights[r][i] * values[r][d]. With kSkipsZeros a value
+// of weight 0 is left out even where it is not finite.
+template <int kVecs, bool kSkipsZeros>
 inline void accumulate_values(const float* weights, const float* values, int64_t value_stride,
                               int64_t head_dim, int64_t num_keys, const Vec* rescale, float* out,
                               int64_t out_stride) {
@@ -74,7 +75,13 @@ inline void accumulate_values(const float* weights, const float* values, int64_t
       for (int c = 0; c < kVecs; ++c) w[c] = load(weights + key * kWeightStride + c * kLanes);
       for (int r = 0; r < kTileRows; ++r) {
         const Vec value = splat(values[key * value_stride + d + r]);
-        for (int c = 0; c < kVecs; ++c) acc[r][c] += value * w[c];
+        for (int c = 0; c < kVecs; ++c) {
+          if constexpr (kSkipsZeros) {
+            acc[r][c] += w[c] == 0.0f ? Vec{} : value * w[c];
+          } else {
+            acc[r][c] += value * w[c];
+          }
+        }
       }
     }
     for (int r = 0; r < kTileRows; ++r) {

@@ -14,6 +14,7 @@ namespace pbs {
 PBS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PBS_HOST_DEVICE constexpr int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
 PBS_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PBS_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // What one block of queries visits: the selected ones among permuted key blocks
 // [0, num_candidates), and original keys [own_begin, own_end). Causal: the row at position p stops
