@@ -76,7 +76,11 @@ class PBSConfig:
 
     def op_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.pbs.attention``."""
-        return dataclasses.asdict(self)
+        # Not dataclasses.asdict: it deep-copies, which torch.compile under torch 2.10 cannot trace.
+        return {name: getattr(self, name) for name in _FIELDS}
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:
