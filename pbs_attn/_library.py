@@ -12,7 +12,7 @@ import torch
 
 _PATH = Path(__file__).with_name("libpbs.so")
 # Stages with a CUDA kernel in a build that has CUDA; ops_cuda.cpp refuses the others.
-_CUDA_STAGES = ("permute_kv",)
+_CUDA_STAGES = ("permute_kv", "attend")
 
 
 def load() -> None:

@@ -1,5 +1,6 @@
 """The header-only C++ parts, through a pybind11 module built for the tests alone."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -74,6 +75,53 @@ def test_selected_walks_the_set_bits_below_the_limit(native, words, data):
     num_candidates = data.draw(st.integers(0, 32 * len(words)))
     expected = [j for j in range(num_candidates) if words[j // 32] >> j % 32 & 1]
     assert native.selected(words, num_candidates) == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    num_q=st.integers(1, 1000),
+    num_earlier=st.integers(0, 1000),
+    num_selected=st.integers(0, 40),
+    kv_block_size=st.sampled_from([32, 64, 128]),
+    tile_keys=st.sampled_from([64, 128]),
+    is_causal=st.booleans(),
+)
+def test_key_tiles_cover_every_visited_key(
+    native, num_q, num_earlier, num_selected, kv_block_size, tile_keys, is_causal
+):
+    num_kv = num_q + num_earlier
+    block = native.query_block(0, num_q, num_kv, 128, kv_block_size, 256, is_causal)
+    num_own, total, last_size = native.key_tiles(block, num_selected, kv_block_size, tile_keys)
+    own_keys = block.own_end - block.own_begin
+    assert (num_own - 1) * tile_keys < own_keys <= num_own * tile_keys
+    if num_selected:
+        assert 0 < last_size <= tile_keys
+        full_tiles = total - num_own - 1
+        assert full_tiles * tile_keys + last_size == num_selected * kv_block_size
+    else:
+        assert total == num_own
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    num_q_blocks=st.integers(1, 20),
+    num_kv_heads=st.integers(1, 9),
+    heads_per_kv=st.integers(1, 4),
+    fitting=st.integers(0, 12),
+)
+def test_work_tiles_visit_everything_once(
+    native, num_q_blocks, num_kv_heads, heads_per_kv, fitting
+):
+    num_heads = num_kv_heads * heads_per_kv
+    tiles = native.work_tiles(num_q_blocks, num_heads, heads_per_kv, 1000, 1000 * fitting + 1)
+    everything = {(head, block) for head in range(num_heads) for block in range(num_q_blocks)}
+    assert len(tiles) == len(everything)
+    assert set(tiles) == everything
+    # Heads go in groups that fit; within one, heavy query blocks come first.
+    group = max(1, fitting) * heads_per_kv
+    assert [head // group for head, _ in tiles] == sorted(head // group for head, _ in tiles)
+    for (head, block), (next_head, next_block) in itertools.pairwise(tiles):
+        assert head // group != next_head // group or next_block <= block
 
 
 def test_capability(native):

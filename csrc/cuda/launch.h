@@ -7,6 +7,8 @@
 namespace pbs::cuda {
 
 const char* launch_permute_kv(const PermuteKVParams& params, void* stream);
+// tile_counter: one int of workspace. bfloat16 and float16 only.
+const char* launch_attend(const AttendParams& params, int32_t* tile_counter, void* stream);
 
 // The device that is current, and its compute capability as 10 * major + minor.
 const char* current_device(int* device);

@@ -66,7 +66,7 @@ void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
 struct CudaBackend {
   static void require(const char* stage, const Tensor& t) {
 #ifdef PBS_WITH_CUDA
-    if (std::strcmp(stage, "permute_kv") != 0) {
+    if (std::strcmp(stage, "permute_kv") != 0 && std::strcmp(stage, "attend") != 0) {
       fail(stage, " has no CUDA kernel in this version of pbs_attn, got a tensor on ",
            device_text(t), "; move the tensors to the CPU");
     }
@@ -93,11 +93,29 @@ struct CudaBackend {
 #endif
   }
 
+  static void attend([[maybe_unused]] const AttendParams& params,
+                     [[maybe_unused]] const Tensor& like) {
+#ifdef PBS_WITH_CUDA
+    const DType dtype = params.problem.dtype;
+    if (dtype == DType::kFloat32) fail("q must be bfloat16 or float16 on CUDA, got float32");
+    check_aligned("q", params.q, dtype);
+    check_aligned("k", params.k, dtype);
+    check_aligned("v", params.v, dtype);
+    check_aligned("k_perm", params.k_perm, dtype);
+    check_aligned("v_perm", params.v_perm, dtype);
+    if (!(params.scale > 0.0f)) fail("scale must be positive on CUDA, got ", params.scale);
+    const DeviceGuard guard(like);
+    const Tensor counter = StageOps<CudaBackend>::new_tensor(like, {1}, ScalarType::Int);
+    check_cuda(
+        cuda::launch_attend(params, counter.mutable_data_ptr<int32_t>(), current_stream(like)),
+        "attend");
+#endif
+  }
+
   // require() has refused these before they can be reached.
   static void score_keys(const ScoreKeysParams&, const Tensor&) {}
   static void sort_segments(const SortSegmentsParams&, const Tensor&) {}
   static void select_blocks(const SelectBlocksParams&, const Tensor&) {}
-  static void attend(const AttendParams&, const Tensor&) {}
 };
 
 }  // namespace

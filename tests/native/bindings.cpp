@@ -8,6 +8,7 @@
 #include "pbs/arch.h"
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
+#include "pbs/key_tiles.h"
 #include "simd.h"
 
 namespace py = pybind11;
@@ -22,6 +23,22 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("own_end", &pbs::QueryBlock::own_end)
       .def_readonly("num_candidates", &pbs::QueryBlock::num_candidates);
   m.def("query_block", &pbs::query_block);
+  m.def("key_tiles", [](const pbs::QueryBlock& block, int64_t num_selected, int64_t kv_block_size,
+                        int64_t tile_keys) {
+    const pbs::KeyTiles tiles = pbs::key_tiles(block, num_selected, kv_block_size, tile_keys);
+    return std::make_tuple(tiles.num_own, tiles.total, tiles.last_size);
+  });
+  m.def("work_tiles", [](int64_t num_q_blocks, int64_t num_heads, int64_t heads_per_kv,
+                         int64_t kv_bytes, int64_t l2_bytes) {
+    const pbs::TileOrder order =
+        pbs::tile_order(num_q_blocks, num_heads, heads_per_kv, kv_bytes, l2_bytes);
+    std::vector<std::pair<int32_t, int32_t>> tiles;
+    for (int32_t i = 0; i < num_q_blocks * num_heads; ++i) {
+      const pbs::WorkTile tile = pbs::work_tile(order, i);
+      tiles.emplace_back(tile.head, tile.q_block_idx);
+    }
+    return tiles;
+  });
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

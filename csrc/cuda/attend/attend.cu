@@ -1,0 +1,142 @@
+// Host side of attend: TMA descriptors, grid, and the switch over element type and head dim.
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include <limits>
+
+#include "../launch.h"
+#include "instances.h"
+#include "traits.cuh"
+
+namespace pbs::cuda {
+namespace {
+
+// Of the 50 MB of L2, what keys and values may fill before they push each other out.
+constexpr int64_t kL2Bytes = int64_t{32} << 20;
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                            CUtensorMapFloatOOBfill);
+
+// Asked of the driver at run time: the library does not link libcuda.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+             ? reinterpret_cast<Encode>(function)
+             : nullptr;
+}
+
+// A box of `box_rows` rows and one swizzle span of columns of a (B, H, N, D) tensor. Rows past the
+// end read as 0.
+const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& problem,
+                        int64_t num_heads, int64_t num_rows, int64_t box_rows) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const int columns = box_columns(static_cast<int>(problem.head_dim));
+  const cuuint64_t dims[] = {size(problem.head_dim), size(num_rows), size(num_heads),
+                             size(problem.batch)};
+  // The stride of a dimension of size 1 may be anything in torch; TMA wants it to be sound.
+  const auto stride = [&](int64_t elements, int64_t n) {
+    return size(2 * (n == 1 ? problem.head_dim : elements));
+  };
+  const cuuint64_t strides[] = {stride(rows.row_stride, num_rows),
+                                stride(rows.head_stride, num_heads),
+                                stride(rows.batch_stride, problem.batch)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(box_rows), 1,
+                            1};
+  const cuuint32_t element_strides[] = {1, 1, 1, 1};
+  const auto type = problem.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(rows.data), dims, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "TMA refuses the strides of an input";
+}
+
+template <class Element>
+cudaError_t launch_head_dim(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
+  switch (args.params.problem.head_dim) {
+    case 64:
+      return launch_attend<Element, 64>(args, num_ctas, stream);
+    case 96:
+      return launch_attend<Element, 96>(args, num_ctas, stream);
+    case 128:
+      return launch_attend<Element, 128>(args, num_ctas, stream);
+    default:
+      return launch_attend<Element, 256>(args, num_ctas, stream);
+  }
+}
+
+const char* encode_all(AttendArgs& args) {
+  const AttendParams& params = args.params;
+  const Problem& problem = params.problem;
+  const int64_t keys = tile_keys(static_cast<int>(problem.head_dim));
+  const int64_t chunk = smaller(params.blocking.kv_block_size, keys);
+  struct Input {
+    CUtensorMap* map;
+    const ConstRows* rows;
+    int64_t num_heads;
+    int64_t num_rows;
+    int64_t box_rows;
+  };
+  const Input inputs[] = {
+      {&args.q, &params.q, problem.num_q_heads, problem.num_q, 128},
+      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys},
+      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys},
+      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk},
+      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk},
+  };
+  for (const Input& input : inputs) {
+    const char* error = encode_rows(input.map, *input.rows, problem, input.num_heads,
+                                    input.num_rows, input.box_rows);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* launch_attend(const AttendParams& params, int32_t* tile_counter, void* stream) {
+  const Problem& problem = params.problem;
+  const int64_t num_tiles =
+      problem.batch * problem.num_q_heads * ceil_div(problem.num_q, params.blocking.block_size);
+  if (num_tiles == 0) return nullptr;
+  if (num_tiles > std::numeric_limits<int32_t>::max()) return "too many query blocks for one grid";
+  AttendArgs args{};
+  args.params = params;
+  args.order =
+      tile_order(ceil_div(problem.num_q, params.blocking.block_size),
+                 problem.batch * problem.num_q_heads, problem.num_q_heads / problem.num_perm_heads,
+                 4 * problem.num_kv * problem.head_dim, kL2Bytes);
+  args.tile_counter = tile_counter;
+  if (const char* error = encode_all(args)) return error;
+
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  int device = 0;
+  int num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(tile_counter, 0, sizeof(int32_t), cuda_stream);
+  }
+  if (error == cudaSuccess) {
+    const int num_ctas = static_cast<int>(smaller(num_tiles, num_sms));
+    error = problem.dtype == DType::kBFloat16
+                ? launch_head_dim<cutlass::bfloat16_t>(args, num_ctas, cuda_stream)
+                : launch_head_dim<cutlass::half_t>(args, num_ctas, cuda_stream);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace pbs::cuda

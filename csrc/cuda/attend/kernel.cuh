@@ -1,0 +1,59 @@
+// The sm_90a attend kernel and its launch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "compute.cuh"
+#include "load.cuh"
+
+namespace pbs::cuda {
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attend_kernel(const __grid_constant__ AttendArgs args) {
+  extern __shared__ char raw[];
+  // Swizzled tiles repeat every 1024 bytes.
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
+      (reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+
+  // Barriers.
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Traits::kQStages; ++stage) {
+      shared.q_full[stage].init(1);
+      shared.q_empty[stage].init(Traits::kConsumerWarps);
+    }
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.k_full[stage].init(1);
+      shared.v_full[stage].init(1);
+      shared.k_empty[stage].init(Traits::kConsumerWarps);
+      shared.v_empty[stage].init(Traits::kConsumerWarps);
+      shared.info_full[stage].init(1);
+      shared.info_empty[stage].init(Traits::kConsumerWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  // Roles.
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) Producer<Traits>(args, shared).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    Consumer<Traits>(args, shared).run();
+  }
+}
+
+template <class Traits>
+cudaError_t launch_attend_kernel(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + 1024;
+  const auto kernel = attend_kernel<Traits>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<num_ctas, Traits::kThreads, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace pbs::cuda
