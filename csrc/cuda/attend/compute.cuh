@@ -41,10 +41,7 @@ class Consumer {
     // The first turn belongs to warpgroup 0.
     if (warpgroup_ == 1) pass_turn();
     while (true) {
-      shared_.info_full[info_.stage()].wait(info_.parity());
-      const typename Traits::TileInfo info = shared_.info[info_.stage()];
-      release(shared_.info_empty[info_.stage()]);
-      info_.advance();
+      const typename Traits::TileInfo info = next_tile();
       if (info.tile_idx < 0) return;
       attend_tile(info);
     }
@@ -159,6 +156,18 @@ class Consumer {
     }
     q_.advance();
     write_rows(tile, block, softmax, tOrO, row);
+  }
+
+  // One lane reads for its warp, so that the reader is also the one who frees the place.
+  __device__ typename Traits::TileInfo next_tile() {
+    shared_.info_full[info_.stage()].wait(info_.parity());
+    typename Traits::TileInfo info{};
+    if (lane_ == 0) {
+      info = shared_.info[info_.stage()];
+      shared_.info_empty[info_.stage()].arrive();
+    }
+    info_.advance();
+    return {__shfl_sync(~0u, info.tile_idx, 0), __shfl_sync(~0u, info.num_selected, 0)};
   }
 
   // Columns of a tile that a row of the block sees, from the left.
