@@ -89,7 +89,7 @@ class Consumer {
     float rescale[kThreadRows];
     const int row = warpgroup_ * 64 + thread_ / 32 % 4 * 16 + lane_ / 4;
 
-    const auto mask = [&](int tile_idx) {
+    const auto mask = [&](int tile_idx) CUTLASS_LAMBDA_FUNC_INLINE {
       const int limit = visible_columns(block, tiles, tile_idx, row);
       const int next_limit = visible_columns(block, tiles, tile_idx, row + 8);
       CUTE_UNROLL
@@ -97,20 +97,16 @@ class Consumer {
         if (column_of(i, lane_) >= (row_of(i) == 0 ? limit : next_limit)) tSrS(i) = -INFINITY;
       }
     };
-    const auto start_scores = [&] {
+    const auto start_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       shared_.k_full[kv_.stage()].wait(kv_.parity());
       start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, q_.stage()),
                        tSrK(cute::_, cute::_, cute::_, kv_.stage()), tSrS);
     };
-    const auto start_values = [&](const RingState<Traits::kStages>& at) {
+    const auto start_values = [&](const RingState<Traits::kStages>& at) CUTLASS_LAMBDA_FUNC_INLINE {
       shared_.v_full[at.stage()].wait(at.parity());
       start_gemm<false>(pv_mma, tOrP, tOrV(cute::_, cute::_, cute::_, at.stage()), tOrO);
     };
-    const auto weigh = [&](int tile_idx) {
-      if (visible_columns(block, tiles, tile_idx, 0) < Traits::kKeys) mask(tile_idx);
-      softmax.fold(tSrS, rescale);
-    };
-    const auto store_weights = [&] {
+    const auto store_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
       auto& weights =
           *reinterpret_cast<cutlass::Array<float, cute::size(tSrS.layout())>*>(tSrS.data());
@@ -124,11 +120,14 @@ class Consumer {
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(tSrS);
       release(shared_.k_empty[kv_.stage()]);
-      weigh(0);
+      mask(0);
+      softmax.fold(tSrS, rescale);
       store_weights();
       RingState<Traits::kStages> values = kv_;
       kv_.advance();
-      for (int tile_idx = 1; tile_idx < tiles.total; ++tile_idx) {
+      // NOTE: whether a tile is masked is known at compile time. A branch between the two waits
+      // makes ptxas pull the second one up, and the softmax no longer overlaps with P . V.
+      const auto step = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
         take_turn();
         start_scores();
         start_values(values);
@@ -136,7 +135,8 @@ class Consumer {
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(tSrS);
         release(shared_.k_empty[kv_.stage()]);
-        weigh(tile_idx);
+        if constexpr (is_masked) mask(tile_idx);
+        softmax.fold(tSrS, rescale);
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(tOrO);
         release(shared_.v_empty[values.stage()]);
@@ -145,7 +145,12 @@ class Consumer {
         CUTE_UNROLL
         for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
         store_weights();
-      }
+      };
+      const int num_full = tiles.last_size < Traits::kKeys ? tiles.total - 1 : tiles.total;
+      int tile_idx = 1;
+      for (; tile_idx < tiles.num_own; ++tile_idx) step(tile_idx, cute::true_type{});
+      for (; tile_idx < num_full; ++tile_idx) step(tile_idx, cute::false_type{});
+      if (tile_idx < tiles.total) step(tile_idx, cute::true_type{});
       release(shared_.q_empty[q_.stage()]);
       start_values(values);
       cute::warpgroup_wait<0>();
