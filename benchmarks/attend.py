@@ -11,7 +11,6 @@ queries, the diagonal block whole. All contestants of a row run in one process, 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -169,10 +168,7 @@ def main() -> None:
             for num_tokens in args.tokens:
                 rows += measure(args, num_tokens, head_dim, getattr(torch, dtype))
     if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        _environment.write_csv(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ All contestants run in one process, interleaved, on the same threads; each row h
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -137,11 +136,7 @@ def main() -> None:
                 flush=True,
             )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        _environment.write_csv(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 from pathlib import Path
 
@@ -33,3 +34,11 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str]:
         "pbs_attn": info["version"],
         "commit": info["commit"],
     }
+
+
+def write_csv(path: Path | str, rows: list[dict]) -> None:
+    """Rows of the same columns, under a header."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -5,7 +5,6 @@ the head whose keys gather best. transformers and matplotlib are imported where 
 that the command line answers at once and names the extra to install when they are missing.
 """
 
-import csv
 import dataclasses
 import importlib.resources
 import os
@@ -287,10 +286,7 @@ def write_csv(report: Report, path: str) -> None:
         }
         for name, side, density, mass, agreement in sides
     ]
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    _environment.write_csv(path, rows)
 
 
 def _describe_config(report):

@@ -5,6 +5,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "compute.cuh"
+#include "instances.h"
 #include "load.cuh"
 
 namespace pbs::cuda {
@@ -45,8 +46,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <class Traits>
-cudaError_t launch_attend_kernel(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
+template <class Element, int kHeadDim>
+cudaError_t launch_attend(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
+  using Traits = AttendTraits<Element, kHeadDim>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + 1024;
   const auto kernel = attend_kernel<Traits>;
   cudaError_t error =
