@@ -3,9 +3,13 @@ kernel on the same block lists.
 
 A list keeps each key block before the query block's own segment with probability p, block 0 and
 the own segment always. Rates count 4 * 128 * D operations for every visited key of a block of 128
-queries, the diagonal block whole. All contestants of a row run in one process, in turn.
+queries, the diagonal block whole. All contestants of a row run in one process, in turn. The column
+`lists` says where the lists come from: `random`; `uneven` and `even`, one head 30 times as dense as
+the others beside the same number of blocks spread evenly; or the file of real queries, keys and
+values that went through the paper's selection.
 
-    python benchmarks/attend.py --output benchmarks/results/attend_h200.csv
+    python benchmarks/attend.py --uneven --output benchmarks/results/attend_h200.csv
+    python benchmarks/attend.py --tokens --activations layer.safetensors --output real.csv
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ from pbs_attn.masks import candidate_blocks
 ROWS = 128
 
 
-def random_list(num_tokens: int, num_heads: int, p: float, config: PBSConfig) -> torch.Tensor:
-    """(1, heads, query blocks, key blocks) bool: the selected candidates."""
+def random_list(
+    num_tokens: int, num_heads: int, p: float | torch.Tensor, config: PBSConfig
+) -> torch.Tensor:
+    """(1, heads, query blocks, key blocks) bool: the selected candidates. p: one for all heads, or
+    (heads, 1, 1)."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     num_rows, num_columns = num_tokens // ROWS, num_tokens // config.key_block_size
     shape = (1, num_heads, num_rows, num_columns)
@@ -106,57 +113,146 @@ def _milliseconds(call: Callable, repeats: int) -> float:
     return start.elapsed_time(stop) / repeats
 
 
-def measure(args, num_tokens: int, head_dim: int, dtype: torch.dtype) -> list[dict]:
-    q, k, v = (
+def runs(call: Callable | None) -> bool:
+    """Whether a contestant takes this shape; says why not."""
+    if call is None:
+        return False
+    try:
+        call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print("left out:", " ".join(str(error).split())[:200], flush=True)
+        return False
+    return True
+
+
+def measure_lists(args, tensors, permuted, selected, config: PBSConfig, lists: str, dense) -> dict:
+    """One row: attend on these lists, beside the dense calls and FlashAttention-4."""
+    q, k, v = tensors
+    num_heads, num_tokens, head_dim = q.shape[1:]
+    words = pbs_attn.bool_to_mask(selected)
+    calls = {
+        "pbs": lambda: torch.ops.pbs.attend(
+            q, k, v, *permuted, words, kv_block_size=config.key_block_size
+        )
+    }
+    if config.key_block_size == ROWS:
+        visited = selected | own_blocks(num_tokens, config).cuda()
+        calls["fa4_sparse"] = flash4_block_sparse(*tensors, visited)
+        calls |= dense
+    calls = {name: call for name, call in calls.items() if runs(call)}
+    own_keys = own_blocks(num_tokens, config).sum().item() * ROWS * num_heads
+    keys = selected.sum().item() * config.key_block_size + own_keys
+    density = pbs_attn.density(words, num_tokens, num_tokens, config=config).mean()
+    times = interleaved_medians(calls, args.rounds, args.budget_ms)
+    row = {
+        "lists": lists,
+        "tokens": num_tokens,
+        "head_dim": head_dim,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "kv_block_size": config.key_block_size,
+        "density": f"{density:.4f}",
+    }
+    for name in ("pbs", "fa4_sparse", "cudnn_dense", "fa4_dense"):
+        visited_keys = num_tokens**2 * num_heads / 2 / ROWS if "dense" in name else keys
+        ms = times.get(name)
+        row[f"{name}_ms"] = f"{ms:.4f}" if ms else ""
+        row[f"{name}_tflops"] = f"{4 * ROWS * head_dim * visited_keys / ms / 1e9:.1f}" if ms else ""
+    print({key: value for key, value in row.items() if value}, flush=True)
+    return row | _environment.describe("cuda")
+
+
+def random_tensors(args, num_tokens: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [
         torch.randn(1, heads, num_tokens, head_dim, device="cuda", dtype=dtype)
         for heads in (args.q_heads, args.kv_heads, args.kv_heads)
-    )
-    dense = {"cudnn_dense": cudnn_dense(q, k, v), "fa4_dense": flash4_dense(q, k, v)}
-    dense = {name: call for name, call in dense.items() if call is not None}
-    dense_operations = 2 * num_tokens**2 * head_dim * args.q_heads
+    ]
+
+
+def measure(args, num_tokens: int, head_dim: int, dtype: torch.dtype) -> list[dict]:
+    tensors = random_tensors(args, num_tokens, head_dim, dtype)
+    dense = {"cudnn_dense": cudnn_dense(*tensors), "fa4_dense": flash4_dense(*tensors)}
     rows = []
     for p in args.densities:
         for kv_block_size in args.kv_block_sizes:
             config = PBSConfig(kv_block_size=kv_block_size)
             selected = random_list(num_tokens, args.q_heads, p, config)
-            words = pbs_attn.bool_to_mask(selected)
-            sizes = {"kv_block_size": kv_block_size}
-            calls = {"pbs": lambda w=words, s=sizes: torch.ops.pbs.attend(q, k, v, k, v, w, **s)}
-            if kv_block_size == ROWS:
-                visited = selected | own_blocks(num_tokens, config).cuda()
-                calls["fa4_sparse"] = flash4_block_sparse(q, k, v, visited)
-                calls |= dense
-            calls = {name: call for name, call in calls.items() if call is not None}
-            own_keys = own_blocks(num_tokens, config).sum().item() * ROWS * args.q_heads
-            keys = selected.sum().item() * kv_block_size + own_keys
-            density = pbs_attn.density(words, num_tokens, num_tokens, config=config).mean()
-            times = interleaved_medians(calls, args.rounds, args.budget_ms)
-            row = {
-                "tokens": num_tokens,
-                "head_dim": head_dim,
-                "dtype": str(dtype).removeprefix("torch."),
-                "kv_block_size": kv_block_size,
-                "density": f"{density:.4f}",
-            }
-            for name in ("pbs", "fa4_sparse", "cudnn_dense", "fa4_dense"):
-                operations = dense_operations if "dense" in name else 4 * ROWS * head_dim * keys
-                ms = times.get(name)
-                row[f"{name}_ms"] = f"{ms:.4f}" if ms else ""
-                row[f"{name}_tflops"] = f"{operations / ms / 1e9:.1f}" if ms else ""
-            rows.append(row | _environment.describe("cuda"))
-            print({key: value for key, value in row.items() if value}, flush=True)
+            # The dense kernels do the same whatever the list.
+            beside = dense if p >= args.dense_from else {}
+            rows.append(
+                measure_lists(args, tensors, tensors[1:], selected, config, "random", beside)
+            )
+    return rows
+
+
+def measure_uneven(args, num_tokens: int) -> list[dict]:
+    """The last head visits 30 times what each other one does; then the same, spread evenly."""
+    tensors = random_tensors(args, num_tokens, 128, torch.bfloat16)
+    config = PBSConfig()
+    uneven = torch.full((args.q_heads, 1, 1), 0.02, device="cuda")
+    uneven[-1] = 0.6
+    return [
+        measure_lists(
+            args,
+            tensors,
+            tensors[1:],
+            random_list(num_tokens, args.q_heads, p, config),
+            config,
+            lists,
+            {},
+        )
+        for lists, p in (("uneven", uneven), ("even", uneven.mean()))
+    ]
+
+
+def measure_activations(args, path: Path) -> list[dict]:
+    """Queries, keys and values of a model through the paper's selection, repeated to all heads."""
+    from safetensors.torch import load_file
+
+    loaded = load_file(path)
+    q, k, v = (loaded[name] for name in "qkv")
+    rows = []
+    for kv_block_size in args.kv_block_sizes:
+        config = PBSConfig(kv_block_size=kv_block_size)
+        names = ("block_size", "kv_block_size", "segment_size", "threshold", "mass", "score")
+        settings = {name: getattr(config, name) for name in names}
+        importance = torch.ops.pbs.score_keys(
+            q, k, block_size=config.block_size, segment_size=config.segment_size
+        )
+        perm = torch.ops.pbs.sort_segments(importance, segment_size=config.segment_size)
+        k_perm, v_perm, k_mean = torch.ops.pbs.permute_kv(k, v, perm, kv_block_size=kv_block_size)
+        words, _ = torch.ops.pbs.select_blocks(q, k, k_mean, **settings)
+        num_columns = -(-k.shape[2] // kv_block_size)
+        selected = pbs_attn.mask_to_bool(words, num_columns)
+        candidates, _ = candidate_blocks(q.shape[2], k.shape[2], config=config)
+        selected &= torch.arange(num_columns) < candidates[:, None]
+        repeats = args.kv_heads // k.shape[1]
+        tensors, permuted = (
+            [t.cuda().repeat(1, repeats, 1, 1) for t in group]
+            for group in ((q, k, v), (k_perm, v_perm))
+        )
+        dense = {"cudnn_dense": cudnn_dense(*tensors), "fa4_dense": flash4_dense(*tensors)}
+        selected = selected.cuda().repeat(1, repeats, 1, 1)
+        rows.append(measure_lists(args, tensors, permuted, selected, config, path.stem, dense))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--kv-block-sizes", type=int, nargs="+", default=[128, 64, 32])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 1.0])
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument(
+        "--dense-from", type=float, default=0.4, help="density to compare with dense from"
+    )
+    parser.add_argument("--uneven", action="store_true", help="add lists of uneven heads")
+    parser.add_argument(
+        "--activations", type=Path, nargs="*", default=[], help="safetensors: q, k, v"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget-ms", type=float, default=20, help="GPU time of a turn")
     parser.add_argument("--output", type=Path, help="CSV file to write")
@@ -167,6 +263,10 @@ def main() -> None:
         for dtype in args.dtypes:
             for num_tokens in args.tokens:
                 rows += measure(args, num_tokens, head_dim, getattr(torch, dtype))
+    if args.uneven:
+        rows += measure_uneven(args, 32768)
+    for path in args.activations:
+        rows += measure_activations(args, path)
     if args.output:
         _environment.write_csv(args.output, rows)
 

@@ -1,5 +1,6 @@
 // What this library was built with, as JSON; read through ctypes by pbs_attn.build_info().
 #include "kernels.h"
+#include "pbs/arch.h"
 
 #ifndef PBS_WITH_CUDA
 #define PBS_CUDA_VERSION ""
@@ -16,4 +17,12 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_build_info() {
 
 extern "C" __attribute__((visibility("default"))) const char* pbs_cpu_capability() {
   return pbs::cpu::kernels().name;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* pbs_cuda_stages() {
+#ifdef PBS_WITH_CUDA
+  return pbs::kCudaStages;
+#else
+  return "";
+#endif
 }

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 _PATH = Path(__file__).with_name("libpbs.so")
-# Stages with a CUDA kernel in a build that has CUDA; ops_cuda.cpp refuses the others.
-_CUDA_STAGES = ("permute_kv", "attend")
 
 
 def load() -> None:
@@ -41,12 +39,12 @@ def build_info() -> dict[str, Any]:
         CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build.
     """
     library = ctypes.CDLL(str(_PATH))
-    for name in ("pbs_build_info", "pbs_cpu_capability"):
+    for name in ("pbs_build_info", "pbs_cpu_capability", "pbs_cuda_stages"):
         getattr(library, name).restype = ctypes.c_char_p
     info = json.loads(library.pbs_build_info())
     info["cpu_capability"] = library.pbs_cpu_capability().decode()
     info["cuda"] = bool(info["cuda_version"])
-    info["cuda_stages"] = _CUDA_STAGES if info["cuda"] else ()
+    info["cuda_stages"] = tuple(library.pbs_cuda_stages().decode().split())
     return info
 
 

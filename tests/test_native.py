@@ -86,20 +86,33 @@ def test_selected_walks_the_set_bits_below_the_limit(native, words, data):
     tile_keys=st.sampled_from([64, 128]),
     is_causal=st.booleans(),
 )
-def test_key_tiles_cover_every_visited_key(
+def test_key_tiles_show_every_row_what_it_visits(
     native, num_q, num_earlier, num_selected, kv_block_size, tile_keys, is_causal
 ):
     num_kv = num_q + num_earlier
     block = native.query_block(0, num_q, num_kv, 128, kv_block_size, 256, is_causal)
-    num_own, total, last_size = native.key_tiles(block, num_selected, kv_block_size, tile_keys)
-    own_keys = block.own_end - block.own_begin
-    assert (num_own - 1) * tile_keys < own_keys <= num_own * tile_keys
-    if num_selected:
-        assert 0 < last_size <= tile_keys
-        full_tiles = total - num_own - 1
-        assert full_tiles * tile_keys + last_size == num_selected * kv_block_size
-    else:
-        assert total == num_own
+    tiles = native.key_tiles(block, num_selected, kv_block_size, tile_keys, is_causal)
+
+    def visible(tile_idx, row):
+        return min(max(native.visible_keys(tiles, tile_idx, row, tile_keys), 0), tile_keys)
+
+    selected = range(tiles.num_own, tiles.total)
+    for row in (0, block.num_rows // 2, block.num_rows - 1):
+        # Original keys: each one that the row sees, once, and no other.
+        seen = []
+        for i in range(tiles.num_own):
+            begin = block.own_begin + native.own_tile_begin(tiles, i, tile_keys)
+            seen += range(begin, begin + visible(i, row))
+        end = block.first_position + row + 1 if is_causal else num_kv
+        assert sorted(seen) == list(range(block.own_begin, end))
+        # Selected blocks: all of them, and a tile that they do not fill comes first.
+        sizes = [visible(i, row) for i in selected]
+        assert sum(sizes) == num_selected * kv_block_size
+        assert all(size == tile_keys for size in sizes[1:])
+        # What stands behind the masked tiles needs no mask.
+        assert all(visible(i, row) == tile_keys for i in range(tiles.num_masked, tiles.total))
+    if tiles.total > tiles.num_own:
+        assert visible(tiles.num_own, 0) == tiles.first_selected_size
 
 
 @settings(deadline=None, max_examples=200)
@@ -130,6 +143,13 @@ def test_capability(native):
         error = native.capability_error(capability)
         assert error.startswith("q must be on a GPU of compute capability 9.0")
         assert error.endswith(f"got {text}")
+
+
+def test_stages_with_a_cuda_kernel(native):
+    assert native.has_cuda_kernel("attend")
+    assert native.has_cuda_kernel("permute_kv")
+    for name in ("", "permute", "attention", "attend ", "select_blocks"):
+        assert not native.has_cuda_kernel(name)
 
 
 def test_exp2(native):

@@ -5,8 +5,6 @@
 #ifdef PBS_WITH_CUDA
 #include <dlfcn.h>
 
-#include <cstring>
-
 #include "launch.h"
 #include "pbs/arch.h"
 #endif
@@ -66,7 +64,7 @@ void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
 struct CudaBackend {
   static void require(const char* stage, const Tensor& t) {
 #ifdef PBS_WITH_CUDA
-    if (std::strcmp(stage, "permute_kv") != 0 && std::strcmp(stage, "attend") != 0) {
+    if (!has_cuda_kernel(stage)) {
       fail(stage, " has no CUDA kernel in this version of pbs_attn, got a tensor on ",
            device_text(t), "; move the tensors to the CPU");
     }

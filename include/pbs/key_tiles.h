@@ -8,22 +8,52 @@
 
 namespace pbs {
 
-// Tiles [0, num_own) hold original keys from own_begin on; tiles [num_own, total) hold selected
-// blocks, each filled from as many blocks as fit. Only the last one may stay partly empty.
+// Tiles [0, num_own) hold original keys, from the last visible ones back to own_begin, so that the
+// triangle of the causal mask comes first; tiles [num_own, total) hold selected blocks, as many to
+// a tile as fit, and the first of them what does not fill one. Tiles [num_masked, total) are seen
+// whole by every row.
 struct KeyTiles {
   int32_t num_own;
   int32_t total;
-  int32_t last_size;  // keys in the last tile of selected blocks
+  int32_t num_masked;
+  int32_t first_selected_size;  // keys in tile num_own
+  int32_t own_size;             // original keys
+  int32_t first_row_sees;       // original keys that the first row sees; each further row one more
 };
 
 PBS_HOST_DEVICE constexpr KeyTiles key_tiles(const QueryBlock& block, int64_t num_selected,
-                                             int64_t kv_block_size, int64_t tile_keys) {
+                                             int64_t kv_block_size, int64_t tile_keys,
+                                             bool is_causal) {
   KeyTiles tiles{};
   const int64_t num_keys = num_selected * kv_block_size;
-  tiles.num_own = static_cast<int32_t>(ceil_div(block.own_end - block.own_begin, tile_keys));
+  const int64_t own_size = block.own_end - block.own_begin;
+  const int64_t first_row_sees = is_causal ? block.first_position - block.own_begin + 1 : own_size;
+  tiles.num_own = static_cast<int32_t>(ceil_div(own_size, tile_keys));
   tiles.total = tiles.num_own + static_cast<int32_t>(ceil_div(num_keys, tile_keys));
-  tiles.last_size = static_cast<int32_t>((num_keys + tile_keys - 1) % tile_keys + 1);
+  tiles.first_selected_size = static_cast<int32_t>((num_keys + tile_keys - 1) % tile_keys + 1);
+  tiles.num_masked = num_keys % tile_keys == 0
+                         ? tiles.num_own - static_cast<int32_t>(first_row_sees / tile_keys)
+                         : tiles.num_own + 1;
+  tiles.own_size = static_cast<int32_t>(own_size);
+  tiles.first_row_sees = static_cast<int32_t>(first_row_sees);
   return tiles;
+}
+
+// The first of the original keys in tile `tile_idx` < num_own, counted from own_begin.
+PBS_HOST_DEVICE constexpr int32_t own_tile_begin(const KeyTiles& tiles, int32_t tile_idx,
+                                                 int32_t tile_keys) {
+  return (tiles.num_own - 1 - tile_idx) * tile_keys;
+}
+
+// How many keys of a tile a row of the block sees, from the left: none if not positive, all if at
+// least tile_keys.
+PBS_HOST_DEVICE constexpr int32_t visible_keys(const KeyTiles& tiles, int32_t tile_idx, int32_t row,
+                                               int32_t tile_keys) {
+  if (tile_idx > tiles.num_own) return tile_keys;
+  if (tile_idx == tiles.num_own) return tiles.first_selected_size;
+  const int32_t sees = tiles.first_row_sees + row;
+  return (sees < tiles.own_size ? sees : tiles.own_size) -
+         own_tile_begin(tiles, tile_idx, tile_keys);
 }
 
 // Query blocks in the order in which they are worked on. Heads go in groups whose keys and values

@@ -23,11 +23,14 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("own_end", &pbs::QueryBlock::own_end)
       .def_readonly("num_candidates", &pbs::QueryBlock::num_candidates);
   m.def("query_block", &pbs::query_block);
-  m.def("key_tiles", [](const pbs::QueryBlock& block, int64_t num_selected, int64_t kv_block_size,
-                        int64_t tile_keys) {
-    const pbs::KeyTiles tiles = pbs::key_tiles(block, num_selected, kv_block_size, tile_keys);
-    return std::make_tuple(tiles.num_own, tiles.total, tiles.last_size);
-  });
+  py::class_<pbs::KeyTiles>(m, "KeyTiles")
+      .def_readonly("num_own", &pbs::KeyTiles::num_own)
+      .def_readonly("total", &pbs::KeyTiles::total)
+      .def_readonly("num_masked", &pbs::KeyTiles::num_masked)
+      .def_readonly("first_selected_size", &pbs::KeyTiles::first_selected_size);
+  m.def("key_tiles", &pbs::key_tiles);
+  m.def("own_tile_begin", &pbs::own_tile_begin);
+  m.def("visible_keys", &pbs::visible_keys);
   m.def("work_tiles", [](int64_t num_q_blocks, int64_t num_heads, int64_t heads_per_kv,
                          int64_t kv_bytes, int64_t l2_bytes) {
     const pbs::TileOrder order =
@@ -40,6 +43,7 @@ PYBIND11_MODULE(pbs_native, m) {
     return tiles;
   });
   m.def("capability_error", &pbs::capability_error);
+  m.def("has_cuda_kernel", [](const std::string& stage) { return pbs::has_cuda_kernel(stage); });
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;
     pbs::for_each_selected(words.data(), num_candidates,

@@ -8,13 +8,14 @@
 
 #include "../launch.h"
 #include "instances.h"
+#include "pbs/bitmask.h"
 #include "traits.cuh"
 
 namespace pbs::cuda {
 namespace {
 
 // Of the 50 MB of L2, what keys and values may fill before they push each other out.
-constexpr int64_t kL2Bytes = int64_t{32} << 20;
+constexpr int64_t kL2Bytes = int64_t{20} << 20;
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                             const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -32,31 +33,33 @@ Encode find_encode() {
              : nullptr;
 }
 
-// A box of `box_rows` rows and one swizzle span of columns of a (B, H, N, D) tensor. Rows past the
-// end read as 0.
+// Boxes of `box_rows` rows of a (B, H, N, D) tensor, its columns taken as groups that fill one
+// swizzle span each: all groups in a box that fills a tile, one group otherwise. Rows past the end
+// read as 0.
 const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& problem,
-                        int64_t num_heads, int64_t num_rows, int64_t box_rows) {
+                        int64_t num_heads, int64_t num_rows, int64_t box_rows, bool fills_tile) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  const int columns = box_columns(static_cast<int>(problem.head_dim));
-  const cuuint64_t dims[] = {size(problem.head_dim), size(num_rows), size(num_heads),
+  const int columns = group_columns(static_cast<int>(problem.head_dim));
+  const int64_t num_groups = problem.head_dim / columns;
+  const cuuint64_t dims[] = {size(columns), size(num_rows), size(num_groups), size(num_heads),
                              size(problem.batch)};
   // The stride of a dimension of size 1 may be anything in torch; TMA wants it to be sound.
   const auto stride = [&](int64_t elements, int64_t n) {
     return size(2 * (n == 1 ? problem.head_dim : elements));
   };
-  const cuuint64_t strides[] = {stride(rows.row_stride, num_rows),
+  const cuuint64_t strides[] = {stride(rows.row_stride, num_rows), size(2 * columns),
                                 stride(rows.head_stride, num_heads),
                                 stride(rows.batch_stride, problem.batch)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(box_rows), 1,
-                            1};
-  const cuuint32_t element_strides[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(box_rows),
+                            static_cast<cuuint32_t>(fills_tile ? num_groups : 1), 1, 1};
+  const cuuint32_t element_strides[] = {1, 1, 1, 1, 1};
   const auto type = problem.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result =
-      encode(map, type, 4, const_cast<void*>(rows.data), dims, strides, box, element_strides,
+      encode(map, type, 5, const_cast<void*>(rows.data), dims, strides, box, element_strides,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "TMA refuses the strides of an input";
@@ -87,17 +90,18 @@ const char* encode_all(AttendArgs& args) {
     int64_t num_heads;
     int64_t num_rows;
     int64_t box_rows;
+    bool fills_tile;
   };
   const Input inputs[] = {
-      {&args.q, &params.q, problem.num_q_heads, problem.num_q, 128},
-      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys},
-      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys},
-      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk},
-      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk},
+      {&args.q, &params.q, problem.num_q_heads, problem.num_q, 128, true},
+      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys, true},
+      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys, true},
+      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk == keys},
+      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk == keys},
   };
   for (const Input& input : inputs) {
     const char* error = encode_rows(input.map, *input.rows, problem, input.num_heads,
-                                    input.num_rows, input.box_rows);
+                                    input.num_rows, input.box_rows, input.fills_tile);
     if (error != nullptr) return error;
   }
   return nullptr;
@@ -118,6 +122,8 @@ const char* launch_attend(const AttendParams& params, int32_t* tile_counter, voi
                  problem.batch * problem.num_q_heads, problem.num_q_heads / problem.num_perm_heads,
                  4 * problem.num_kv * problem.head_dim, kL2Bytes);
   args.tile_counter = tile_counter;
+  args.num_mask_words =
+      static_cast<int32_t>(num_mask_words(ceil_div(problem.num_kv, params.blocking.kv_block_size)));
   if (const char* error = encode_all(args)) return error;
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
+
 #include <cute/algorithm/gemm.hpp>
 
+#include "epilogue.cuh"
 #include "softmax.cuh"
-#include "traits.cuh"
+#include "work.cuh"
 
 namespace pbs::cuda {
 
@@ -23,6 +25,8 @@ __device__ void start_gemm(Mma& mma, const A& a, const B& b, Acc& acc) {
   cute::warpgroup_commit_batch();
 }
 
+// A consumer works on one tile of keys after the other, whichever query block they belong to: the
+// first product of a block runs beside the last one of the block before.
 template <class Traits>
 class Consumer {
  public:
@@ -31,32 +35,17 @@ class Consumer {
 
   __device__ Consumer(const AttendArgs& args, Shared& shared)
       : params_(args.params),
-        order_(args.order),
         shared_(shared),
-        thread_(threadIdx.x - 128),
+        reader_(shared),
         lane_(threadIdx.x % 32),
-        warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1) {}
+        warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
+        row_(consumer_row(threadIdx.x)) {}
 
   __device__ void run() {
     // The first turn belongs to warpgroup 0.
     if (warpgroup_ == 1) pass_turn();
-    while (true) {
-      const typename Traits::TileInfo info = next_tile();
-      if (info.tile_idx < 0) return;
-      attend_tile(info);
-    }
-  }
-
- private:
-  __device__ void attend_tile(const typename Traits::TileInfo& info) {
-    const Problem& problem = params_.problem;
-    const Blocking& blocking = params_.blocking;
-    const WorkTile tile = work_tile(order_, info.tile_idx);
-    const QueryBlock block =
-        query_block(tile.q_block_idx, problem.num_q, problem.num_kv, blocking.block_size,
-                    blocking.kv_block_size, blocking.segment_size, params_.is_causal);
-    const KeyTiles tiles =
-        key_tiles(block, info.num_selected, blocking.kv_block_size, Traits::kKeys);
+    int num_tiles = next_block();
+    if (num_tiles < 0) return;
 
     typename Traits::QkMma qk_mma;
     typename Traits::PvMma pv_mma;
@@ -66,8 +55,8 @@ class Consumer {
         cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{});
     const cute::Tensor sVt =
         cute::make_tensor(cute::make_smem_ptr(shared_.v), typename Traits::LayoutVt{});
-    auto qk_thread = qk_mma.get_thread_slice(thread_);
-    auto pv_thread = pv_mma.get_thread_slice(thread_);
+    auto qk_thread = qk_mma.get_thread_slice(128 * uniform(warpgroup_));
+    auto pv_thread = pv_mma.get_thread_slice(128 * uniform(warpgroup_));
     const cute::Tensor tSrQ = qk_thread.partition_fragment_A(sQ);   // (MMA, 1, D / 16, stage)
     const cute::Tensor tSrK = qk_thread.partition_fragment_B(sK);   // (MMA, 1, D / 16, stage)
     const cute::Tensor tOrV = pv_thread.partition_fragment_B(sVt);  // (MMA, 1, keys / 16, stage)
@@ -82,138 +71,148 @@ class Consumer {
                                            cute::GenRowMajor{}))
             .layout()
             .shape());
-    cute::clear(tOrO);
 
-    const float scale_log2 = params_.scale * 1.4426950408889634f;
-    Softmax softmax{scale_log2};
+    Softmax softmax{params_.scale * 1.4426950408889634f};
     float rescale[kThreadRows];
-    const int row = warpgroup_ * 64 + thread_ / 32 % 4 * 16 + lane_ / 4;
+    bool rescales = false;
 
-    const auto mask = [&](int tile_idx) CUTLASS_LAMBDA_FUNC_INLINE {
-      const int limit = visible_columns(block, tiles, tile_idx, row);
-      const int next_limit = visible_columns(block, tiles, tile_idx, row + 8);
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size(tSrS); ++i) {
-        if (column_of(i, lane_) >= (row_of(i) == 0 ? limit : next_limit)) tSrS(i) = -INFINITY;
-      }
-    };
     const auto start_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      shared_.k_full[kv_.stage()].wait(kv_.parity());
-      start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, q_.stage()),
-                       tSrK(cute::_, cute::_, cute::_, kv_.stage()), tSrS);
+      start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, uniform(q_.stage())),
+                       tSrK(cute::_, cute::_, cute::_, uniform(k_.stage())), tSrS);
     };
-    const auto start_values = [&](const RingState<Traits::kStages>& at) CUTLASS_LAMBDA_FUNC_INLINE {
-      shared_.v_full[at.stage()].wait(at.parity());
-      start_gemm<false>(pv_mma, tOrP, tOrV(cute::_, cute::_, cute::_, at.stage()), tOrO);
+    const auto start_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      start_gemm<false>(pv_mma, tOrP, tOrV(cute::_, cute::_, cute::_, uniform(v_.stage())), tOrO);
     };
-    const auto store_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+    // Scores of the next tile, and weights times values of this one, at once.
+    const auto start_both = [&](bool has_older) CUTLASS_LAMBDA_FUNC_INLINE {
+      shared_.k_full[k_.stage()].wait(k_.parity());
+      cute::warpgroup_arrive();  // or ptxas puts the conversion to weights after the turn is taken
+      take_turn();
+      start_scores();
+      start_values();
+      pass_turn();
+      if (has_older) release(shared_.v_empty[v_.previous().stage()]);
+      v_.advance();
+    };
+    const auto take_scores = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(tSrS);
+      release(shared_.k_empty[k_.stage()]);
+      k_.advance();
+      if constexpr (is_masked) mask(tSrS, tile_idx);
+      rescales = softmax.raise(tSrS, rescale);
+    };
+    // NOTE: ptxas moves a wait upwards over anything in its basic block, and softmax would not
+    // overlap with P . V. So the wait for P . V stands behind the one for a barrier, which is a
+    // loop. It comes halfway through the exponentials: what follows them (sums, conversion) then
+    // hides behind the other half.
+    const auto exponentiate = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      softmax.shift(tSrS);
+      cute::warpgroup_fence_operand(tSrS);
+      shared_.v_full[v_.stage()].wait(v_.parity());
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(tOrO);
+    };
+    const auto make_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      softmax.template exponentiate<0>(tSrS);
+      softmax.template exponentiate<1>(tSrS);
+      softmax.add(tSrS);
       cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
       auto& weights =
           *reinterpret_cast<cutlass::Array<float, cute::size(tSrS.layout())>*>(tSrS.data());
       *reinterpret_cast<cutlass::Array<Element, cute::size(tSrS.layout())>*>(
           cute::raw_pointer_cast(tOrP.data())) = convert(weights);
+      fence_weights(tOrP);
+    };
+    const auto fold_tile = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
+      take_scores(tile_idx, is_masked);
+      exponentiate();
+      make_weights();
+      if (rescales) {
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
+      }
     };
 
     shared_.q_full[q_.stage()].wait(q_.parity());
-    if (tiles.total > 0) {
-      start_scores();
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(tSrS);
-      release(shared_.k_empty[kv_.stage()]);
-      mask(0);
-      softmax.fold(tSrS, rescale);
-      store_weights();
-      RingState<Traits::kStages> values = kv_;
-      kv_.advance();
-      // NOTE: whether a tile is masked is known at compile time. A branch between the two waits
-      // makes ptxas pull the second one up, and the softmax no longer overlaps with P . V.
-      const auto step = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
-        take_turn();
-        start_scores();
-        start_values(values);
-        pass_turn();
-        cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(tSrS);
-        release(shared_.k_empty[kv_.stage()]);
-        if constexpr (is_masked) mask(tile_idx);
-        softmax.fold(tSrS, rescale);
+    shared_.k_full[k_.stage()].wait(k_.parity());
+    take_turn();
+    start_scores();
+    pass_turn();
+    cute::warpgroup_wait<0>();
+    take_scores(0, cute::true_type{});
+    exponentiate();
+    while (true) {
+      cute::clear(tOrO);
+      make_weights();
+      const int num_masked = reader_.current().tiles.num_masked;
+      int tile_idx = 1;
+      for (; tile_idx < num_masked; ++tile_idx) {
+        start_both(tile_idx > 1);
+        fold_tile(tile_idx, cute::true_type{});
+      }
+      if (tile_idx < num_tiles) {
+        // The loop's branch is behind start_both, where there is time for it.
+        start_both(tile_idx > 1);
+        while (true) {
+          fold_tile(tile_idx, cute::false_type{});
+          if (++tile_idx == num_tiles) break;
+          start_both(true);
+        }
+      }
+      release(shared_.q_empty[q_.stage()]);
+      q_.advance();
+      const bool has_older = num_tiles > 1;
+      const WorkTile done_tile = reader_.current().tile;
+      reader_.advance();
+      num_tiles = next_block();
+      if (num_tiles < 0) {
+        start_values();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(tOrO);
-        release(shared_.v_empty[values.stage()]);
-        values = kv_;
-        kv_.advance();
-        CUTE_UNROLL
-        for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
-        store_weights();
-      };
-      const int num_full = tiles.last_size < Traits::kKeys ? tiles.total - 1 : tiles.total;
-      int tile_idx = 1;
-      for (; tile_idx < tiles.num_own; ++tile_idx) step(tile_idx, cute::true_type{});
-      for (; tile_idx < num_full; ++tile_idx) step(tile_idx, cute::false_type{});
-      if (tile_idx < tiles.total) step(tile_idx, cute::true_type{});
-      release(shared_.q_empty[q_.stage()]);
-      start_values(values);
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(tOrO);
-      release(shared_.v_empty[values.stage()]);
-    } else {
-      release(shared_.q_empty[q_.stage()]);
+        write_rows<Traits>(params_, done_tile, softmax, tOrO);
+        return;
+      }
+      shared_.q_full[q_.stage()].wait(q_.parity());
+      start_both(has_older);
+      const Softmax done = softmax;
+      softmax = Softmax{done.scale_log2};
+      take_scores(0, cute::true_type{});
+      exponentiate();
+      release(shared_.v_empty[v_.previous().stage()]);
+      write_rows<Traits>(params_, done_tile, done, tOrO);
     }
-    q_.advance();
-    write_rows(tile, block, softmax, tOrO, row);
   }
 
-  // One lane reads for its warp, so that the reader is also the one who frees the place.
-  __device__ typename Traits::TileInfo next_tile() {
-    shared_.info_full[info_.stage()].wait(info_.parity());
-    typename Traits::TileInfo info{};
-    if (lane_ == 0) {
-      info = shared_.info[info_.stage()];
-      shared_.info_empty[info_.stage()].arrive();
-    }
-    info_.advance();
-    return {__shfl_sync(~0u, info.tile_idx, 0), __shfl_sync(~0u, info.num_selected, 0)};
+ private:
+  // Key tiles of the next query block; negative if there is none.
+  __device__ int next_block() {
+    reader_.wait();
+    return reader_.current().tiles.total;
   }
 
-  // Columns of a tile that a row of the block sees, from the left.
-  __device__ int visible_columns(const QueryBlock& block, const KeyTiles& tiles, int tile_idx,
-                                 int row) const {
-    if (tile_idx >= tiles.num_own) {
-      return tile_idx == tiles.total - 1 ? tiles.last_size : Traits::kKeys;
-    }
-    const int own_size = static_cast<int>(block.own_end - block.own_begin);
-    const int first_row_sees = static_cast<int>(block.first_position - block.own_begin) + 1;
-    const int sees = params_.is_causal ? min(first_row_sees + row, own_size) : own_size;
-    return sees - tile_idx * Traits::kKeys;
-  }
+  // The same in all lanes already; but ptxas now sees it, and keeps what follows from it, such as
+  // the descriptors of the products, in uniform registers.
+  __device__ static int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-  template <class Output>
-  __device__ void write_rows(const WorkTile& tile, const QueryBlock& block, Softmax& softmax,
-                             const Output& tOrO, int row) const {
-    const Problem& problem = params_.problem;
-    const MutableRows& out = params_.out;
-    const int num_q_heads = static_cast<int>(problem.num_q_heads);
-    float* lse = params_.lse + tile.head * problem.num_q + block.first_row;
-    Element* base = static_cast<Element*>(out.data) + tile.head / num_q_heads * out.batch_stride +
-                    tile.head % num_q_heads * out.head_stride + block.first_row * out.row_stride;
+  // Weights are ready here, before the wait for a turn, and not where they are first used.
+  template <class Weights>
+  __device__ static void fence_weights(Weights& tOrP) {
+    auto words = cute::recast<uint32_t>(tOrP);
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const float sum = quad_sum(softmax.row_sum[r]);
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int own_row = row + 8 * r;
-      if (own_row >= block.num_rows) continue;
-      if (lane_ % 4 == 0) {
-        const float log2_sum = softmax.row_max[r] * softmax.scale_log2 + log2f(sum);
-        lse[own_row] = sum == 0.0f ? -INFINITY : log2_sum * 0.6931471805599453f;
-      }
-      CUTE_UNROLL
-      for (int i = 2 * r; i < cute::size(tOrO); i += 4) {
-        cutlass::Array<Element, 2> pair;
-        pair[0] = Element(tOrO(i) * inverse);
-        pair[1] = Element(tOrO(i + 1) * inverse);
-        *reinterpret_cast<uint32_t*>(base + own_row * out.row_stride + column_of(i, lane_)) =
-            *reinterpret_cast<const uint32_t*>(&pair);
-      }
+    for (int i = 0; i < cute::size(words); ++i) asm volatile("" : "+r"(words(i))::"memory");
+  }
+
+  template <class Scores>
+  __device__ void mask(Scores& tSrS, int tile_idx) const {
+    const KeyTiles& tiles = reader_.current().tiles;
+    // Against constants, counted from this lane's first column.
+    const int limit = visible_keys(tiles, tile_idx, row_, Traits::kKeys) - column_of(0, lane_);
+    const int next_limit =
+        visible_keys(tiles, tile_idx, row_ + 8, Traits::kKeys) - column_of(0, lane_);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tSrS); ++i) {
+      if (column_of(i, 0) >= (row_of(i) == 0 ? limit : next_limit)) tSrS(i) = -INFINITY;
     }
   }
 
@@ -232,14 +231,14 @@ class Consumer {
   }
 
   const AttendParams& params_;
-  const TileOrder& order_;
   Shared& shared_;
-  int thread_;
+  WorkReader<Traits> reader_;
   int lane_;
   int warpgroup_;
+  int row_;
   RingState<Traits::kQStages> q_;
-  RingState<Traits::kStages> kv_;
-  RingState<Traits::kStages> info_;
+  RingState<Traits::kKStages> k_;
+  RingState<Traits::kVStages> v_;  // the next product with V
 };
 
 }  // namespace pbs::cuda

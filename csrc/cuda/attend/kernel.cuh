@@ -7,6 +7,7 @@
 #include "compute.cuh"
 #include "instances.h"
 #include "load.cuh"
+#include "schedule.cuh"
 
 namespace pbs::cuda {
 
@@ -24,13 +25,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.q_full[stage].init(1);
       shared.q_empty[stage].init(Traits::kConsumerWarps);
     }
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
+    for (int stage = 0; stage < Traits::kKStages; ++stage) {
       shared.k_full[stage].init(1);
-      shared.v_full[stage].init(1);
       shared.k_empty[stage].init(Traits::kConsumerWarps);
+    }
+    for (int stage = 0; stage < Traits::kVStages; ++stage) {
+      shared.v_full[stage].init(1);
       shared.v_empty[stage].init(Traits::kConsumerWarps);
-      shared.info_full[stage].init(1);
-      shared.info_empty[stage].init(Traits::kConsumerWarps);
+    }
+    for (int stage = 0; stage < Traits::kWorkStages; ++stage) {
+      shared.work_full[stage].init(1);
+      shared.work_empty[stage].init(32 * (Traits::kConsumerWarps + 2));
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -39,7 +44,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // Roles.
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) Producer<Traits>(args, shared).run();
+    switch (threadIdx.x / 32) {
+      case 0:
+        Scheduler<Traits>(args, shared).run();
+        break;
+      case 1:
+        KeyValueLoader<Traits, true>(args, shared).run();
+        break;
+      case 2:
+        KeyValueLoader<Traits, false>(args, shared).run();
+        break;
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     Consumer<Traits>(args, shared).run();

@@ -23,7 +23,8 @@ using cute::Step;
 struct AttendArgs {
   AttendParams params;
   TileOrder order;
-  int32_t* tile_counter;  // one int, 0 at launch
+  int32_t* tile_counter;   // one int, 0 at launch
+  int32_t num_mask_words;  // of a row of block_mask
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
@@ -35,8 +36,14 @@ struct AttendArgs {
 // accumulators of one warpgroup allow.
 constexpr int tile_keys(int head_dim) { return head_dim == 256 ? 64 : 128; }
 
-// Columns of one TMA box: a row of it fills the swizzle span of 128 (or, for 96 columns, 64) bytes.
-constexpr int box_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+// Tiles of K and of V in flight, as shared memory allows. V is freed later than K, after the
+// softmax of the next tile, and so gains more from a third one.
+constexpr int k_stages(int head_dim) { return head_dim == 64 ? 4 : head_dim == 96 ? 3 : 2; }
+constexpr int v_stages(int head_dim) { return head_dim == 64 ? 4 : 3; }
+
+// A tile in shared memory is a row of column groups, each as wide as the swizzle span of 128 (or,
+// for 96 columns, 64) bytes.
+constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
 template <class Element_, int kHeadDim_>
 struct AttendTraits {
@@ -44,17 +51,19 @@ struct AttendTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = 128;
   static constexpr int kKeys = tile_keys(kHeadDim);
-  static constexpr int kStages = 2;
+  static constexpr int kKStages = k_stages(kHeadDim);
+  static constexpr int kVStages = v_stages(kHeadDim);
+  static constexpr int kWorkStages = 3;
   // A second Q hides its load behind the previous block's last products.
   static constexpr int kQStages = kHeadDim == 256 ? 1 : 2;
   static constexpr int kConsumerWarps = 8;
   static constexpr int kThreads = 384;
   // NOTE: 168 a thread are there at launch (65536 / 384, in steps of 8); asking for more than
   // 3 * 168 in all makes setmaxnreg wait for ever.
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
-  static constexpr int kBoxColumns = box_columns(kHeadDim);
-  static constexpr int kBoxes = kHeadDim / kBoxColumns;
+  static constexpr int kGroupColumns = group_columns(kHeadDim);
+  static constexpr int kGroups = kHeadDim / kGroupColumns;
 
   using QkMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
@@ -75,14 +84,17 @@ struct AttendTraits {
   using LayoutQ = decltype(cute::tile_to_shape(RowAtom<kRows>{},
                                                Shape<Int<kRows>, Int<kHeadDim>, Int<kQStages>>{}));
   using LayoutK = decltype(cute::tile_to_shape(RowAtom<kKeys>{},
-                                               Shape<Int<kKeys>, Int<kHeadDim>, Int<kStages>>{}));
+                                               Shape<Int<kKeys>, Int<kHeadDim>, Int<kKStages>>{}));
   // V as the second product reads it, (D, keys): the same bytes that a K tile would have.
   using LayoutVt = decltype(cute::tile_to_shape(
-      ColumnAtom{}, Shape<Int<kHeadDim>, Int<kKeys>, Int<kStages>>{}, Step<_2, _1, _3>{}));
+      ColumnAtom{}, Shape<Int<kHeadDim>, Int<kKeys>, Int<kVStages>>{}, Step<_2, _1, _3>{}));
 
-  struct TileInfo {
-    int32_t tile_idx;      // negative: no more work
-    int32_t num_selected;  // key blocks
+  // A query block, as the scheduler hands it to everybody else.
+  struct Work {
+    KeyTiles tiles;  // total < 0: no more work
+    WorkTile tile;
+    int32_t own_begin;
+    int32_t num_candidates;
   };
 
   struct SharedStorage {
@@ -90,25 +102,29 @@ struct AttendTraits {
     alignas(1024) Element k[cute::cosize_v<LayoutK>];
     alignas(1024) Element v[cute::cosize_v<LayoutVt>];
     cutlass::arch::ClusterTransactionBarrier q_full[kQStages];
-    cutlass::arch::ClusterTransactionBarrier k_full[kStages];
-    cutlass::arch::ClusterTransactionBarrier v_full[kStages];
+    cutlass::arch::ClusterTransactionBarrier k_full[kKStages];
+    cutlass::arch::ClusterTransactionBarrier v_full[kVStages];
     cutlass::arch::ClusterBarrier q_empty[kQStages];
-    cutlass::arch::ClusterBarrier k_empty[kStages];
-    cutlass::arch::ClusterBarrier v_empty[kStages];
-    cutlass::arch::ClusterBarrier info_full[kStages];
-    cutlass::arch::ClusterBarrier info_empty[kStages];
-    TileInfo info[kStages];
+    cutlass::arch::ClusterBarrier k_empty[kKStages];
+    cutlass::arch::ClusterBarrier v_empty[kVStages];
+    cutlass::arch::ClusterBarrier work_full[kWorkStages];
+    cutlass::arch::ClusterBarrier work_empty[kWorkStages];
+    Work work[kWorkStages];
   };
 };
 
-// A place in a ring of stages and the parity that its barriers have there.
+// A place in a ring of stages and the parity that its barriers have there. One register: places
+// [kStages, 2 * kStages) are the same stages with the other parity.
 template <int kStages>
 struct RingState {
-  uint32_t count = 0;
+  int32_t place = 0;
 
-  __device__ int stage() const { return static_cast<int>(count % kStages); }
-  __device__ uint32_t parity() const { return count / kStages & 1; }
-  __device__ void advance() { ++count; }
+  __device__ int stage() const { return place < kStages ? place : place - kStages; }
+  __device__ uint32_t parity() const { return place >= kStages; }
+  __device__ void advance() { place = place == 2 * kStages - 1 ? 0 : place + 1; }
+  __device__ RingState previous() const {
+    return RingState{place == 0 ? 2 * kStages - 1 : place - 1};
+  }
 };
 
 }  // namespace pbs::cuda
