@@ -102,11 +102,11 @@ class Consumer {
       if constexpr (is_masked) mask(tSrS, tile_idx);
       rescales = softmax.raise(tSrS, rescale);
     };
-    // NOTE: ptxas moves a wait upwards over anything in its basic block, and softmax would not
-    // overlap with P . V. So the wait for P . V stands behind the one for a barrier, which is a
-    // loop. It comes halfway through the exponentials: what follows them (sums, conversion) then
-    // hides behind the other half.
-    const auto exponentiate = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+    // NOTE: ptxas moves a wait upwards over anything in its basic block, and would wait for P . V
+    // before the exponentials. Behind the wait for a barrier, which is a loop, it stays, and the
+    // exponentials go up into the time that the barrier takes to answer. Read the SASS after a
+    // change.
+    const auto shift_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       softmax.shift(tSrS);
       cute::warpgroup_fence_operand(tSrS);
       shared_.v_full[v_.stage()].wait(v_.parity());
@@ -114,8 +114,7 @@ class Consumer {
       cute::warpgroup_fence_operand(tOrO);
     };
     const auto make_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      softmax.template exponentiate<0>(tSrS);
-      softmax.template exponentiate<1>(tSrS);
+      softmax.exponentiate(tSrS);
       softmax.add(tSrS);
       cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
       auto& weights =
@@ -126,7 +125,7 @@ class Consumer {
     };
     const auto fold_tile = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
       take_scores(tile_idx, is_masked);
-      exponentiate();
+      shift_scores();
       make_weights();
       if (rescales) {
         CUTE_UNROLL
@@ -141,7 +140,7 @@ class Consumer {
     pass_turn();
     cute::warpgroup_wait<0>();
     take_scores(0, cute::true_type{});
-    exponentiate();
+    shift_scores();
     while (true) {
       cute::clear(tOrO);
       make_weights();
@@ -178,7 +177,7 @@ class Consumer {
       const Softmax done = softmax;
       softmax = Softmax{done.scale_log2};
       take_scores(0, cute::true_type{});
-      exponentiate();
+      shift_scores();
       release(shared_.v_empty[v_.previous().stage()]);
       write_rows<Traits>(params_, done_tile, done, tOrO);
     }

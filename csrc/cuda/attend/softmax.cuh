@@ -68,7 +68,7 @@ struct Softmax {
     return moves;
   }
 
-  // exp2(scale_log2 * score - base) in two steps, the second one for a half at a time.
+  // exp2(scale_log2 * score - base) in two steps.
   template <class Scores>
   __device__ void shift(Scores& scores) const {
     CUTE_UNROLL
@@ -77,13 +77,14 @@ struct Softmax {
     }
   }
 
-  template <int kHalf, class Scores>
+  template <class Scores>
   __device__ void exponentiate(Scores& scores) const {
-    constexpr int kSize = cute::size(typename Scores::layout_type{}) / 2;
     CUTE_UNROLL
-    for (int i = kHalf * kSize; i < (kHalf + 1) * kSize; ++i) scores(i) = exp2_approx(scores(i));
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i));
   }
 
+  // Far elements first, in pairs: ptxas starts exponentials in the order in which their sums need
+  // them, and a sum of neighbours would wait for the one that was started just before.
   template <class Weights>
   __device__ void add(const Weights& weights) {
     constexpr int kHalf = cute::size(typename Weights::layout_type{}) / 2;
