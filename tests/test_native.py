@@ -117,6 +117,37 @@ def test_key_tiles_show_every_row_what_it_visits(
 
 @settings(deadline=None, max_examples=200)
 @given(
+    num_selected=st.integers(1, 40),
+    kv_block_size=st.sampled_from([32, 64, 128]),
+    tile_keys=st.sampled_from([64, 128]),
+)
+def test_tiles_are_packed_from_selected_blocks(native, num_selected, kv_block_size, tile_keys):
+    block = native.query_block(40, 6000, 6000, 128, kv_block_size, 256, True)
+    tiles = native.key_tiles(block, num_selected, kv_block_size, tile_keys, True)
+    chunk_rows = min(kv_block_size, tile_keys)
+    rows = list(range(0, num_selected * kv_block_size, chunk_rows))
+    first_chunks = tiles.first_selected_size // chunk_rows
+    packed = native.pack(rows, first_chunks, tile_keys // chunk_rows)
+    assert len(packed) == tiles.total - tiles.num_own
+    # Every chunk once; places of the first tile that stay empty are behind those that count.
+    visited = packed[0][:first_chunks] + [row for tile in packed[1:] for row in tile]
+    assert sorted(visited) == rows
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_tiles_fit_in_shared_memory(native, head_dim):
+    q, k, v = native.stages(head_dim)
+    assert q >= 1
+    assert min(k, v) >= 2  # the next tile's load has to overlap with this one's products
+    rows = q * 128 + (k + v) * native.tile_keys(head_dim)
+    assert native.tile_bytes(head_dim) == 2 * head_dim * rows
+    barriers = 1024
+    used = native.tile_bytes(head_dim) + native.swizzle_bytes + barriers
+    assert used <= native.shared_bytes_per_cta
+
+
+@settings(deadline=None, max_examples=200)
+@given(
     num_q_blocks=st.integers(1, 20),
     num_kv_heads=st.integers(1, 9),
     heads_per_kv=st.integers(1, 4),

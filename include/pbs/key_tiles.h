@@ -56,6 +56,23 @@ PBS_HOST_DEVICE constexpr int32_t visible_keys(const KeyTiles& tiles, int32_t ti
          own_tile_begin(tiles, tile_idx, tile_keys);
 }
 
+// Gathers the rows of selected blocks, in chunks of at most a tile, until they make a tile. rows[0]
+// holds the chunk added last; in the first tile, places that stay empty repeat earlier rows.
+template <int kMaxChunks>
+struct TilePacker {
+  int32_t chunks_left;  // of the tile in work
+  int32_t rows[kMaxChunks] = {};
+
+  // True when the tile is full; the next one then takes chunks_per_tile.
+  PBS_HOST_DEVICE constexpr bool add(int32_t row, int32_t chunks_per_tile) {
+    for (int i = kMaxChunks - 1; i > 0; --i) rows[i] = rows[i - 1];
+    rows[0] = row;
+    if (--chunks_left != 0) return false;
+    chunks_left = chunks_per_tile;
+    return true;
+  }
+};
+
 // Query blocks in the order in which they are worked on. Heads go in groups whose keys and values
 // fit in L2 together; inside a group the last query blocks come first, since they have most
 // candidates, and the query heads of one KV head stand side by side.

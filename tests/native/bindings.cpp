@@ -9,6 +9,7 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
+#include "pbs/tile_shape.h"
 #include "simd.h"
 
 namespace py = pybind11;
@@ -31,6 +32,26 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("key_tiles", &pbs::key_tiles);
   m.def("own_tile_begin", &pbs::own_tile_begin);
   m.def("visible_keys", &pbs::visible_keys);
+  // Tiles of `chunks_per_tile` <= 4 rows, newest first; the first takes first_chunks.
+  m.def("pack",
+        [](const std::vector<int32_t>& rows, int32_t first_chunks, int32_t chunks_per_tile) {
+          pbs::TilePacker<4> packer{first_chunks};
+          std::vector<std::vector<int32_t>> tiles;
+          for (const int32_t row : rows) {
+            if (packer.add(row, chunks_per_tile)) {
+              tiles.emplace_back(packer.rows, packer.rows + chunks_per_tile);
+            }
+          }
+          return tiles;
+        });
+  m.def("tile_keys", &pbs::tile_keys);
+  m.def("tile_bytes", &pbs::tile_bytes);
+  m.def("stages", [](int head_dim) {
+    return std::make_tuple(pbs::q_stages(head_dim), pbs::k_stages(head_dim),
+                           pbs::v_stages(head_dim));
+  });
+  m.attr("shared_bytes_per_cta") = pbs::kSharedBytesPerCta;
+  m.attr("swizzle_bytes") = pbs::kSwizzleBytes;
   m.def("work_tiles", [](int64_t num_q_blocks, int64_t num_heads, int64_t heads_per_kv,
                          int64_t kv_bytes, int64_t l2_bytes) {
     const pbs::TileOrder order =

@@ -15,9 +15,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attend_kernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ char raw[];
-  // Swizzled tiles repeat every 1024 bytes.
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
-      (reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+      (reinterpret_cast<uintptr_t>(raw) + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes);
 
   // Barriers.
   if (threadIdx.x == 0) {
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class Element, int kHeadDim>
 cudaError_t launch_attend(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
   using Traits = AttendTraits<Element, kHeadDim>;
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + 1024;
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + kSwizzleBytes;
   const auto kernel = attend_kernel<Traits>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

@@ -57,7 +57,7 @@ class KeyValueLoader {
     b_ = work.tile.head / num_q_heads;
     head_ = hq / (num_q_heads / static_cast<int>(problem.num_kv_heads));
     for (int i = 0; i < work.tiles.num_own; ++i) {
-      rows_[0] = work.own_begin + own_tile_begin(work.tiles, i, kKeys);
+      packer_.rows[0] = work.own_begin + own_tile_begin(work.tiles, i, kKeys);
       load_tile(kLoadsKeys ? args_.k : args_.v, kKeys);
     }
     head_ = hq / (num_q_heads / static_cast<int>(problem.num_perm_heads));
@@ -65,8 +65,9 @@ class KeyValueLoader {
                   work.tiles.first_selected_size / chunk_rows_);
   }
 
-  // Fills tiles with the selected blocks, as many to a tile as fit; the first takes `chunks_left`.
-  __device__ void load_selected(const uint32_t* words, int num_candidates, int chunks_left) {
+  // Fills tiles with the selected blocks; the first takes `first_chunks`.
+  __device__ void load_selected(const uint32_t* words, int num_candidates, int first_chunks) {
+    packer_.chunks_left = first_chunks;
     const int kv_block_size = static_cast<int>(params_.blocking.kv_block_size);
     for (int base = 0; base * 32 < num_candidates; base += 32) {
       const int w = base + lane_;
@@ -77,13 +78,8 @@ class KeyValueLoader {
         for (uint32_t bits = __shfl_sync(~0u, own, source); bits != 0; bits &= bits - 1) {
           const int block_row = ((base + source) * 32 + __ffs(bits) - 1) * kv_block_size;
           for (int row = block_row; row < block_row + kv_block_size; row += chunk_rows_) {
-            // The rows of a tile move up by one; places that stay empty repeat earlier rows.
-#pragma unroll
-            for (int i = kMaxChunks - 1; i > 0; --i) rows_[i] = rows_[i - 1];
-            rows_[0] = row;
-            if (--chunks_left == 0) {
+            if (packer_.add(row, chunks_per_tile_)) {
               load_tile(kLoadsKeys ? args_.k_perm : args_.v_perm, chunk_rows_);
-              chunks_left = chunks_per_tile_;
             }
           }
         }
@@ -91,7 +87,7 @@ class KeyValueLoader {
     }
   }
 
-  // Loads one tile from the rows in rows_, box_rows at a time.
+  // Loads one tile from the rows in packer_, box_rows at a time.
   __device__ void load_tile(const CUtensorMap& map, int box_rows) {
     auto& full = kLoadsKeys ? shared_.k_full[ring_.stage()] : shared_.v_full[ring_.stage()];
     auto& empty = kLoadsKeys ? shared_.k_empty[ring_.stage()] : shared_.v_empty[ring_.stage()];
@@ -101,14 +97,14 @@ class KeyValueLoader {
       Element* dst =
           (kLoadsKeys ? shared_.k : shared_.v) + ring_.stage() * kKeys * Traits::kHeadDim;
       if (box_rows == kKeys) {
-        copy_box(map, full, dst, rows_[0], 0, head_, b_);
+        copy_box(map, full, dst, packer_.rows[0], 0, head_, b_);
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < kMaxChunks; ++chunk) {
           if (chunk * box_rows >= kKeys) break;
           for (int group = 0; group < Traits::kGroups; ++group) {
             copy_box(map, full, dst + (group * kKeys + chunk * box_rows) * Traits::kGroupColumns,
-                     rows_[chunk], group, head_, b_);
+                     packer_.rows[chunk], group, head_, b_);
           }
         }
       }
@@ -125,7 +121,7 @@ class KeyValueLoader {
   int chunks_per_tile_;
   int b_ = 0;
   int head_ = 0;
-  int rows_[kMaxChunks] = {};
+  TilePacker<kMaxChunks> packer_;
   RingState<kLoadsKeys ? Traits::kKStages : Traits::kVStages> ring_;
 };
 

@@ -5,10 +5,12 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/gemm/collective/builders/sm90_common.inl>
 
+#include <cstddef>
 #include <cute/tensor.hpp>
 
 #include "pbs/key_tiles.h"
 #include "pbs/params.h"
+#include "pbs/tile_shape.h"
 
 namespace pbs::cuda {
 
@@ -32,30 +34,16 @@ struct AttendArgs {
   CUtensorMap v_perm;
 };
 
-// Keys of one tile: what two stages of K and V beside Q leave room for, and no wider than the
-// accumulators of one warpgroup allow.
-constexpr int tile_keys(int head_dim) { return head_dim == 256 ? 64 : 128; }
-
-// Tiles of K and of V in flight, as shared memory allows. V is freed later than K, after the
-// softmax of the next tile, and so gains more from a third one.
-constexpr int k_stages(int head_dim) { return head_dim == 64 ? 4 : head_dim == 96 ? 3 : 2; }
-constexpr int v_stages(int head_dim) { return head_dim == 64 ? 4 : 3; }
-
-// A tile in shared memory is a row of column groups, each as wide as the swizzle span of 128 (or,
-// for 96 columns, 64) bytes.
-constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
-
 template <class Element_, int kHeadDim_>
 struct AttendTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = 128;
+  static constexpr int kRows = kTileRows;
   static constexpr int kKeys = tile_keys(kHeadDim);
   static constexpr int kKStages = k_stages(kHeadDim);
   static constexpr int kVStages = v_stages(kHeadDim);
-  static constexpr int kWorkStages = 3;
-  // A second Q hides its load behind the previous block's last products.
-  static constexpr int kQStages = kHeadDim == 256 ? 1 : 2;
+  static constexpr int kWorkStages = kDrawnBlocks;
+  static constexpr int kQStages = q_stages(kHeadDim);
   static constexpr int kConsumerWarps = 8;
   static constexpr int kThreads = 384;
   // NOTE: 168 a thread are there at launch (65536 / 384, in steps of 8); asking for more than
@@ -75,9 +63,10 @@ struct AttendTraits {
                                  cute::GMMA::Major::MN>(),
       Layout<Shape<_2, _1, _1>>{}));
 
-  template <int kTileRows>
-  using RowAtom = decltype(cutlass::gemm::collective::detail::ss_smem_selector<
-                           cute::GMMA::Major::K, Element, Int<kTileRows>, Int<kHeadDim>>());
+  template <int kNumRows>
+  using RowAtom =
+      decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Element,
+                                                                   Int<kNumRows>, Int<kHeadDim>>());
   using ColumnAtom =
       decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::MN, Element,
                                                                    Int<kHeadDim>, Int<kKeys>>());
@@ -98,9 +87,9 @@ struct AttendTraits {
   };
 
   struct SharedStorage {
-    alignas(1024) Element q[cute::cosize_v<LayoutQ>];
-    alignas(1024) Element k[cute::cosize_v<LayoutK>];
-    alignas(1024) Element v[cute::cosize_v<LayoutVt>];
+    alignas(kSwizzleBytes) Element q[cute::cosize_v<LayoutQ>];
+    alignas(kSwizzleBytes) Element k[cute::cosize_v<LayoutK>];
+    alignas(kSwizzleBytes) Element v[cute::cosize_v<LayoutVt>];
     cutlass::arch::ClusterTransactionBarrier q_full[kQStages];
     cutlass::arch::ClusterTransactionBarrier k_full[kKStages];
     cutlass::arch::ClusterTransactionBarrier v_full[kVStages];
@@ -111,6 +100,8 @@ struct AttendTraits {
     cutlass::arch::ClusterBarrier work_empty[kWorkStages];
     Work work[kWorkStages];
   };
+  static_assert(offsetof(SharedStorage, q_full) == tile_bytes(kHeadDim));
+  static_assert(sizeof(SharedStorage) + kSwizzleBytes <= kSharedBytesPerCta);
 };
 
 // A place in a ring of stages and the parity that its barriers have there. One register: places
