@@ -15,11 +15,11 @@ values that went through the paper's selection.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import cuda_clock, interleaved_medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pbs_attn
@@ -51,12 +51,16 @@ def own_blocks(num_tokens: int, config: PBSConfig) -> torch.Tensor:
     return (columns >= candidates[:, None]) & (columns < (candidates + own)[:, None])
 
 
-def flash4_block_sparse(q, k, v, visited: torch.Tensor) -> Callable | None:
+def flash4(q, k, v, visited: torch.Tensor | None = None) -> Callable | None:
+    """FlashAttention-4 on the visited blocks, or dense and causal; None if it is not installed."""
     try:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
         from flash_attn.cute.interface import _flash_attn_fwd
     except ImportError:
         return None
+    tokens_first = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    if visited is None:
+        return lambda: _flash_attn_fwd(*tokens_first, causal=True)
     counts, indices = pbs_attn.mask_to_lists(pbs_attn.bool_to_mask(visited), visited.shape[-1])
     lists = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
@@ -65,17 +69,7 @@ def flash4_block_sparse(q, k, v, visited: torch.Tensor) -> Callable | None:
         full_block_idx=indices.contiguous(),
         block_size=(ROWS, ROWS),
     )
-    tokens_first = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
     return lambda: _flash_attn_fwd(*tokens_first, causal=False, block_sparse_tensors=lists)
-
-
-def flash4_dense(q, k, v) -> Callable | None:
-    try:
-        from flash_attn.cute.interface import _flash_attn_fwd
-    except ImportError:
-        return None
-    tokens_first = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-    return lambda: _flash_attn_fwd(*tokens_first, causal=True)
 
 
 def cudnn_dense(q, k, v) -> Callable:
@@ -88,29 +82,8 @@ def cudnn_dense(q, k, v) -> Callable:
     return run
 
 
-def interleaved_medians(calls: dict[str, Callable], rounds: int, budget_ms: float) -> dict:
-    """Milliseconds a call, from rounds in which every contestant runs a few times in turn."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
-    repeats = {}
-    for name, call in calls.items():
-        repeats[name] = max(1, int(budget_ms / _milliseconds(call, 1)))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_milliseconds(call, repeats[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _milliseconds(call: Callable, repeats: int) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / repeats
+def dense_calls(tensors) -> dict[str, Callable | None]:
+    return {"cudnn_dense": cudnn_dense(*tensors), "fa4_dense": flash4(*tensors)}
 
 
 def runs(call: Callable | None) -> bool:
@@ -136,15 +109,17 @@ def measure_lists(args, tensors, permuted, selected, config: PBSConfig, lists: s
             q, k, v, *permuted, words, kv_block_size=config.key_block_size
         )
     }
+    own = own_blocks(num_tokens, config)
     if config.key_block_size == ROWS:
-        visited = selected | own_blocks(num_tokens, config).cuda()
-        calls["fa4_sparse"] = flash4_block_sparse(*tensors, visited)
+        calls["fa4_sparse"] = flash4(*tensors, selected | own.cuda())
         calls |= dense
     calls = {name: call for name, call in calls.items() if runs(call)}
-    own_keys = own_blocks(num_tokens, config).sum().item() * ROWS * num_heads
+    own_keys = own.sum().item() * ROWS * num_heads
     keys = selected.sum().item() * config.key_block_size + own_keys
+    operations = 4 * ROWS * head_dim * keys
+    dense_operations = 2 * num_tokens**2 * head_dim * num_heads
     density = pbs_attn.density(words, num_tokens, num_tokens, config=config).mean()
-    times = interleaved_medians(calls, args.rounds, args.budget_ms)
+    times = interleaved_medians(calls, args.rounds, cuda_clock(args.budget_ms))
     row = {
         "lists": lists,
         "tokens": num_tokens,
@@ -154,10 +129,10 @@ def measure_lists(args, tensors, permuted, selected, config: PBSConfig, lists: s
         "density": f"{density:.4f}",
     }
     for name in ("pbs", "fa4_sparse", "cudnn_dense", "fa4_dense"):
-        visited_keys = num_tokens**2 * num_heads / 2 / ROWS if "dense" in name else keys
+        done = dense_operations if "dense" in name else operations
         ms = times.get(name)
         row[f"{name}_ms"] = f"{ms:.4f}" if ms else ""
-        row[f"{name}_tflops"] = f"{4 * ROWS * head_dim * visited_keys / ms / 1e9:.1f}" if ms else ""
+        row[f"{name}_tflops"] = f"{done / ms / 1e9:.1f}" if ms else ""
     print({key: value for key, value in row.items() if value}, flush=True)
     return row | _environment.describe("cuda")
 
@@ -171,7 +146,7 @@ def random_tensors(args, num_tokens: int, head_dim: int, dtype: torch.dtype) -> 
 
 def measure(args, num_tokens: int, head_dim: int, dtype: torch.dtype) -> list[dict]:
     tensors = random_tensors(args, num_tokens, head_dim, dtype)
-    dense = {"cudnn_dense": cudnn_dense(*tensors), "fa4_dense": flash4_dense(*tensors)}
+    dense = dense_calls(tensors)
     rows = []
     for p in args.densities:
         for kv_block_size in args.kv_block_sizes:
@@ -214,24 +189,14 @@ def measure_activations(args, path: Path) -> list[dict]:
     rows = []
     for kv_block_size in args.kv_block_sizes:
         config = PBSConfig(kv_block_size=kv_block_size)
-        names = ("block_size", "kv_block_size", "segment_size", "threshold", "mass", "score")
-        settings = {name: getattr(config, name) for name in names}
-        importance = torch.ops.pbs.score_keys(
-            q, k, block_size=config.block_size, segment_size=config.segment_size
-        )
-        perm = torch.ops.pbs.sort_segments(importance, segment_size=config.segment_size)
-        k_perm, v_perm, k_mean = torch.ops.pbs.permute_kv(k, v, perm, kv_block_size=kv_block_size)
-        words, _ = torch.ops.pbs.select_blocks(q, k, k_mean, **settings)
-        num_columns = -(-k.shape[2] // kv_block_size)
-        selected = pbs_attn.mask_to_bool(words, num_columns)
-        candidates, _ = candidate_blocks(q.shape[2], k.shape[2], config=config)
-        selected &= torch.arange(num_columns) < candidates[:, None]
+        chosen = pbs_attn.select(q, k, v, config=config)
+        selected = pbs_attn.mask_to_bool(chosen.block_mask, -(-k.shape[2] // kv_block_size))
         repeats = args.kv_heads // k.shape[1]
         tensors, permuted = (
             [t.cuda().repeat(1, repeats, 1, 1) for t in group]
-            for group in ((q, k, v), (k_perm, v_perm))
+            for group in ((q, k, v), (chosen.k_perm, chosen.v_perm))
         )
-        dense = {"cudnn_dense": cudnn_dense(*tensors), "fa4_dense": flash4_dense(*tensors)}
+        dense = dense_calls(tensors)
         selected = selected.cuda().repeat(1, repeats, 1, 1)
         rows.append(measure_lists(args, tensors, permuted, selected, config, path.stem, dense))
     return rows

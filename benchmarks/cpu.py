@@ -8,12 +8,11 @@ All contestants run in one process, interleaved, on the same threads; each row h
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import interleaved_medians, wall_clock
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
@@ -68,18 +67,6 @@ def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
     }
 
 
-def interleaved_medians(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Milliseconds of each call, from rounds that run every one of them in turn."""
-    times = {name: [] for name in calls}
-    for round_idx in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_idx > 0:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, object]:
     config = PBSConfig(
         threshold=threshold, kv_block_size=args.kv_block_size, permute_per=args.permute_per
@@ -90,7 +77,7 @@ def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, 
     )
     block_mask = pbs_attn.select(q, k, v, config=config).block_mask
     density = pbs_attn.density(block_mask, args.tokens, args.tokens, config=config).mean().item()
-    times = interleaved_medians(stage_calls(q, k, v, config), args.repeats)
+    times = interleaved_medians(stage_calls(q, k, v, config), args.repeats, wall_clock)
     ratio = times["attention"] / (density * times["dense"])
     return {
         "tokens": args.tokens,

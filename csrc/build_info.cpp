@@ -1,4 +1,7 @@
 // What this library was built with, as JSON; read through ctypes by pbs_attn.build_info().
+#include <string>
+#include <string_view>
+
 #include "kernels.h"
 #include "pbs/arch.h"
 
@@ -19,10 +22,14 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_cpu_capability
   return pbs::cpu::kernels().name;
 }
 
+// Names by a space.
 extern "C" __attribute__((visibility("default"))) const char* pbs_cuda_stages() {
+  static const std::string stages = [] {
+    std::string names;
 #ifdef PBS_WITH_CUDA
-  return pbs::kCudaStages;
-#else
-  return "";
+    for (const std::string_view name : pbs::kCudaStages) names += std::string(name) + ' ';
 #endif
+    return names;
+  }();
+  return stages.c_str();
 }

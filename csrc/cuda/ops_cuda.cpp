@@ -55,7 +55,9 @@ void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
   if (!is_aligned(reinterpret_cast<int64_t>(rows.data)) || !is_aligned(rows.batch_stride * size) ||
       !is_aligned(rows.head_stride * size) || !is_aligned(rows.row_stride * size)) {
     fail(name, " must start at, and have strides of, a multiple of 16 bytes on CUDA, got strides (",
-         rows.batch_stride, ", ", rows.head_stride, ", ", rows.row_stride, ")");
+         rows.batch_stride, ", ", rows.head_stride, ", ", rows.row_stride, ") of ", size,
+         "-byte elements and a start ", reinterpret_cast<int64_t>(rows.data) % 16,
+         " bytes past such a multiple");
   }
 }
 

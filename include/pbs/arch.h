@@ -6,15 +6,12 @@
 
 namespace pbs {
 
-// Operators with a CUDA kernel, by a space.
-constexpr const char* kCudaStages = "permute_kv attend";
+// Operators with a CUDA kernel.
+constexpr std::string_view kCudaStages[] = {"permute_kv", "attend"};
 
 constexpr bool has_cuda_kernel(std::string_view stage) {
-  std::string_view stages = kCudaStages;
-  while (!stages.empty()) {
-    const size_t end = stages.find(' ');
-    if (stages.substr(0, end) == stage) return true;
-    stages = end == stages.npos ? std::string_view() : stages.substr(end + 1);
+  for (const std::string_view name : kCudaStages) {
+    if (name == stage) return true;
   }
   return false;
 }

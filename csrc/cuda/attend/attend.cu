@@ -93,7 +93,7 @@ const char* encode_all(AttendArgs& args) {
     bool fills_tile;
   };
   const Input inputs[] = {
-      {&args.q, &params.q, problem.num_q_heads, problem.num_q, 128, true},
+      {&args.q, &params.q, problem.num_q_heads, problem.num_q, kTileRows, true},
       {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys, true},
       {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys, true},
       {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk == keys},

@@ -1,0 +1,54 @@
+"""Medians of contestants that run in turn, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[], object]
+
+
+def interleaved_medians(
+    calls: dict[str, Call], rounds: int, clock: Callable[[Call], float]
+) -> dict[str, float]:
+    """Milliseconds of each call by `clock`, from rounds that run every one of them in turn; the
+    first round warms up."""
+    times = {name: [] for name in calls}
+    for round_idx in range(rounds + 1):
+        for name, call in calls.items():
+            milliseconds = clock(call)
+            if round_idx > 0:
+                times[name].append(milliseconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def wall_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def cuda_clock(budget_ms: float) -> Callable[[Call], float]:
+    """A clock by CUDA events that repeats short calls until they fill about budget_ms."""
+    repeats: dict[Call, int] = {}
+
+    def clock(call: Call) -> float:
+        if call not in repeats:
+            call()
+            repeats[call] = max(1, int(budget_ms / _events(call, 1)))
+        return _events(call, repeats[call])
+
+    return clock
+
+
+def _events(call: Call, repeats: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / repeats
