@@ -4,6 +4,8 @@
 #include <cutlass/numeric_conversion.h>
 
 #include <cute/algorithm/gemm.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
 #include "epilogue.cuh"
 #include "softmax.cuh"
@@ -94,28 +96,47 @@ class Consumer {
       if (has_older) release(shared_.v_empty[v_.previous().stage()]);
       v_.advance();
     };
-    const auto take_scores = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
+    const auto take_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(tSrS);
+    };
+    const auto release_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       release(shared_.k_empty[k_.stage()]);
       k_.advance();
-      if constexpr (is_masked) mask(tSrS, tile_idx);
-      rescales = softmax.raise(tSrS, rescale);
     };
-    // NOTE: ptxas moves a wait upwards over anything in its basic block, and would wait for P . V
-    // before the exponentials. Behind the wait for a barrier, which is a loop, it stays, and the
-    // exponentials go up into the time that the barrier takes to answer. Read the SASS after a
+    // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
+    const auto weigh_masked = [&](int tile_idx) CUTLASS_LAMBDA_FUNC_INLINE {
+      mask(tSrS, tile_idx);
+      rescales = softmax.raise(tSrS, rescale);
+      return softmax.weigh_any(tSrS);
+    };
+    // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
+    // that a score lay far above these, the weights shrink; if they left the range of numbers, the
+    // scores are computed again.
+    const auto weigh = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      TileSums sums = softmax.weigh(tSrS);
+      rescales = Softmax::outgrow(sums);
+      if (rescales) {
+        if (Softmax::is_lost(sums)) {
+          recompute_scores(tSrS);
+          rescales = softmax.raise(tSrS, rescale);
+          sums = softmax.weigh_any(tSrS);
+        } else {
+          softmax.shrink(tSrS, sums, rescale);
+        }
+      }
+      return sums;
+    };
+    // NOTE: ptxas moves a wait to the top of its basic block. Behind the wait for a barrier, which
+    // is a loop, the exponentials stay before it, in the time of P . V. Read the SASS after a
     // change.
-    const auto shift_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      softmax.shift(tSrS);
+    const auto take_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       cute::warpgroup_fence_operand(tSrS);
       shared_.v_full[v_.stage()].wait(v_.parity());
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(tOrO);
     };
-    const auto make_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      softmax.exponentiate(tSrS);
-      softmax.add(tSrS);
+    const auto round_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
       auto& weights =
           *reinterpret_cast<cutlass::Array<float, cute::size(tSrS.layout())>*>(tSrS.data());
@@ -124,13 +145,26 @@ class Consumer {
       fence_weights(tOrP);
     };
     const auto fold_tile = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
-      take_scores(tile_idx, is_masked);
-      shift_scores();
-      make_weights();
+      take_scores();
+      if constexpr (is_masked) {
+        release_keys();
+        softmax.add(weigh_masked(tile_idx));
+      } else {
+        softmax.add(weigh());
+        release_keys();
+      }
+      take_values();
+      round_weights();
       if (rescales) {
         CUTE_UNROLL
         for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
       }
+    };
+    const auto take_first_tile = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      take_scores();
+      release_keys();
+      softmax.add(weigh_masked(0));
+      take_values();
     };
 
     shared_.q_full[q_.stage()].wait(q_.parity());
@@ -139,11 +173,10 @@ class Consumer {
     start_scores();
     pass_turn();
     cute::warpgroup_wait<0>();
-    take_scores(0, cute::true_type{});
-    shift_scores();
+    take_first_tile();
     while (true) {
       cute::clear(tOrO);
-      make_weights();
+      round_weights();
       const int num_masked = reader_.current().tiles.num_masked;
       int tile_idx = 1;
       for (; tile_idx < num_masked; ++tile_idx) {
@@ -176,8 +209,7 @@ class Consumer {
       start_both(has_older);
       const Softmax done = softmax;
       softmax = Softmax{done.scale_log2};
-      take_scores(0, cute::true_type{});
-      shift_scores();
+      take_first_tile();
       release(shared_.v_empty[v_.previous().stage()]);
       write_rows<Traits>(params_, done_tile, done, tOrO);
     }
@@ -213,6 +245,47 @@ class Consumer {
     for (int i = 0; i < cute::size(tSrS); ++i) {
       if (column_of(i, 0) >= (row_of(i) == 0 ? limit : next_limit)) tSrS(i) = -INFINITY;
     }
+  }
+
+  // S = Q . K^T of this warp's rows once more, by the products that a warp can issue alone. They
+  // leave each element where the warpgroup's do.
+  template <class Scores>
+  __device__ void recompute_scores(Scores& tSrS) const {
+    using Mma = std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
+                                   cute::SM80_16x8x16_F32F16F16F32_TN,
+                                   cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+    constexpr int kEightRows = 8 * Traits::kGroupColumns * 2;
+    const int thread = read_thread();
+    const int row = thread % 32 / 4;
+    const uint32_t q = cute::cast_smem_ptr_to_uint(
+        shared_.q + q_.stage() * Traits::kRows * Traits::kHeadDim);
+    const uint32_t k = cute::cast_smem_ptr_to_uint(
+        shared_.k + k_.stage() * Traits::kKeys * Traits::kHeadDim);
+    cute::clear(tSrS);
+    CUTE_NO_UNROLL
+    for (int column = thread % 4 * 2; column < Traits::kHeadDim; column += 16) {
+      const int q_row = thread / 32 * 16 - 64 + row;
+      const uint32_t q_left = q + tile_offset<Traits>(Traits::kRows, q_row, column);
+      const uint32_t q_right = q + tile_offset<Traits>(Traits::kRows, q_row, column + 8);
+      const uint32_t a[] = {load_pair(q_left), load_pair(q_left + kEightRows), load_pair(q_right),
+                            load_pair(q_right + kEightRows)};
+      const uint32_t k_left = k + tile_offset<Traits>(Traits::kKeys, row, column);
+      const uint32_t k_right = k + tile_offset<Traits>(Traits::kKeys, row, column + 8);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tSrS); i += 4) {
+        const uint32_t b[] = {load_pair(k_left + i / 4 * kEightRows),
+                              load_pair(k_right + i / 4 * kEightRows)};
+        Mma::fma(tSrS(i), tSrS(i + 1), tSrS(i + 2), tSrS(i + 3), a[0], a[1], a[2], a[3], b[0], b[1],
+                 tSrS(i), tSrS(i + 1), tSrS(i + 2), tSrS(i + 3));
+      }
+    }
+  }
+
+  // In program order, so that few are in flight: registers are short here, and time is not.
+  __device__ static uint32_t load_pair(uint32_t address) {
+    uint32_t pair;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address));
+    return pair;
   }
 
   template <class Barrier>
