@@ -1,8 +1,8 @@
 """Times torch.ops.pbs.attend on a GPU beside dense attention and FlashAttention-4's block-sparse
 kernel on the same block lists.
 
-A list keeps each key block before the query block's own segment with probability p, block 0 and
-the own segment always. Rates count 4 * 128 * D operations for every visited key of a block of 128
+A list keeps each key block of 128 rows before the query block's own segment with probability p,
+block 0 and the own segment always; lists of narrower key blocks visit as many keys. Rates count 4 * 128 * D operations for every visited key of a block of 128
 queries, the diagonal block whole. All contestants of a row run in one process, in turn. The column
 `lists` says where the lists come from: `random`; `uneven` and `even`, one head 30 times as dense as
 the others beside the same number of blocks spread evenly; or the file of real queries, keys and
@@ -15,6 +15,7 @@ values that went through the paper's selection.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,15 +34,27 @@ def random_list(
     num_tokens: int, num_heads: int, p: float | torch.Tensor, config: PBSConfig
 ) -> torch.Tensor:
     """(1, heads, query blocks, key blocks) bool: the selected candidates. p: one for all heads, or
-    (heads, 1, 1)."""
+    (heads, 1, 1). Key blocks narrower than 128 rows visit, in every query block, as many keys as
+    those of 128 rows do, at random too."""
     generator = torch.Generator(device="cuda").manual_seed(0)
-    num_rows, num_columns = num_tokens // ROWS, num_tokens // config.key_block_size
-    shape = (1, num_heads, num_rows, num_columns)
-    keep = torch.rand(shape, generator=generator, device="cuda") < p
-    keep[..., 0] = True
-    candidates, _ = candidate_blocks(num_tokens, num_tokens, config=config)
-    columns = torch.arange(num_columns, device="cuda")
-    return keep & (columns < candidates.cuda()[:, None])
+
+    def noise(width: int) -> torch.Tensor:
+        """Uniform in [0, 1) where a key block is a candidate, 2 elsewhere."""
+        shape = (1, num_heads, num_tokens // ROWS, num_tokens // width)
+        values = torch.rand(shape, generator=generator, device="cuda")
+        values[..., : ROWS // width] = -1  # the first 128 keys, always
+        of_width = dataclasses.replace(config, kv_block_size=width)
+        candidates, _ = candidate_blocks(num_tokens, num_tokens, config=of_width)
+        columns = torch.arange(shape[-1], device="cuda")
+        return values.masked_fill_(columns >= candidates.cuda()[:, None], 2)
+
+    selected = noise(ROWS) < p
+    if config.key_block_size == ROWS:
+        return selected
+    counts = selected.sum(-1, keepdim=True) * (ROWS // config.key_block_size)
+    values = noise(config.key_block_size)
+    last = values.sort(-1).values.gather(-1, (counts - 1).clamp(min=0))
+    return (values <= last) & (counts > 0)
 
 
 def own_blocks(num_tokens: int, config: PBSConfig) -> torch.Tensor:

@@ -49,8 +49,9 @@ function(pbs_add_cuda_kernels target)
   endforeach()
   list(JOIN cutlass_version "." cutlass_version)
   add_library(pbs_cuda OBJECT csrc/cuda/permute_kv.cu csrc/cuda/attend/attend.cu
-                              csrc/cuda/attend/attend_d64.cu csrc/cuda/attend/attend_d96.cu
-                              csrc/cuda/attend/attend_d128.cu csrc/cuda/attend/attend_d256.cu)
+                              csrc/cuda/attend/order.cu csrc/cuda/attend/attend_d64.cu
+                              csrc/cuda/attend/attend_d96.cu csrc/cuda/attend/attend_d128.cu
+                              csrc/cuda/attend/attend_d256.cu)
   target_include_directories(pbs_cuda PRIVATE include)
   target_include_directories(pbs_cuda SYSTEM PRIVATE ${CUTLASS_DIR}/include)
   target_compile_options(

@@ -1,6 +1,5 @@
 """The header-only C++ parts, through a pybind11 module built for the tests alone."""
 
-import itertools
 import math
 import subprocess
 import sys
@@ -153,19 +152,41 @@ def test_tiles_fit_in_shared_memory(native, head_dim):
     heads_per_kv=st.integers(1, 4),
     fitting=st.integers(0, 12),
 )
-def test_work_tiles_visit_everything_once(
+def test_work_groups_hold_everything_once(
     native, num_q_blocks, num_kv_heads, heads_per_kv, fitting
 ):
     num_heads = num_kv_heads * heads_per_kv
-    tiles = native.work_tiles(num_q_blocks, num_heads, heads_per_kv, 1000, 1000 * fitting + 1)
-    everything = {(head, block) for head in range(num_heads) for block in range(num_q_blocks)}
-    assert len(tiles) == len(everything)
-    assert set(tiles) == everything
-    # Heads go in groups that fit; within one, heavy query blocks come first.
-    group = max(1, fitting) * heads_per_kv
-    assert [head // group for head, _ in tiles] == sorted(head // group for head, _ in tiles)
-    for (head, block), (next_head, next_block) in itertools.pairwise(tiles):
-        assert head // group != next_head // group or next_block <= block
+    groups = native.WorkGroups(num_q_blocks, num_heads, heads_per_kv, 1000, 1000 * fitting + 1)
+    assert groups.heads_per_group % heads_per_kv == 0
+    assert groups.heads_per_group <= max(1, fitting) * heads_per_kv
+    assert (groups.num_groups() - 1) * groups.heads_per_group < num_heads
+    tiles = []
+    for group_idx in range(groups.num_groups()):
+        blocks = [native.work_tile(groups, group_idx, i) for i in range(groups.blocks_per_group())]
+        # The last query blocks first, and heads that share keys side by side.
+        assert [block for _, block in blocks] == sorted((b for _, b in blocks), reverse=True)
+        assert {head // groups.heads_per_group for head, _ in blocks} == {group_idx}
+        tiles += [tile for tile in blocks if tile[0] < num_heads]
+    assert sorted(tiles) == [(h, b) for h in range(num_heads) for b in range(num_q_blocks)]
+
+
+@given(most=st.integers(1, 300000), data=st.data())
+def test_order_bins_descend(native, most, data):
+    tiles = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=20))
+    bins = [native.order_bin(count, most) for count in sorted(tiles)]
+    assert bins == sorted(bins, reverse=True)
+    assert min(bins) >= 0 and max(bins) < native.order_bins
+    assert native.order_bin(most, most) == 0
+
+
+@pytest.mark.parametrize("num_heads", [1, 7, 32])
+def test_order_layout_parts_do_not_overlap(native, num_heads):
+    groups = native.WorkGroups(5, num_heads, 1, 1000, 3000)
+    counter, group_at, weights, order, num_tiles, size = native.order_layout(groups)
+    num_blocks = groups.num_groups() * groups.blocks_per_group()
+    assert group_at - counter >= 1
+    assert min(weights - group_at, order - weights) >= groups.num_groups()
+    assert min(num_tiles - order, size - num_tiles) >= num_blocks
 
 
 def test_capability(native):

@@ -7,8 +7,9 @@
 namespace pbs::cuda {
 
 const char* launch_permute_kv(const PermuteKVParams& params, void* stream);
-// tile_counter: one int of workspace. bfloat16 and float16 only.
-const char* launch_attend(const AttendParams& params, int32_t* tile_counter, void* stream);
+// bfloat16 and float16 only. workspace: attend_workspace_ints of them.
+const char* launch_attend(const AttendParams& params, int32_t* workspace, void* stream);
+int64_t attend_workspace_ints(const AttendParams& params);
 
 // The device that is current, and its compute capability as 10 * major + minor.
 const char* current_device(int* device);

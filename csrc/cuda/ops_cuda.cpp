@@ -105,9 +105,10 @@ struct CudaBackend {
     check_aligned("v_perm", params.v_perm, dtype);
     if (!(params.scale > 0.0f)) fail("scale must be positive on CUDA, got ", params.scale);
     const DeviceGuard guard(like);
-    const Tensor counter = StageOps<CudaBackend>::new_tensor(like, {1}, ScalarType::Int);
+    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
+        like, {cuda::attend_workspace_ints(params)}, ScalarType::Int);
     check_cuda(
-        cuda::launch_attend(params, counter.mutable_data_ptr<int32_t>(), current_stream(like)),
+        cuda::launch_attend(params, workspace.mutable_data_ptr<int32_t>(), current_stream(like)),
         "attend");
 #endif
   }

@@ -10,6 +10,7 @@
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
 #include "pbs/tile_shape.h"
+#include "pbs/work_order.h"
 #include "simd.h"
 
 namespace py = pybind11;
@@ -52,16 +53,21 @@ PYBIND11_MODULE(pbs_native, m) {
   });
   m.attr("shared_bytes_per_cta") = pbs::kSharedBytesPerCta;
   m.attr("swizzle_bytes") = pbs::kSwizzleBytes;
-  m.def("work_tiles", [](int64_t num_q_blocks, int64_t num_heads, int64_t heads_per_kv,
-                         int64_t kv_bytes, int64_t l2_bytes) {
-    const pbs::TileOrder order =
-        pbs::tile_order(num_q_blocks, num_heads, heads_per_kv, kv_bytes, l2_bytes);
-    std::vector<std::pair<int32_t, int32_t>> tiles;
-    for (int32_t i = 0; i < num_q_blocks * num_heads; ++i) {
-      const pbs::WorkTile tile = pbs::work_tile(order, i);
-      tiles.emplace_back(tile.head, tile.q_block_idx);
-    }
-    return tiles;
+  py::class_<pbs::WorkGroups>(m, "WorkGroups")
+      .def(py::init(&pbs::work_groups))
+      .def_readonly("heads_per_group", &pbs::WorkGroups::heads_per_group)
+      .def("num_groups", &pbs::WorkGroups::num_groups)
+      .def("blocks_per_group", &pbs::WorkGroups::blocks_per_group);
+  m.def("work_tile", [](const pbs::WorkGroups& groups, int32_t group_idx, int32_t block_idx) {
+    const pbs::WorkTile tile = pbs::work_tile(groups, group_idx, block_idx);
+    return std::make_pair(tile.head, tile.q_block_idx);
+  });
+  m.attr("order_bins") = pbs::kOrderBins;
+  m.def("order_bin", &pbs::order_bin);
+  m.def("order_layout", [](const pbs::WorkGroups& groups) {
+    const pbs::OrderLayout layout = pbs::order_layout(groups);
+    return std::vector<int64_t>{layout.counter, layout.group_at,     layout.weights,
+                                layout.sorted,  layout.num_selected, layout.size};
   });
   m.def("capability_error", &pbs::capability_error);
   m.def("has_cuda_kernel", [](const std::string& stage) { return pbs::has_cuda_kernel(stage); });

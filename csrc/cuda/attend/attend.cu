@@ -8,6 +8,7 @@
 
 #include "../launch.h"
 #include "instances.h"
+#include "order.cuh"
 #include "pbs/bitmask.h"
 #include "traits.cuh"
 
@@ -107,21 +108,31 @@ const char* encode_all(AttendArgs& args) {
   return nullptr;
 }
 
+WorkGroups attend_groups(const AttendParams& params) {
+  const Problem& problem = params.problem;
+  return work_groups(ceil_div(problem.num_q, params.blocking.block_size),
+                     problem.batch * problem.num_q_heads,
+                     problem.num_q_heads / problem.num_perm_heads,
+                     4 * problem.num_kv * problem.head_dim, kL2Bytes);
+}
+
 }  // namespace
 
-const char* launch_attend(const AttendParams& params, int32_t* tile_counter, void* stream) {
+int64_t attend_workspace_ints(const AttendParams& params) {
+  return order_layout(attend_groups(params)).size;
+}
+
+const char* launch_attend(const AttendParams& params, int32_t* workspace, void* stream) {
   const Problem& problem = params.problem;
-  const int64_t num_tiles =
-      problem.batch * problem.num_q_heads * ceil_div(problem.num_q, params.blocking.block_size);
-  if (num_tiles == 0) return nullptr;
-  if (num_tiles > std::numeric_limits<int32_t>::max()) return "too many query blocks for one grid";
   AttendArgs args{};
   args.params = params;
-  args.order =
-      tile_order(ceil_div(problem.num_q, params.blocking.block_size),
-                 problem.batch * problem.num_q_heads, problem.num_q_heads / problem.num_perm_heads,
-                 4 * problem.num_kv * problem.head_dim, kL2Bytes);
-  args.tile_counter = tile_counter;
+  args.groups = attend_groups(params);
+  args.layout = order_layout(args.groups);
+  args.workspace = workspace;
+  if (args.groups.num_heads == 0 || args.groups.num_q_blocks == 0) return nullptr;
+  if (args.layout.size > std::numeric_limits<int32_t>::max()) {
+    return "too many query blocks for one grid";
+  }
   args.num_mask_words =
       static_cast<int32_t>(num_mask_words(ceil_div(problem.num_kv, params.blocking.kv_block_size)));
   if (const char* error = encode_all(args)) return error;
@@ -134,10 +145,14 @@ const char* launch_attend(const AttendParams& params, int32_t* tile_counter, voi
     error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaMemsetAsync(tile_counter, 0, sizeof(int32_t), cuda_stream);
+    error = launch_order(OrderArgs{problem, params.blocking, params.is_causal,
+                                   tile_keys(static_cast<int>(problem.head_dim)), params.block_mask,
+                                   args.num_mask_words, args.groups, args.layout, workspace},
+                         cuda_stream);
   }
   if (error == cudaSuccess) {
-    const int num_ctas = static_cast<int>(smaller(num_tiles, num_sms));
+    const int64_t num_blocks = int64_t{args.groups.num_heads} * args.groups.num_q_blocks;
+    const int num_ctas = static_cast<int>(smaller(num_blocks, num_sms));
     error = problem.dtype == DType::kBFloat16
                 ? launch_head_dim<cutlass::bfloat16_t>(args, num_ctas, cuda_stream)
                 : launch_head_dim<cutlass::half_t>(args, num_ctas, cuda_stream);

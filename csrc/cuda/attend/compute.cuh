@@ -46,20 +46,17 @@ class Consumer {
   __device__ void run() {
     // The first turn belongs to warpgroup 0.
     if (warpgroup_ == 1) pass_turn();
-    int num_tiles = next_block();
+    int num_tiles = reader_.next().tiles.total;
     if (num_tiles < 0) return;
 
     typename Traits::QkMma qk_mma;
     typename Traits::PvMma pv_mma;
-    const cute::Tensor sQ =
-        cute::make_tensor(cute::make_smem_ptr(shared_.q), typename Traits::LayoutQ{});
     const cute::Tensor sK =
         cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{});
     const cute::Tensor sVt =
         cute::make_tensor(cute::make_smem_ptr(shared_.v), typename Traits::LayoutVt{});
     auto qk_thread = qk_mma.get_thread_slice(128 * uniform(warpgroup_));
     auto pv_thread = pv_mma.get_thread_slice(128 * uniform(warpgroup_));
-    const cute::Tensor tSrQ = qk_thread.partition_fragment_A(sQ);   // (MMA, 1, D / 16, stage)
     const cute::Tensor tSrK = qk_thread.partition_fragment_B(sK);   // (MMA, 1, D / 16, stage)
     const cute::Tensor tOrV = pv_thread.partition_fragment_B(sVt);  // (MMA, 1, keys / 16, stage)
     cute::Tensor tOrO =
@@ -79,6 +76,12 @@ class Consumer {
     bool rescales = false;
 
     const auto start_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      // Where Q begins, as if it were new each time: what follows from it is not carried around
+      // the loop, in registers that D=256 lacks.
+      Element* q = shared_.q;
+      asm volatile("" : "+l"(q));
+      const cute::Tensor tSrQ = qk_thread.partition_fragment_A(cute::make_tensor(
+          cute::make_smem_ptr(q), typename Traits::LayoutQ{}));  // (MMA, 1, D / 16, stage)
       start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, uniform(q_.stage())),
                        tSrK(cute::_, cute::_, cute::_, uniform(k_.stage())), tSrS);
     };
@@ -195,14 +198,12 @@ class Consumer {
       release(shared_.q_empty[q_.stage()]);
       q_.advance();
       const bool has_older = num_tiles > 1;
-      const WorkTile done_tile = reader_.current().tile;
-      reader_.advance();
-      num_tiles = next_block();
+      num_tiles = reader_.next().tiles.total;
       if (num_tiles < 0) {
         start_values();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(tOrO);
-        write_rows<Traits>(params_, done_tile, softmax, tOrO);
+        write_rows<Traits>(params_, reader_.previous(), softmax, tOrO);
         return;
       }
       shared_.q_full[q_.stage()].wait(q_.parity());
@@ -211,17 +212,12 @@ class Consumer {
       softmax = Softmax{done.scale_log2};
       take_first_tile();
       release(shared_.v_empty[v_.previous().stage()]);
-      write_rows<Traits>(params_, done_tile, done, tOrO);
+      write_rows<Traits>(params_, reader_.previous(), done, tOrO);
+      reader_.free_previous();
     }
   }
 
  private:
-  // Key tiles of the next query block; negative if there is none.
-  __device__ int next_block() {
-    reader_.wait();
-    return reader_.current().tiles.total;
-  }
-
   // The same in all lanes already; but ptxas now sees it, and keeps what follows from it, such as
   // the descriptors of the products, in uniform registers.
   __device__ static int uniform(int x) { return __shfl_sync(~0u, x, 0); }
@@ -257,10 +253,10 @@ class Consumer {
     constexpr int kEightRows = 8 * Traits::kGroupColumns * 2;
     const int thread = read_thread();
     const int row = thread % 32 / 4;
-    const uint32_t q = cute::cast_smem_ptr_to_uint(
-        shared_.q + q_.stage() * Traits::kRows * Traits::kHeadDim);
-    const uint32_t k = cute::cast_smem_ptr_to_uint(
-        shared_.k + k_.stage() * Traits::kKeys * Traits::kHeadDim);
+    const uint32_t q =
+        cute::cast_smem_ptr_to_uint(shared_.q + q_.stage() * Traits::kRows * Traits::kHeadDim);
+    const uint32_t k =
+        cute::cast_smem_ptr_to_uint(shared_.k + k_.stage() * Traits::kKeys * Traits::kHeadDim);
     cute::clear(tSrS);
     CUTE_NO_UNROLL
     for (int column = thread % 4 * 2; column < Traits::kHeadDim; column += 16) {

@@ -26,25 +26,6 @@ __device__ inline void transpose_quad(uint32_t (&words)[4], int lane) {
   }
 }
 
-// Where a query block's rows go.
-template <class Element>
-struct BlockOutput {
-  Element* out;
-  float* lse;
-  int num_rows;
-
-  __device__ BlockOutput(const AttendParams& params, const WorkTile& tile) {
-    const int64_t num_q = params.problem.num_q;
-    const int64_t first_row = tile.q_block_idx * params.blocking.block_size;
-    const int num_q_heads = static_cast<int>(params.problem.num_q_heads);
-    num_rows = static_cast<int>(smaller(params.blocking.block_size, num_q - first_row));
-    lse = params.lse + tile.head * num_q + first_row;
-    out = static_cast<Element*>(params.out.data) +
-          tile.head / num_q_heads * params.out.batch_stride +
-          tile.head % num_q_heads * params.out.head_stride + first_row * params.out.row_stride;
-  }
-};
-
 // The index of this thread, read anew: what is computed from it is not carried, in registers that
 // the main loop lacks, from one block's end to the next one's.
 __device__ inline int read_thread() {
@@ -59,25 +40,24 @@ __device__ inline int consumer_row(int thread) {
 }
 
 template <class Traits, class Output>
-__device__ void write_rows(const AttendParams& params, const WorkTile& tile, const Softmax& softmax,
-                           const Output& tOrO) {
+__device__ void write_rows(const AttendParams& params, const typename Traits::Work& work,
+                           const Softmax& softmax, const Output& tOrO) {
   using Element = typename Traits::Element;
   const int thread = read_thread();
   const int lane = thread % 32;
   const int row = consumer_row(thread);
-  const BlockOutput<Element> output(params, tile);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     const float sum = quad_sum(softmax.row_sum[r]);
     const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     const int own_row = row + 8 * r;
-    const bool is_inside = own_row < output.num_rows;
+    const bool is_inside = own_row < work.num_rows;
     if (is_inside && lane % 4 == 0) {
       const float log2_sum = softmax.base[r] + __log2f(sum);
-      output.lse[own_row] = sum == 0.0f ? -INFINITY : log2_sum * 0.6931471805599453f;
+      work.lse[own_row] = sum == 0.0f ? -INFINITY : log2_sum * 0.6931471805599453f;
     }
     uint4* out =
-        reinterpret_cast<uint4*>(output.out + own_row * params.out.row_stride + lane % 4 * 8);
+        reinterpret_cast<uint4*>(work.out + own_row * params.out.row_stride + lane % 4 * 8);
     // A quad holds 4 * 8 columns in 4 words a lane; transposed, each lane has 8 in a row.
     CUTE_UNROLL
     for (int group = 0; group < Traits::kHeadDim / 32; ++group) {
@@ -98,15 +78,14 @@ __device__ void write_rows(const AttendParams& params, const WorkTile& tile, con
 
 // A block that visits nothing: zeros, and log(0). Called by one warp.
 template <class Traits>
-__device__ void write_nothing(const AttendParams& params, const WorkTile& tile) {
-  const BlockOutput<typename Traits::Element> output(params, tile);
+__device__ void write_nothing(const AttendParams& params, const typename Traits::Work& work) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int row = 0; row < output.num_rows; ++row) {
+  for (int row = 0; row < work.num_rows; ++row) {
     for (int column = lane * 8; column < Traits::kHeadDim; column += 256) {
-      *reinterpret_cast<uint4*>(output.out + row * params.out.row_stride + column) = uint4{};
+      *reinterpret_cast<uint4*>(work.out + row * params.out.row_stride + column) = uint4{};
     }
   }
-  for (int row = lane; row < output.num_rows; row += 32) output.lse[row] = -INFINITY;
+  for (int row = lane; row < work.num_rows; row += 32) work.lse[row] = -INFINITY;
 }
 
 }  // namespace pbs::cuda

@@ -18,11 +18,6 @@ __device__ void copy_box(const CUtensorMap& map, cutlass::arch::ClusterTransacti
                                0, row, group, head, b);
 }
 
-__device__ inline const uint32_t* mask_words(const AttendArgs& args, const WorkTile& tile) {
-  const int64_t row = static_cast<int64_t>(tile.head) * args.order.num_q_blocks + tile.q_block_idx;
-  return args.params.block_mask + row * args.num_mask_words;
-}
-
 template <class Traits, bool kLoadsKeys>
 class KeyValueLoader {
  public:
@@ -41,27 +36,24 @@ class KeyValueLoader {
   __device__ void run() {
     WorkReader<Traits> reader(shared_);
     while (true) {
-      reader.wait();
-      if (reader.current().tiles.total < 0) return;
-      load_tiles(reader.current());
-      reader.advance();
+      const Work& work = reader.next();
+      if (work.tiles.total < 0) return;
+      load_tiles(work);
+      reader.free_current();
     }
   }
 
  private:
   // All tiles of a query block, in the order of KeyTiles.
   __device__ void load_tiles(const Work& work) {
-    const Problem& problem = params_.problem;
-    const int num_q_heads = static_cast<int>(problem.num_q_heads);
-    const int hq = work.tile.head % num_q_heads;
-    b_ = work.tile.head / num_q_heads;
-    head_ = hq / (num_q_heads / static_cast<int>(problem.num_kv_heads));
+    b_ = work.b;
+    head_ = work.kv_head;
     for (int i = 0; i < work.tiles.num_own; ++i) {
       packer_.rows[0] = work.own_begin + own_tile_begin(work.tiles, i, kKeys);
       load_tile(kLoadsKeys ? args_.k : args_.v, kKeys);
     }
-    head_ = hq / (num_q_heads / static_cast<int>(problem.num_perm_heads));
-    load_selected(mask_words(args_, work.tile), work.num_candidates,
+    head_ = work.perm_head;
+    load_selected(work.mask_words, work.num_candidates,
                   work.tiles.first_selected_size / chunk_rows_);
   }
 

@@ -45,9 +45,9 @@ struct TileSums {
 };
 
 struct Softmax {
-  float scale_log2 = 0.0f;                         // scale * log2(e)
+  float scale_log2 = 0.0f;                           // scale * log2(e)
   float base[kThreadRows] = {-INFINITY, -INFINITY};  // about the maximum, in powers of two
-  float row_sum[kThreadRows] = {};                 // this thread's columns only
+  float row_sum[kThreadRows] = {};                   // this thread's columns only
 
   // Looks at new scores. True, for the whole warp, if a base moved: what was summed against the
   // older one must then shrink by rescale.

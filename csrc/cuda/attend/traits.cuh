@@ -11,6 +11,7 @@
 #include "pbs/key_tiles.h"
 #include "pbs/params.h"
 #include "pbs/tile_shape.h"
+#include "pbs/work_order.h"
 
 namespace pbs::cuda {
 
@@ -24,8 +25,9 @@ using cute::Step;
 
 struct AttendArgs {
   AttendParams params;
-  TileOrder order;
-  int32_t* tile_counter;   // one int, 0 at launch
+  WorkGroups groups;
+  OrderLayout layout;
+  int32_t* workspace;
   int32_t num_mask_words;  // of a row of block_mask
   CUtensorMap q;
   CUtensorMap k;
@@ -81,9 +83,15 @@ struct AttendTraits {
   // A query block, as the scheduler hands it to everybody else.
   struct Work {
     KeyTiles tiles;  // total < 0: no more work
-    WorkTile tile;
+    int32_t b;
+    int32_t kv_head;
+    int32_t perm_head;
     int32_t own_begin;
     int32_t num_candidates;
+    int32_t num_rows;
+    const uint32_t* mask_words;
+    Element* out;
+    float* lse;
   };
 
   struct SharedStorage {

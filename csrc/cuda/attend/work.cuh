@@ -13,20 +13,24 @@ class WorkReader {
 
   __device__ explicit WorkReader(typename Traits::SharedStorage& shared) : shared_(shared) {}
 
-  __device__ void wait() const { shared_.work_full[ring_.stage()].wait(ring_.parity()); }
+  // Waits for the next query block; it is then current until the next call.
+  __device__ const Work& next() {
+    ring_.advance();
+    shared_.work_full[ring_.stage()].wait(ring_.parity());
+    return current();
+  }
 
-  // The query block, in place from wait() to advance().
   __device__ const Work& current() const { return shared_.work[ring_.stage()]; }
+  // Until free_previous().
+  __device__ const Work& previous() const { return shared_.work[ring_.previous().stage()]; }
 
   // Every thread that read frees the place itself; the order of reads and reuse is then plain.
-  __device__ void advance() {
-    shared_.work_empty[ring_.stage()].arrive();
-    ring_.advance();
-  }
+  __device__ void free_current() { shared_.work_empty[ring_.stage()].arrive(); }
+  __device__ void free_previous() { shared_.work_empty[ring_.previous().stage()].arrive(); }
 
  private:
   typename Traits::SharedStorage& shared_;
-  RingState<Traits::kWorkStages> ring_;
+  RingState<Traits::kWorkStages> ring_{2 * Traits::kWorkStages - 1};  // before the first
 };
 
 }  // namespace pbs::cuda

@@ -1,0 +1,82 @@
+// In which order query blocks are worked on. Host and device.
+//
+// Heads go in groups whose keys and values fit in L2 together. The heaviest group comes first, and
+// inside a group the heaviest query blocks; a group's blocks are numbered with the last query
+// blocks first and the query heads of one KV head side by side.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/geometry.h"
+
+namespace pbs {
+
+struct WorkGroups {
+  int32_t num_q_blocks;
+  int32_t num_heads;        // batch * query heads
+  int32_t heads_per_group;  // the last group may have fewer
+
+  PBS_HOST_DEVICE constexpr int32_t num_groups() const {
+    return static_cast<int32_t>(ceil_div(num_heads, heads_per_group));
+  }
+  PBS_HOST_DEVICE constexpr int32_t blocks_per_group() const {
+    return heads_per_group * num_q_blocks;
+  }
+};
+
+struct WorkTile {
+  int32_t head;  // b * num_q_heads + hq; not below num_heads where the last group is short
+  int32_t q_block_idx;
+};
+
+// kv_bytes: of the keys and values that one query head may visit; heads_per_kv: query heads that
+// share them.
+PBS_HOST_DEVICE constexpr WorkGroups work_groups(int64_t num_q_blocks, int64_t num_heads,
+                                                 int64_t heads_per_kv, int64_t kv_bytes,
+                                                 int64_t l2_bytes) {
+  const int64_t num_kv = ceil_div(num_heads, heads_per_kv);
+  const int64_t fitting = larger(1, l2_bytes / larger(1, kv_bytes));
+  // As many groups as must be, of about the same size.
+  const int64_t num_groups = larger(1, ceil_div(num_kv, fitting));
+  const int64_t kv_per_group = larger(1, ceil_div(num_kv, num_groups));
+  return WorkGroups{static_cast<int32_t>(num_q_blocks), static_cast<int32_t>(num_heads),
+                    static_cast<int32_t>(kv_per_group * heads_per_kv)};
+}
+
+PBS_HOST_DEVICE constexpr WorkTile work_tile(const WorkGroups& groups, int32_t group_idx,
+                                             int32_t block_idx) {
+  return WorkTile{group_idx * groups.heads_per_group + block_idx % groups.heads_per_group,
+                  groups.num_q_blocks - 1 - block_idx / groups.heads_per_group};
+}
+
+// Query blocks are sorted by which of so many equal ranges their number of key tiles falls into.
+constexpr int32_t kOrderBins = 1024;
+
+// most_tiles: of any query block. The heaviest are in bin 0.
+PBS_HOST_DEVICE constexpr int32_t order_bin(int64_t num_tiles, int64_t most_tiles) {
+  return static_cast<int32_t>((most_tiles - num_tiles) * (kOrderBins - 1) / larger(1, most_tiles));
+}
+
+// Where the order is kept, in ints from the start of attend's workspace.
+struct OrderLayout {
+  int64_t counter;       // of query blocks drawn
+  int64_t group_at;      // groups, the heaviest first
+  int64_t weights;       // of groups: key tiles that they visit
+  int64_t sorted;        // of each group: its query blocks, the heaviest first
+  int64_t num_selected;  // of each group: key blocks that its query blocks select
+  int64_t size;
+};
+
+PBS_HOST_DEVICE constexpr OrderLayout order_layout(const WorkGroups& groups) {
+  const int64_t num_groups = groups.num_groups();
+  const int64_t num_blocks = num_groups * groups.blocks_per_group();
+  OrderLayout layout{};
+  layout.group_at = layout.counter + 1;
+  layout.weights = layout.group_at + num_groups;
+  layout.sorted = layout.weights + num_groups;
+  layout.num_selected = layout.sorted + num_blocks;
+  layout.size = layout.num_selected + num_blocks;
+  return layout;
+}
+
+}  // namespace pbs
