@@ -2,7 +2,8 @@
 kernel on the same block lists.
 
 A list keeps each key block of 128 rows before the query block's own segment with probability p,
-block 0 and the own segment always; lists of narrower key blocks visit as many keys. Rates count 4 * 128 * D operations for every visited key of a block of 128
+block 0 and the own segment always; lists of narrower key blocks visit as many keys. Rates count
+4 * 128 * D operations for every visited key of a block of 128
 queries, the diagonal block whole. All contestants of a row run in one process, in turn. The column
 `lists` says where the lists come from: `random`; `uneven` and `even`, one head 30 times as dense as
 the others beside the same number of blocks spread evenly; or the file of real queries, keys and

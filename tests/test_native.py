@@ -170,23 +170,25 @@ def test_work_groups_hold_everything_once(
     assert sorted(tiles) == [(h, b) for h in range(num_heads) for b in range(num_q_blocks)]
 
 
-@given(most=st.integers(1, 300000), data=st.data())
+@given(most=st.integers(1, 2**31 - 1), data=st.data())
 def test_order_bins_descend(native, most, data):
-    tiles = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=20))
-    bins = [native.order_bin(count, most) for count in sorted(tiles)]
+    keys = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=20))
+    per_key = (native.order_bins - 1) / most
+    bins = [native.order_bin(count, most, per_key) for count in sorted(keys)]
     assert bins == sorted(bins, reverse=True)
-    assert min(bins) >= 0 and max(bins) < native.order_bins
-    assert native.order_bin(most, most) == 0
+    assert 0 <= min(bins) and max(bins) < native.order_bins
+    assert native.order_bin(most, most, per_key) == 0
 
 
 @pytest.mark.parametrize("num_heads", [1, 7, 32])
 def test_order_layout_parts_do_not_overlap(native, num_heads):
     groups = native.WorkGroups(5, num_heads, 1, 1000, 3000)
-    counter, group_at, weights, order, num_tiles, size = native.order_layout(groups)
+    counter, order, unsorted, group_at, weights, size = native.order_layout(groups)
     num_blocks = groups.num_groups() * groups.blocks_per_group()
-    assert group_at - counter >= 1
-    assert min(weights - group_at, order - weights) >= groups.num_groups()
-    assert min(num_tiles - order, size - num_tiles) >= num_blocks
+    assert order > counter and order % 2 == 0
+    assert unsorted - order == 2 * num_blocks
+    assert group_at - unsorted == num_blocks
+    assert weights - group_at == size - weights == groups.num_groups()
 
 
 def test_capability(native):

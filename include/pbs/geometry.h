@@ -28,6 +28,7 @@ struct QueryBlock {
   int64_t num_candidates;  // permuted key blocks
 };
 
+// Rows are fewer than 2^31 (check_num_keys), and a GPU divides 32 bits several times faster.
 PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t num_q, int64_t num_kv,
                                                  int64_t block_size, int64_t kv_block_size,
                                                  int64_t segment_size, bool is_causal) {
@@ -35,9 +36,11 @@ PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t nu
   block.first_row = q_block_idx * block_size;
   block.num_rows = smaller(block_size, num_q - block.first_row);
   block.first_position = num_kv - num_q + block.first_row;
-  block.own_begin = round_down(is_causal ? block.first_position : num_kv, segment_size);
+  const auto own_from = static_cast<uint32_t>(is_causal ? block.first_position : num_kv);
+  const uint32_t own_begin = own_from - own_from % static_cast<uint32_t>(segment_size);
+  block.own_begin = own_begin;
   block.own_end = is_causal ? block.first_position + block.num_rows : num_kv;
-  block.num_candidates = block.own_begin / kv_block_size;
+  block.num_candidates = own_begin / static_cast<uint32_t>(kv_block_size);
   return block;
 }
 

@@ -49,21 +49,30 @@ PBS_HOST_DEVICE constexpr WorkTile work_tile(const WorkGroups& groups, int32_t g
                   groups.num_q_blocks - 1 - block_idx / groups.heads_per_group};
 }
 
-// Query blocks are sorted by which of so many equal ranges their number of key tiles falls into.
+// Query blocks are sorted by which of so many equal ranges their number of keys falls into.
 constexpr int32_t kOrderBins = 1024;
 
-// most_tiles: of any query block. The heaviest are in bin 0.
-PBS_HOST_DEVICE constexpr int32_t order_bin(int64_t num_tiles, int64_t most_tiles) {
-  return static_cast<int32_t>((most_tiles - num_tiles) * (kOrderBins - 1) / larger(1, most_tiles));
+// bins_per_key: kOrderBins - 1 over most_keys, the most that a query block visits. The heaviest are
+// in bin 0.
+PBS_HOST_DEVICE constexpr int32_t order_bin(int32_t num_keys, int32_t most_keys,
+                                            float bins_per_key) {
+  const auto bin = static_cast<int32_t>(static_cast<float>(most_keys - num_keys) * bins_per_key);
+  return bin < kOrderBins - 1 ? bin : kOrderBins - 1;
 }
+
+// A query block of a group, in order.
+struct OrderedBlock {
+  int32_t block_idx;  // as in work_tile
+  int32_t num_selected;
+};
 
 // Where the order is kept, in ints from the start of attend's workspace.
 struct OrderLayout {
-  int64_t counter;       // of query blocks drawn
-  int64_t group_at;      // groups, the heaviest first
-  int64_t weights;       // of groups: key tiles that they visit
-  int64_t sorted;        // of each group: its query blocks, the heaviest first
-  int64_t num_selected;  // of each group: key blocks that its query blocks select
+  int64_t counter;   // of query blocks drawn
+  int64_t sorted;    // OrderedBlocks of each group, the heaviest first
+  int64_t unsorted;  // for each group and block: key blocks selected
+  int64_t group_at;  // groups, the heaviest first
+  int64_t weights;   // of groups: keys that they visit
   int64_t size;
 };
 
@@ -71,11 +80,11 @@ PBS_HOST_DEVICE constexpr OrderLayout order_layout(const WorkGroups& groups) {
   const int64_t num_groups = groups.num_groups();
   const int64_t num_blocks = num_groups * groups.blocks_per_group();
   OrderLayout layout{};
-  layout.group_at = layout.counter + 1;
+  layout.sorted = layout.counter + 2;  // at a multiple of 8 bytes
+  layout.unsorted = layout.sorted + 2 * num_blocks;
+  layout.group_at = layout.unsorted + num_blocks;
   layout.weights = layout.group_at + num_groups;
-  layout.sorted = layout.weights + num_groups;
-  layout.num_selected = layout.sorted + num_blocks;
-  layout.size = layout.num_selected + num_blocks;
+  layout.size = layout.weights + num_groups;
   return layout;
 }
 

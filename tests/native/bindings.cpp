@@ -66,8 +66,8 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("order_bin", &pbs::order_bin);
   m.def("order_layout", [](const pbs::WorkGroups& groups) {
     const pbs::OrderLayout layout = pbs::order_layout(groups);
-    return std::vector<int64_t>{layout.counter, layout.group_at,     layout.weights,
-                                layout.sorted,  layout.num_selected, layout.size};
+    return std::vector<int64_t>{layout.counter,  layout.sorted,  layout.unsorted,
+                                layout.group_at, layout.weights, layout.size};
   });
   m.def("capability_error", &pbs::capability_error);
   m.def("has_cuda_kernel", [](const std::string& stage) { return pbs::has_cuda_kernel(stage); });

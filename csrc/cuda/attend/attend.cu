@@ -145,8 +145,7 @@ const char* launch_attend(const AttendParams& params, int32_t* workspace, void* 
     error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = launch_order(OrderArgs{problem, params.blocking, params.is_causal,
-                                   tile_keys(static_cast<int>(problem.head_dim)), params.block_mask,
+    error = launch_order(OrderArgs{problem, params.blocking, params.is_causal, params.block_mask,
                                    args.num_mask_words, args.groups, args.layout, workspace},
                          cuda_stream);
   }

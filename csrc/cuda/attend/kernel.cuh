@@ -68,8 +68,18 @@ cudaError_t launch_attend(const AttendArgs& args, int num_ctas, cudaStream_t str
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<num_ctas, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  // Starts beside the kernel that orders the query blocks; the scheduler waits for its end.
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = num_ctas;
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace pbs::cuda

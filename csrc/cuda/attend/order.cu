@@ -5,7 +5,6 @@
 
 #include "order.cuh"
 #include "pbs/bitmask.h"
-#include "pbs/key_tiles.h"
 
 namespace pbs::cuda {
 namespace {
@@ -13,22 +12,34 @@ namespace {
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
 constexpr int kThreads = kOrderBins;
 
+struct Weighed {
+  int num_selected;
+  int num_keys;  // visited
+};
+
 __device__ QueryBlock describe(const OrderArgs& args, const WorkTile& tile) {
   return query_block(tile.q_block_idx, args.problem.num_q, args.problem.num_kv,
                      args.blocking.block_size, args.blocking.kv_block_size,
                      args.blocking.segment_size, args.is_causal);
 }
 
-__device__ int count_selected(const OrderArgs& args, const WorkTile& tile) {
-  const int num_candidates = static_cast<int>(describe(args, tile).num_candidates);
+__device__ Weighed weigh(const OrderArgs& args, const QueryBlock& block, int num_selected) {
+  return Weighed{num_selected, num_selected * static_cast<int>(args.blocking.kv_block_size) +
+                                   static_cast<int>(block.own_end - block.own_begin)};
+}
+
+__device__ Weighed count(const OrderArgs& args, const WorkTile& tile) {
+  if (tile.head >= args.groups.num_heads) return Weighed{0, 0};
+  const QueryBlock block = describe(args, tile);
+  const int num_candidates = static_cast<int>(block.num_candidates);
   const int64_t row = static_cast<int64_t>(tile.head) * args.groups.num_q_blocks + tile.q_block_idx;
   const uint32_t* words = args.block_mask + row * args.num_mask_words;
-  int count = 0;
+  int num_selected = 0;
 #pragma unroll 8
-  for (int w = 0; w * kBitsPerWord < num_candidates; ++w) {
-    count += __popc(candidate_bits(words[w], w, num_candidates));
+  for (int w = 0; w * static_cast<int>(kBitsPerWord) < num_candidates; ++w) {
+    num_selected += __popc(candidate_bits(words[w], w, num_candidates));
   }
-  return count;
+  return weigh(args, block, num_selected);
 }
 
 // Exclusive sum over the threads' values.
@@ -50,48 +61,48 @@ __device__ int scan(int value, int (&warp_sums)[kThreads / 32]) {
 __device__ void sort_group(const OrderArgs& args, int group_idx) {
   __shared__ int bins[kOrderBins];
   __shared__ int warp_sums[kThreads / 32];
-  __shared__ unsigned long long weight;
+  __shared__ unsigned long long group_weight;
   const int num_blocks = args.groups.blocks_per_group();
-  const int most_tiles =
-      static_cast<int>(ceil_div(args.problem.num_kv, args.tile_keys) + 2);  // two may be part full
-  int32_t* sorted = args.workspace + args.layout.sorted + group_idx * int64_t{num_blocks};
-  int32_t* num_selected =
-      args.workspace + args.layout.num_selected + group_idx * int64_t{num_blocks};
-  const auto count_tiles = [&](int i) {
-    const WorkTile tile = work_tile(args.groups, group_idx, i);
-    if (tile.head >= args.groups.num_heads) return 0;
-    return key_tiles(describe(args, tile), num_selected[i], args.blocking.kv_block_size,
-                     args.tile_keys, args.is_causal)
-        .total;
-  };
+  const int64_t first_block = group_idx * int64_t{num_blocks};
+  int32_t* unsorted = args.workspace + args.layout.unsorted + first_block;
+  auto* sorted = reinterpret_cast<OrderedBlock*>(args.workspace + args.layout.sorted) + first_block;
+  const int most_keys = static_cast<int>(args.problem.num_kv);
+  const float bins_per_key = static_cast<float>(kOrderBins - 1) / most_keys;
   bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) weight = 0;
+  if (threadIdx.x == 0) group_weight = 0;
   __syncthreads();
-  unsigned long long own_weight = 0;
+  unsigned long long weight = 0;
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
-    const WorkTile tile = work_tile(args.groups, group_idx, i);
-    num_selected[i] = tile.head < args.groups.num_heads ? count_selected(args, tile) : 0;
-    const int num_tiles = count_tiles(i);
-    own_weight += num_tiles;
-    atomicAdd(&bins[order_bin(num_tiles, most_tiles)], 1);
+    const Weighed weighed = count(args, work_tile(args.groups, group_idx, i));
+    unsorted[i] = weighed.num_selected;
+    weight += weighed.num_keys;
+    atomicAdd(&bins[order_bin(weighed.num_keys, most_keys, bins_per_key)], 1);
   }
-  atomicAdd(&weight, own_weight);
+  atomicAdd(&group_weight, weight);
   __syncthreads();
   const int first = scan(bins[threadIdx.x], warp_sums);
   __syncthreads();
   bins[threadIdx.x] = first;
   __syncthreads();
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
-    sorted[atomicAdd(&bins[order_bin(count_tiles(i), most_tiles)], 1)] = i;
+    const int num_selected = unsorted[i];
+    const WorkTile tile = work_tile(args.groups, group_idx, i);
+    const int num_keys = tile.head < args.groups.num_heads
+                             ? weigh(args, describe(args, tile), num_selected).num_keys
+                             : 0;
+    const int place = atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
+    sorted[place] = OrderedBlock{i, num_selected};
   }
   if (threadIdx.x == 0) {
-    args.workspace[args.layout.weights + group_idx] = __float_as_int(static_cast<float>(weight));
+    args.workspace[args.layout.weights + group_idx] =
+        __float_as_int(static_cast<float>(group_weight));
   }
   __syncthreads();
 }
 
 __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads)
     order_kernel(const __grid_constant__ OrderArgs args) {
+  cudaTriggerProgrammaticLaunchCompletion();  // attend may start, and waits where it needs this
   const int num_groups = args.groups.num_groups();
   if (blockIdx.x == 0 && threadIdx.x == 0) args.workspace[args.layout.counter] = 0;
   for (int group_idx = blockIdx.x; group_idx < num_groups; group_idx += kClusterCtas) {

@@ -12,7 +12,6 @@ struct OrderArgs {
   Problem problem;
   Blocking blocking;
   bool is_causal;
-  int32_t tile_keys;
   const uint32_t* block_mask;
   int32_t num_mask_words;  // of a row of block_mask
   WorkGroups groups;

@@ -84,10 +84,12 @@ struct AttendTraits {
   struct Work {
     KeyTiles tiles;  // total < 0: no more work
     int32_t b;
+    int32_t q_head;
     int32_t kv_head;
     int32_t perm_head;
     int32_t own_begin;
     int32_t num_candidates;
+    int32_t first_row;
     int32_t num_rows;
     const uint32_t* mask_words;
     Element* out;
