@@ -1,6 +1,7 @@
 // Loads by TMA, and the two producer warps that fill the rings of K and of V.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -84,7 +85,7 @@ class KeyValueLoader {
     auto& full = kLoadsKeys ? shared_.k_full[ring_.stage()] : shared_.v_full[ring_.stage()];
     auto& empty = kLoadsKeys ? shared_.k_empty[ring_.stage()] : shared_.v_empty[ring_.stage()];
     empty.wait(ring_.parity() ^ 1);
-    if (lane_ == 0) {
+    if (cute::elect_one_sync()) {
       full.arrive_and_expect_tx(kKeys * Traits::kHeadDim * 2);
       Element* dst =
           (kLoadsKeys ? shared_.k : shared_.v) + ring_.stage() * kKeys * Traits::kHeadDim;

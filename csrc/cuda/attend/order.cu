@@ -12,34 +12,33 @@ namespace {
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
 constexpr int kThreads = kOrderBins;
 
-struct Weighed {
-  int num_selected;
-  int num_keys;  // visited
-};
-
 __device__ QueryBlock describe(const OrderArgs& args, const WorkTile& tile) {
   return query_block(tile.q_block_idx, args.problem.num_q, args.problem.num_kv,
                      args.blocking.block_size, args.blocking.kv_block_size,
                      args.blocking.segment_size, args.is_causal);
 }
 
-__device__ Weighed weigh(const OrderArgs& args, const QueryBlock& block, int num_selected) {
-  return Weighed{num_selected, num_selected * static_cast<int>(args.blocking.kv_block_size) +
-                                   static_cast<int>(block.own_end - block.own_begin)};
-}
-
-__device__ Weighed count(const OrderArgs& args, const WorkTile& tile) {
-  if (tile.head >= args.groups.num_heads) return Weighed{0, 0};
-  const QueryBlock block = describe(args, tile);
-  const int num_candidates = static_cast<int>(block.num_candidates);
+// Of the query block, by lanes [0, num_lanes) of which this is one.
+__device__ int count_selected(const OrderArgs& args, const WorkTile& tile, int lane,
+                              int num_lanes) {
+  if (tile.head >= args.groups.num_heads) return 0;
+  const int num_candidates = static_cast<int>(describe(args, tile).num_candidates);
   const int64_t row = static_cast<int64_t>(tile.head) * args.groups.num_q_blocks + tile.q_block_idx;
   const uint32_t* words = args.block_mask + row * args.num_mask_words;
-  int num_selected = 0;
-#pragma unroll 8
-  for (int w = 0; w * static_cast<int>(kBitsPerWord) < num_candidates; ++w) {
-    num_selected += __popc(candidate_bits(words[w], w, num_candidates));
+  int count = 0;
+#pragma unroll 4
+  for (int w = lane; w * static_cast<int>(kBitsPerWord) < num_candidates; w += num_lanes) {
+    count += __popc(candidate_bits(words[w], w, num_candidates));
   }
-  return weigh(args, block, num_selected);
+  return count;
+}
+
+// Keys that the query block visits.
+__device__ int count_keys(const OrderArgs& args, const WorkTile& tile, int num_selected) {
+  if (tile.head >= args.groups.num_heads) return 0;
+  const QueryBlock block = describe(args, tile);
+  return num_selected * static_cast<int>(args.blocking.kv_block_size) +
+         static_cast<int>(block.own_end - block.own_begin);
 }
 
 // Exclusive sum over the threads' values.
@@ -61,7 +60,7 @@ __device__ int scan(int value, int (&warp_sums)[kThreads / 32]) {
 __device__ void sort_group(const OrderArgs& args, int group_idx) {
   __shared__ int bins[kOrderBins];
   __shared__ int warp_sums[kThreads / 32];
-  __shared__ unsigned long long group_weight;
+  __shared__ float group_weight;
   const int num_blocks = args.groups.blocks_per_group();
   const int64_t first_block = group_idx * int64_t{num_blocks};
   int32_t* unsorted = args.workspace + args.layout.unsorted + first_block;
@@ -71,14 +70,29 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) group_weight = 0;
   __syncthreads();
-  unsigned long long weight = 0;
-  for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
-    const Weighed weighed = count(args, work_tile(args.groups, group_idx, i));
-    unsorted[i] = weighed.num_selected;
-    weight += weighed.num_keys;
-    atomicAdd(&bins[order_bin(weighed.num_keys, most_keys, bins_per_key)], 1);
+  // As many lanes to a row of the mask as it has words, so that a warp reads neighbours.
+  int num_lanes = 1;
+  while (num_lanes < 32 && num_lanes < args.num_mask_words) num_lanes *= 2;
+  const int lane = threadIdx.x % num_lanes;
+  float weight = 0.0f;
+#pragma unroll 2
+  for (int first = 0; first < num_blocks; first += kThreads / num_lanes) {
+    const int i = first + threadIdx.x / num_lanes;
+    const WorkTile tile = work_tile(args.groups, group_idx, i);
+    int num_selected = i < num_blocks ? count_selected(args, tile, lane, num_lanes) : 0;
+    for (int step = num_lanes / 2; step > 0; step /= 2) {
+      num_selected += __shfl_xor_sync(~0u, num_selected, step);
+    }
+    if (i < num_blocks && lane == 0) {
+      unsorted[i] = num_selected;
+      const int num_keys = count_keys(args, tile, num_selected);
+      weight += static_cast<float>(num_keys);
+      atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
+    }
   }
-  atomicAdd(&group_weight, weight);
+  // One atomic a warp: those on one place in shared memory are served one after the other.
+  for (int step = 16; step > 0; step /= 2) weight += __shfl_xor_sync(~0u, weight, step);
+  if (threadIdx.x % 32 == 0) atomicAdd(&group_weight, weight);
   __syncthreads();
   const int first = scan(bins[threadIdx.x], warp_sums);
   __syncthreads();
@@ -86,16 +100,12 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   __syncthreads();
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
     const int num_selected = unsorted[i];
-    const WorkTile tile = work_tile(args.groups, group_idx, i);
-    const int num_keys = tile.head < args.groups.num_heads
-                             ? weigh(args, describe(args, tile), num_selected).num_keys
-                             : 0;
+    const int num_keys = count_keys(args, work_tile(args.groups, group_idx, i), num_selected);
     const int place = atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
     sorted[place] = OrderedBlock{i, num_selected};
   }
   if (threadIdx.x == 0) {
-    args.workspace[args.layout.weights + group_idx] =
-        __float_as_int(static_cast<float>(group_weight));
+    args.workspace[args.layout.weights + group_idx] = __float_as_int(group_weight);
   }
   __syncthreads();
 }

@@ -94,7 +94,7 @@ class Scheduler {
 
   __device__ void load_q(const Work& work) {
     shared_.q_empty[q_.stage()].wait(q_.parity() ^ 1);
-    if (lane_ == 0) {
+    if (cute::elect_one_sync()) {
       auto& full = shared_.q_full[q_.stage()];
       full.arrive_and_expect_tx(Traits::kRows * Traits::kHeadDim * 2);
       copy_box(args_.q, full, shared_.q + q_.stage() * Traits::kRows * Traits::kHeadDim,
