@@ -103,15 +103,26 @@ def test_against_float64(dtype, head_dim, problem):
     assert out.stride() == q.stride()
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("loudest", [8.0, 60.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_maxima_that_jump_between_tiles(dtype):
-    # Running maxima move late, by less and by far more than the growth that a row may keep.
+def test_maxima_that_jump_between_tiles(dtype, loudest, head_dim):
+    # Weights are taken against maxima of earlier tiles: some outgrow them by less than a row may
+    # keep, some by more, and some leave the range of float32.
     problem = Problem(1500, 1500, 4, 2, 2, kv_block_size=64, kept=0.8)
-    q, k, v, perm, mask = draw(problem, dtype, 64)
+    q, k, v, perm, mask = draw(problem, dtype, head_dim)
     generator = torch.Generator().manual_seed(1)
-    loudness = torch.tensor([0.05, 1.0, 3.0, 8.0, 60.0])
+    loudness = torch.tensor([0.05, 1.0, 3.0, loudest / 2, loudest])
     blocks = loudness[torch.randint(5, (24,), generator=generator)].repeat_interleave(64)
     k = (k * blocks[:1500, None].to(k)).contiguous()
+    run_against_float64(problem, q, k, v, perm, mask)
+
+
+def test_heads_that_do_not_fit_in_l2_together():
+    # Two groups of heads, the second one short; one of its heads is the heaviest.
+    problem = Problem(200, 20000, 5, 5, 5, kept=0.02)
+    q, k, v, perm, mask = draw(problem, torch.bfloat16, 64)
+    mask[0, 4] = True
     run_against_float64(problem, q, k, v, perm, mask)
 
 

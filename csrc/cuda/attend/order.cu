@@ -110,7 +110,7 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   __syncthreads();
 }
 
-__global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads)
+__global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
     order_kernel(const __grid_constant__ OrderArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // attend may start, and waits where it needs this
   const int num_groups = args.groups.num_groups();
