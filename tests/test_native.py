@@ -176,7 +176,7 @@ def test_order_bins_descend(native, most, data):
     per_key = (native.order_bins - 1) / most
     bins = [native.order_bin(count, most, per_key) for count in sorted(keys)]
     assert bins == sorted(bins, reverse=True)
-    assert 0 <= min(bins) and max(bins) < native.order_bins
+    assert min(bins) >= 0 and max(bins) < native.order_bins
     assert native.order_bin(most, most, per_key) == 0
 
 
