@@ -1,8 +1,9 @@
 // The operators as every backend runs them: check, allocate, fill the params, launch.
 //
 // A Backend has one static function per stage, named after it, that takes the params and the
-// tensor whose device it runs on, and require(stage, tensor), which throws when this build or this
-// device cannot run the stage.
+// tensor whose device it runs on; require(stage, tensor), which throws when this build or this
+// device cannot run the stage; and check_attention, which throws for inputs of the whole operator
+// that one of its stages would refuse.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -221,6 +222,7 @@ struct StageOps {
     check_choice("mass", mass, "earlier", "causal");
     check_score(score);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
+    Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), segment_size);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
     const Tensor perm = sort_segments(scores, segment_size, num_heavy);

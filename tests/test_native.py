@@ -199,13 +199,6 @@ def test_capability(native):
         assert error.endswith(f"got {text}")
 
 
-def test_stages_with_a_cuda_kernel(native):
-    assert native.has_cuda_kernel("attend")
-    assert native.has_cuda_kernel("permute_kv")
-    for name in ("", "permute", "attention", "attend ", "select_blocks"):
-        assert not native.has_cuda_kernel(name)
-
-
 def test_exp2(native):
     points = torch.linspace(-126, 0, 5001).tolist()
     worst = max(abs(native.exp2(x) / 2.0**x - 1) for x in points)

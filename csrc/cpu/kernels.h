@@ -12,10 +12,6 @@ namespace pbs::cpu {
 
 constexpr int64_t kScoreChunk = 512;  // keys per item of score_keys
 
-inline int64_t num_score_rows(const Problem& problem, const Blocking& blocking) {
-  return problem.num_q < blocking.block_size ? problem.num_q : blocking.block_size;
-}
-
 struct Kernels {
   const char* name;
 
@@ -47,8 +43,5 @@ void sort_segment(const SortSegmentsParams& params, int64_t item);
 
 // Sets the words and the count of one (b, q head, query block) from its block masses.
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass);
-
-// Largest scratch (float count) of one block_mass item.
-int64_t num_mass_entries(const SelectBlocksParams& params);
 
 }  // namespace pbs::cpu

@@ -33,13 +33,14 @@ void for_each_item(int64_t num_items, int64_t scratch_floats, const Body& body) 
 
 struct CpuBackend {
   static void require(const char*, const Tensor&) {}
+  static void check_attention(const Tensor&, const Tensor&, const Tensor&, float, int64_t) {}
 
   static void score_keys(ScoreKeysParams& params, const Tensor& like) {
     const Problem& problem = params.problem;
     std::memset(params.importance, 0,
                 problem.batch * problem.num_perm_heads * problem.num_kv * sizeof(float));
     const int64_t num_scored = round_down(problem.num_kv, params.blocking.segment_size);
-    const int64_t num_rows = cpu::num_score_rows(problem, params.blocking);
+    const int64_t num_rows = num_score_rows(problem, params.blocking);
     const int64_t num_chunks = ceil_div(num_scored, cpu::kScoreChunk);
     if (num_rows == 0 || num_chunks == 0) return;
     const Tensor state = StageOps<CpuBackend>::new_tensor(

@@ -46,13 +46,6 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
 
 }  // namespace
 
-int64_t num_mass_entries(const SelectBlocksParams& params) {
-  const Blocking& blocking = params.blocking;
-  const int64_t num_own =
-      ceil_div(blocking.segment_size + blocking.block_size, blocking.kv_block_size);
-  return ceil_div(params.problem.num_kv, blocking.kv_block_size) + num_own;
-}
-
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;

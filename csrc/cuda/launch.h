@@ -6,7 +6,14 @@
 
 namespace pbs::cuda {
 
+// bfloat16 and float16 only. workspace: score_workspace_floats of them.
+const char* launch_score_keys(const ScoreKeysParams& params, float* workspace, void* stream);
+int64_t score_workspace_floats(const ScoreKeysParams& params);
+const char* launch_sort_segments(const SortSegmentsParams& params, void* stream);
 const char* launch_permute_kv(const PermuteKVParams& params, void* stream);
+// workspace: select_workspace_floats of them.
+const char* launch_select_blocks(const SelectBlocksParams& params, float* workspace, void* stream);
+int64_t select_workspace_floats(const SelectBlocksParams& params);
 // bfloat16 and float16 only. workspace: attend_workspace_ints of them.
 const char* launch_attend(const AttendParams& params, int32_t* workspace, void* stream);
 int64_t attend_workspace_ints(const AttendParams& params);

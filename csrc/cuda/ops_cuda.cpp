@@ -1,5 +1,5 @@
-// The CUDA backend. Registered in every build: where a kernel is missing, the user learns which
-// and why instead of the dispatcher's list of backends.
+// The CUDA backend. Registered in every build: in one without CUDA the user learns why instead of
+// reading the dispatcher's list of backends.
 #include "stage_ops.h"
 
 #ifdef PBS_WITH_CUDA
@@ -61,15 +61,27 @@ void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
   }
 }
 
+// What the tensor cores take.
+void check_half(DType dtype) {
+  if (dtype == DType::kFloat32) fail("q must be bfloat16 or float16 on CUDA, got float32");
+}
+
+void check_positive(float scale) {
+  if (!(scale > 0.0f)) fail("scale must be positive on CUDA, got ", scale);
+}
+
+void check_segment_fits(int64_t segment_size) {
+  constexpr int64_t kMost = 4096;
+  if (segment_size > kMost) {
+    fail("segment_size must be at most ", kMost, " on CUDA, got ", segment_size);
+  }
+}
+
 #endif
 
 struct CudaBackend {
-  static void require(const char* stage, const Tensor& t) {
+  static void require([[maybe_unused]] const char* stage, const Tensor& t) {
 #ifdef PBS_WITH_CUDA
-    if (!has_cuda_kernel(stage)) {
-      fail(stage, " has no CUDA kernel in this version of pbs_attn, got a tensor on ",
-           device_text(t), "; move the tensors to the CPU");
-    }
     int capability = 0;
     check_cuda(cuda::compute_capability(t.get_device_index(), &capability),
                "cudaDeviceGetAttribute");
@@ -83,6 +95,46 @@ struct CudaBackend {
 #endif
   }
 
+  static void check_attention([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& k,
+                              [[maybe_unused]] const Tensor& v, [[maybe_unused]] float scale,
+                              [[maybe_unused]] int64_t segment_size) {
+#ifdef PBS_WITH_CUDA
+    const DType dtype = check_float_dtype("q", q);
+    check_half(dtype);
+    check_aligned("q", const_rows(q), dtype);
+    check_aligned("k", const_rows(k), dtype);
+    check_aligned("v", const_rows(v), dtype);
+    check_positive(scale);
+    check_segment_fits(segment_size);
+#endif
+  }
+
+  static void score_keys([[maybe_unused]] const ScoreKeysParams& params,
+                         [[maybe_unused]] const Tensor& like) {
+#ifdef PBS_WITH_CUDA
+    const DType dtype = params.problem.dtype;
+    check_half(dtype);
+    check_aligned("q", params.q, dtype);
+    check_aligned("k", params.k, dtype);
+    check_positive(params.scale);
+    const DeviceGuard guard(like);
+    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
+        like, {cuda::score_workspace_floats(params)}, ScalarType::Float);
+    check_cuda(
+        cuda::launch_score_keys(params, workspace.mutable_data_ptr<float>(), current_stream(like)),
+        "score_keys");
+#endif
+  }
+
+  static void sort_segments([[maybe_unused]] const SortSegmentsParams& params,
+                            [[maybe_unused]] const Tensor& like) {
+#ifdef PBS_WITH_CUDA
+    check_segment_fits(params.segment_size);
+    const DeviceGuard guard(like);
+    check_cuda(cuda::launch_sort_segments(params, current_stream(like)), "sort_segments");
+#endif
+  }
+
   static void permute_kv([[maybe_unused]] const PermuteKVParams& params,
                          [[maybe_unused]] const Tensor& like) {
 #ifdef PBS_WITH_CUDA
@@ -93,17 +145,31 @@ struct CudaBackend {
 #endif
   }
 
+  static void select_blocks([[maybe_unused]] const SelectBlocksParams& params,
+                            [[maybe_unused]] const Tensor& like) {
+#ifdef PBS_WITH_CUDA
+    check_aligned("q", params.q, params.problem.dtype);
+    check_aligned("k", params.k, params.problem.dtype);
+    const DeviceGuard guard(like);
+    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
+        like, {cuda::select_workspace_floats(params)}, ScalarType::Float);
+    check_cuda(cuda::launch_select_blocks(params, workspace.mutable_data_ptr<float>(),
+                                          current_stream(like)),
+               "select_blocks");
+#endif
+  }
+
   static void attend([[maybe_unused]] const AttendParams& params,
                      [[maybe_unused]] const Tensor& like) {
 #ifdef PBS_WITH_CUDA
     const DType dtype = params.problem.dtype;
-    if (dtype == DType::kFloat32) fail("q must be bfloat16 or float16 on CUDA, got float32");
+    check_half(dtype);
     check_aligned("q", params.q, dtype);
     check_aligned("k", params.k, dtype);
     check_aligned("v", params.v, dtype);
     check_aligned("k_perm", params.k_perm, dtype);
     check_aligned("v_perm", params.v_perm, dtype);
-    if (!(params.scale > 0.0f)) fail("scale must be positive on CUDA, got ", params.scale);
+    check_positive(params.scale);
     const DeviceGuard guard(like);
     const Tensor workspace = StageOps<CudaBackend>::new_tensor(
         like, {cuda::attend_workspace_ints(params)}, ScalarType::Int);
@@ -112,11 +178,6 @@ struct CudaBackend {
         "attend");
 #endif
   }
-
-  // require() has refused these before they can be reached.
-  static void score_keys(const ScoreKeysParams&, const Tensor&) {}
-  static void sort_segments(const SortSegmentsParams&, const Tensor&) {}
-  static void select_blocks(const SelectBlocksParams&, const Tensor&) {}
 };
 
 }  // namespace

@@ -7,14 +7,8 @@
 namespace pbs {
 
 // Operators with a CUDA kernel.
-constexpr std::string_view kCudaStages[] = {"permute_kv", "attend"};
-
-constexpr bool has_cuda_kernel(std::string_view stage) {
-  for (const std::string_view name : kCudaStages) {
-    if (name == stage) return true;
-  }
-  return false;
-}
+constexpr std::string_view kCudaStages[] = {"score_keys",    "sort_segments", "permute_kv",
+                                            "select_blocks", "attend",        "attention"};
 
 // sm_90a code is specific to its architecture: it runs on compute capability 9.0 alone, neither
 // on older GPUs nor on newer ones.

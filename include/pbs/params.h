@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "pbs/geometry.h"
+
 namespace pbs {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
@@ -43,6 +45,11 @@ struct Blocking {
   int64_t kv_block_size;  // rows of a key block
   int64_t segment_size;   // rows of a segment, a multiple of both
 };
+
+// The last query rows, whose attention says how important a key is.
+constexpr int64_t num_score_rows(const Problem& problem, const Blocking& blocking) {
+  return problem.num_q < blocking.block_size ? problem.num_q : blocking.block_size;
+}
 
 struct ScoreKeysParams {
   Problem problem;
@@ -89,6 +96,13 @@ struct SelectBlocksParams {
   uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)
   int32_t* counts;       // (B, Hq, num_q_blocks)
 };
+
+// Shares of one query block: of every key block, and of its own segment's in their own order.
+constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
+  const Blocking& blocking = params.blocking;
+  return ceil_div(params.problem.num_kv, blocking.kv_block_size) +
+         ceil_div(blocking.segment_size + blocking.block_size, blocking.kv_block_size);
+}
 
 struct AttendParams {
   Problem problem;

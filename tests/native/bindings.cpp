@@ -70,7 +70,6 @@ PYBIND11_MODULE(pbs_native, m) {
                                 layout.group_at, layout.weights, layout.size};
   });
   m.def("capability_error", &pbs::capability_error);
-  m.def("has_cuda_kernel", [](const std::string& stage) { return pbs::has_cuda_kernel(stage); });
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;
     pbs::for_each_selected(words.data(), num_candidates,

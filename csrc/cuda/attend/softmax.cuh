@@ -7,19 +7,14 @@
 
 #include <cute/tensor.hpp>
 
+#include "../exp2.cuh"
+
 namespace pbs::cuda {
 
 constexpr int kThreadRows = 2;
 
 __device__ inline int row_of(int i) { return i / 2 % 2; }
 __device__ inline int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
-
-// One instruction; accurate to 2 ulp, and 0 for -inf.
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

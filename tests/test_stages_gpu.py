@@ -1,0 +1,219 @@
+"""Every stage on a GPU against the float64 reference, on the problems of the CPU's tests; and the
+whole operator: streams, graphs, repeated runs, long inputs."""
+
+import itertools
+
+import pytest
+import reference as ref
+import torch
+from cases import Case, clustered_qkv, run_stages
+from test_stages import CASES, WIDE, stages_of
+from tolerances import assert_output, assert_smallest_set, assert_within_twice
+
+import pbs_attn
+
+pytestmark = pytest.mark.gpu
+ops = torch.ops.pbs
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def cases_of(dtypes):
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
+            for case, dtype in itertools.product(CASES + WIDE, dtypes)
+        ],
+    )
+
+
+def poison(*tensors):
+    """Frees GPU memory full of NaN (or -1) of the sizes an op is about to allocate."""
+    for x in tensors:
+        torch.full((x.numel() * x.element_size(),), 0xFF, dtype=torch.uint8, device="cuda")
+
+
+def assert_scores(case, q, k):
+    options = case.options("block_size", "segment_size", "permute_per", "scale")
+    exact = ref.score_keys(q, k, **options)
+    poison(exact.float())
+    scores = ops.score_keys(q.cuda(), k.cuda(), **options).cpu()
+    num_sorted = case.num_keys // case.segment_size * case.segment_size
+    keys = ref.repeat_heads(k, case.num_heads)[:, :, :num_sorted].float().cuda()
+    logits = q[:, :, -case.block_size :].float().cuda() @ keys.mT * ref.scale_for(q, case.scale)
+    in_torch = logits.softmax(-1).mean(2).cpu()
+    if case.permute_per == "kv_head":
+        in_torch = in_torch.unflatten(1, (case.num_kv_heads, -1)).mean(2)
+    assert (scores[..., num_sorted:] == 0).all()
+    assert_within_twice(scores[..., :num_sorted], in_torch, exact[..., :num_sorted], "scores")
+
+
+@cases_of(HALVES)
+def test_score_keys(case, dtype):
+    q, k, *_ = stages_of(case, dtype)
+    assert_scores(case, q, k)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_score_keys_of_several_chunks(head_dim, factor, dtype):
+    case = Case(700, 2900, head_dim=head_dim, block_size=128, segment_size=256, batch=1)
+    q, k, _ = clustered_qkv(case, dtype, seed=0)
+    assert_scores(case, q * factor, k)
+
+
+@cases_of([torch.float32])
+def test_sort_segments(case, dtype):
+    scores = stages_of(case, dtype).scores.float()
+    options = case.options("segment_size", "num_heavy")
+    poison(scores)
+    perm = ops.sort_segments(scores.cuda(), **options)
+    assert torch.equal(perm.cpu().long(), ref.sort_segments(scores, **options))
+
+
+@pytest.mark.parametrize("segment_size", [64, 100, 256, 4096])
+@pytest.mark.parametrize("num_heavy", [None, 1, 13, 64, 5000])
+@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
+def test_sort_segments_agrees_with_cpu(levels, num_heavy, segment_size):
+    generator = torch.Generator().manual_seed(levels)
+    scores = torch.randint(-levels, levels, (2, 3, 9001), generator=generator).float()
+    scores[0, 1, ::7] = torch.nan
+    scores[1, 0, ::5] = -0.0
+    scores[1, 1, ::3] = torch.inf
+    options = {"segment_size": segment_size, "num_heavy": num_heavy}
+    perm = ops.sort_segments(scores.cuda(), **options)
+    assert torch.equal(perm.cpu(), ops.sort_segments(scores, **options))
+
+
+@cases_of([torch.float32, *HALVES])
+def test_select_blocks(case, dtype):
+    q, k, _, _, perm, _, _, k_mean, exact = stages_of(case, dtype)
+    words = ref.pack_mask(exact)
+    poison(words)
+    options = case.options("threshold", "mass")
+    tensors = (t.cuda() for t in (q, k, k_mean.float(), perm.int()))
+    mask, counts = ops.select_blocks(*tensors, **options, **case.sizes)
+    assert torch.equal(mask.cpu(), words)
+    assert torch.equal(counts.cpu().long(), exact.sum(-1))
+
+
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("threshold", [0.12, 0.55, 0.76, 1.0])
+def test_select_blocks_agrees_with_cpu_on_ties(threshold, mass):
+    q, k = torch.ones(1, 2, 320, 64), torch.full((1, 2, 320, 64), 0.5)
+    k_mean = torch.full((1, 2, 10, 64), 0.5)
+    sizes = {"block_size": 32, "segment_size": 64, "threshold": threshold, "mass": mass}
+    expected = ops.select_blocks(q, k, k_mean, **sizes)
+    got = ops.select_blocks(q.cuda(), k.cuda(), k_mean.cuda(), **sizes)
+    assert all(torch.equal(g.cpu(), e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize(
+    ("num_keys", "block_size", "kv_block_size"), [(20000, 128, 128), (40000, 128, 32)]
+)
+def test_select_blocks_of_long_rows_takes_the_smallest_set(
+    num_keys, block_size, kv_block_size, mass
+):
+    case = Case(
+        512,
+        num_keys,
+        batch=1,
+        num_heads=2,
+        num_kv_heads=1,
+        block_size=block_size,
+        kv_block_size=kv_block_size,
+        segment_size=256,
+        mass=mass,
+    )
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=0)
+    k_mean = ref.block_mean(k.double(), kv_block_size)
+    options = {"threshold": 0.9, "mass": mass, **case.sizes}
+    mask, _ = ops.select_blocks(q.cuda(), k.cuda(), k_mean.float().cuda(), **options)
+    masses = ref.block_mass(q, k, k_mean, case.layout, mass=mass)
+    candidate, _ = ref.block_roles(case.layout)
+    sink = torch.zeros(1, 2, dtype=torch.long)
+    words = ref.unpack_mask(mask.cpu(), k_mean.shape[2])
+    assert_smallest_set(words, *masses, candidate, sink, 0.9, eps=1e-4)
+
+
+def test_nan_visits_everything():
+    q = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
+    q[0, 0, 900] = torch.nan
+    k_mean = torch.randn(1, 2, 8, 64, device="cuda")
+    _, counts = ops.select_blocks(q, q, k_mean, threshold=0.3)
+    assert counts[0, 0, 7] == 6
+    assert counts[0, 1, 7] < 6
+
+
+@cases_of(HALVES)
+def test_attention(case, dtype):
+    """All five in one call visit what they visit one by one, and the output on it is right."""
+    stages = stages_of(case, dtype)
+    q, k, v = (t.cuda() for t in stages[:3])
+    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    by_stage = run_stages(case, q, k, v)
+    mask = ref.unpack_mask(by_stage.words.cpu(), stages.mask.shape[-1])
+    visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout)
+    exact, _ = ref.masked_attention(*stages[:3], visited, scale=case.scale)
+    poison(q)
+    out = ops.attention(q, k, v, **options, **case.sizes)
+    assert out.stride() == torch.empty_like(q).stride()
+    q, k, v, visited, exact = (t.cuda() for t in (q, k, v, visited, exact))
+    assert_output(out, q, k, v, visited, exact, scale=case.scale)
+
+
+def test_attention_over_runs_streams_and_graphs():
+    case = Case(3000, 3000, num_heads=8, head_dim=128, block_size=128, segment_size=256)
+    q, k, v = (t.cuda() for t in clustered_qkv(case, torch.bfloat16, seed=0))
+    out = ops.attention(q, k, v)
+    for _ in range(20):
+        assert torch.equal(ops.attention(q, k, v), out)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results += [ops.attention(q, k, v) for _ in range(5)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, out) for result in results)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.attention(q, k, v)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, out)
+
+
+def test_attention_does_not_wait_for_the_gpu():
+    q = torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    ops.attention(q, q, q)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.attention(q, q, q)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_attention():
+    q = torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(pbs_attn.attention, fullgraph=True)
+    assert torch.equal(compiled(q, q, q), pbs_attn.attention(q, q, q))
+
+
+def test_what_cuda_does_not_take():
+    q = torch.randn(1, 2, 300, 64, device="cuda")
+    half = q.bfloat16()
+    for call in (ops.attention, lambda *qkv, **options: ops.score_keys(*qkv[:2], **options)):
+        with pytest.raises(RuntimeError, match="q must be bfloat16 or float16 on CUDA"):
+            call(q, q, q)
+        with pytest.raises(RuntimeError, match="scale must be positive on CUDA"):
+            call(half, half, half, scale=-1.0)
+    shifted = torch.empty(half.numel() + 1, dtype=half.dtype, device="cuda")[1:].view(half.shape)
+    with pytest.raises(RuntimeError, match=r"v must start at, .* a multiple of 16 bytes"):
+        ops.attention(half, half, shifted)
+    with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
+        ops.attention(half, half, half, segment_size=8192)
+    with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
+        ops.sort_segments(torch.zeros(1, 1, 300, device="cuda"), segment_size=8192)
