@@ -51,11 +51,13 @@ class ScoreTile {
  public:
   static constexpr int kChunk = score_chunk_keys(kHeadDim);
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr int kTileKeys = kHeadDim == 256 ? 32 : 64;  // whose scores fit in registers
+  // Keys whose scores a warp has in registers. Segments are a multiple of it: no tile is part full.
+  static constexpr int kTileKeys = 32;
   static constexpr int kTileColumns = kTileKeys / 8;
   using Scores = float[2][kTileColumns][4];
   // Rows 16 bytes apart from a multiple of 128: eight of them are in different banks.
   static constexpr int kStride = kHeadDim + 8;
+  static constexpr int kCtasPerSm = kHeadDim == 256 ? 1 : 2;
   static constexpr int kBytes = kChunk * kStride * static_cast<int>(sizeof(Element));
   using Mma =
       std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
@@ -171,7 +173,8 @@ __device__ void load_queries(Tile& tile, const ScoreArgs& args, int64_t b, int64
 }
 
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1) find_rows_kernel(const ScoreArgs args) {
+__global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
+    find_rows_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
   __shared__ RowState shared_rows[kKeyGroups][kMaxRows];
@@ -195,23 +198,18 @@ __global__ void __launch_bounds__(kThreads, 1) find_rows_kernel(const ScoreArgs 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         RowState& row = rows[i];
-        float top = row.max;
+        float top = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < Tile::kTileColumns; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = scores[i / 2][n][i % 2 * 2 + e];
-            s = key + n * 8 + lane % 4 * 2 + e < num_keys ? s * factor : -INFINITY;
-            top = fmaxf(top, s);
-          }
+        for (int j = 0; j < 2 * Tile::kTileColumns; ++j) {
+          top = fmaxf(top, scores[i / 2][j / 2][i % 2 * 2 + j % 2]);
         }
+        top = fmaxf(row.max, top * factor);
         // All at -inf: weights of 0, or of NaN where a score is NaN.
         const float base = top == -INFINITY ? 0.0f : top;
         float sum = row.sum * exp2_approx(row.max - base);
 #pragma unroll
-        for (int n = 0; n < Tile::kTileColumns; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) sum += exp2_approx(scores[i / 2][n][i % 2 * 2 + e] - base);
+        for (int j = 0; j < 2 * Tile::kTileColumns; ++j) {
+          sum += exp2_approx(scores[i / 2][j / 2][i % 2 * 2 + j % 2] * factor - base);
         }
         row = RowState{top, sum};
       }
@@ -270,7 +268,8 @@ __device__ void fold_lanes(float (&sums)[kSums], int lane, int lanes_apart) {
 }
 
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1) average_kernel(const ScoreArgs args) {
+__global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
+    average_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
   __shared__ float totals[kRowGroups][Tile::kChunk];

@@ -21,44 +21,47 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxQueryBlocks = 16;
 constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kGoodSharedBytes = 72 * 1024;  // three CTAs to an SM
+constexpr int kGoodSharedBytes = 113 * 1024;  // two CTAs to an SM
+constexpr int kTileKeys = 64;                 // mean keys in shared memory at a time
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <class T>
 using Piece = cutlass::AlignedArray<T, 16 / sizeof(T), 16>;
 
-// The mean of rows [begin, end) of one head, times `factor`, by the whole CTA. `partial` holds
-// kThreads pieces of floats.
+// The mean of rows [begin, end) of one head, times `factor`, by one warp: its lanes hold pieces of
+// as many rows as they can.
 template <class T>
 __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int64_t end,
-                          int head_dim, float factor, float* partial, float* mean) {
+                          int head_dim, float factor, float* mean) {
   constexpr int kPiece = 16 / sizeof(T);
-  const int num_pieces = head_dim / kPiece;
-  const int rows_in_flight = kThreads / num_pieces;
-  const int piece = threadIdx.x % num_pieces;
-  const int first_row = threadIdx.x / num_pieces;
-  cutlass::Array<float, kPiece> total;
-  total.clear();
-  if (first_row < rows_in_flight) {
-    const T* src = rows + piece * kPiece;
-    const cutlass::NumericArrayConverter<float, T, kPiece> to_floats;
-#pragma unroll 8
-    for (int64_t row = begin + first_row; row < end; row += rows_in_flight) {
-      const Piece<T> values = *reinterpret_cast<const Piece<T>*>(src + row * row_stride);
-      const cutlass::Array<float, kPiece> widened = to_floats(values);
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) total[i] += widened[i];
-    }
-    for (int i = 0; i < kPiece; ++i) partial[first_row * head_dim + piece * kPiece + i] = total[i];
-  }
-  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const cutlass::NumericArrayConverter<float, T, kPiece> to_floats;
   const float share = factor / static_cast<float>(end - begin);
-  for (int d = threadIdx.x; d < head_dim; d += kThreads) {
-    float sum = 0.0f;
-    for (int r = 0; r < rows_in_flight; ++r) sum += partial[r * head_dim + d];
-    mean[d] = sum * share;
+  // A row of few pieces leaves lanes for others; those of one piece are summed at the end.
+  const int num_pieces = head_dim / kPiece;
+  const int lanes_per_row = num_pieces <= 8 ? 8 : num_pieces <= 16 ? 16 : 32;
+  for (int first = 0; first < num_pieces; first += lanes_per_row) {
+    const int piece = first + lane % lanes_per_row;
+    cutlass::Array<float, kPiece> total;
+    total.clear();
+    if (piece < num_pieces) {
+      const T* src = rows + piece * kPiece;
+#pragma unroll 8
+      for (int64_t row = begin + lane / lanes_per_row; row < end; row += 32 / lanes_per_row) {
+        const Piece<T> values = *reinterpret_cast<const Piece<T>*>(src + row * row_stride);
+        const cutlass::Array<float, kPiece> widened = to_floats(values);
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) total[i] += widened[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+      for (int step = lanes_per_row; step < 32; step *= 2) {
+        total[i] += __shfl_xor_sync(~0u, total[i], step);
+      }
+      if (piece < num_pieces && lane < lanes_per_row) mean[piece * kPiece + i] = total[i] * share;
+    }
   }
-  __syncthreads();
 }
 
 struct SelectArgs {
@@ -70,19 +73,20 @@ struct SelectArgs {
   int num_entries;  // of a row of logits
 };
 
+// One warp a key block.
 template <class T>
 __global__ void __launch_bounds__(kThreads) mean_keys_kernel(const SelectArgs args) {
-  extern __shared__ float partial[];
   const Problem& problem = args.params.problem;
   const ConstRows& k = args.params.k;
-  const int64_t head = blockIdx.x / args.num_kv_blocks;
-  const int64_t begin = blockIdx.x % args.num_kv_blocks * args.params.blocking.kv_block_size;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t head = item / args.num_kv_blocks;
+  if (head >= problem.batch * problem.num_kv_heads) return;
+  const int64_t begin = item % args.num_kv_blocks * args.params.blocking.kv_block_size;
   const T* rows = static_cast<const T*>(k.data) + head / problem.num_kv_heads * k.batch_stride +
                   head % problem.num_kv_heads * k.head_stride;
   mean_rows(rows, k.row_stride, begin,
             smaller(begin + args.params.blocking.kv_block_size, problem.num_kv),
-            static_cast<int>(problem.head_dim), 1.0f, partial,
-            args.own_means + static_cast<int64_t>(blockIdx.x) * problem.head_dim);
+            static_cast<int>(problem.head_dim), 1.0f, args.own_means + item * problem.head_dim);
 }
 
 __device__ float warp_max(float x) {
@@ -118,34 +122,57 @@ struct Cut {
   int num_equal;
 };
 
-// The mass of candidates at or above `share`.
-__device__ double mass_from(const float* shares, int n, uint32_t share) {
-  double mass = 0.0;
+// Candidates at or above a share.
+struct Part {
+  double mass;
+  int count;
+};
+
+__device__ Part part_from(const float* shares, int n, uint32_t share) {
+  Part part{0.0, 0};
   for (int i = threadIdx.x % 32; i < n; i += 32) {
-    if (__float_as_uint(shares[i]) >= share) mass += shares[i];
+    if (__float_as_uint(shares[i]) >= share) {
+      part.mass += shares[i];
+      ++part.count;
+    }
   }
-  return warp_sum(mass);
+  return Part{warp_sum(part.mass), __reduce_add_sync(~0u, part.count)};
+}
+
+// The largest share below another.
+__device__ uint32_t largest_below(const float* shares, int n, uint32_t share) {
+  uint32_t largest = 0;
+  for (int i = threadIdx.x % 32; i < n; i += 32) {
+    const uint32_t own = __float_as_uint(shares[i]);
+    if (own < share && own > largest) largest = own;
+  }
+  return __reduce_max_sync(~0u, largest);
 }
 
 // The smallest set of candidates with a mass of at least `needed`, by one warp: bisection over the
-// bits of a share, without a sort.
+// bits of a share until one candidate is left, without a sort.
 __device__ Cut find_cut(const float* shares, int n, double needed) {
   constexpr uint32_t kAboveAll = 0x7f800000;
   if (needed <= 0.0) return Cut{kAboveAll, 0};
-  if (mass_from(shares, n, 0) < needed) return Cut{0, n};
-  uint32_t low = 0;  // mass_from(low) >= needed > mass_from(high)
-  float top = 0.0f;
-  for (int i = threadIdx.x % 32; i < n; i += 32) top = fmaxf(top, shares[i]);
-  uint32_t high = __float_as_uint(warp_max(top)) + 1;
+  // At or above `low` there is enough, at or above `high` there is not.
+  uint32_t low = 0;
+  Part from_low = part_from(shares, n, low);
+  if (from_low.mass < needed) return Cut{0, n};
+  uint32_t high = largest_below(shares, n, kAboveAll) + 1;
+  Part from_high{0.0, 0};
   while (high - low > 1) {
+    if (from_low.count - from_high.count == 1) return Cut{largest_below(shares, n, high), 1};
     const uint32_t middle = low + (high - low) / 2;
-    if (mass_from(shares, n, middle) >= needed) {
+    const Part from_middle = part_from(shares, n, middle);
+    if (from_middle.mass >= needed) {
       low = middle;
+      from_low = from_middle;
     } else {
       high = middle;
+      from_high = from_middle;
     }
   }
-  double reached = mass_from(shares, n, low + 1);
+  double reached = from_high.mass;
   int num_equal = 0;
   while (reached < needed && num_equal < n) {
     reached += __uint_as_float(low);
@@ -194,25 +221,44 @@ __device__ int find_sink(const SelectArgs& args, int64_t b, int64_t hp) {
   return sink;
 }
 
-// logits[r][j] of all candidates j < num_candidates: a thread takes a mean key, and all mean
-// queries from shared memory.
+// logits[r][j] of all candidates j < num_candidates, kTileKeys of them at a time: a thread takes
+// one mean key and every kThreads / kTileKeys-th mean query.
 template <int kQueryBlocks>
 __device__ void score_candidates(const float* q_means, const float* k_means, int head_dim,
-                                 int num_candidates, int num_entries, float* logits) {
-  for (int j = threadIdx.x; j < num_candidates; j += kThreads) {
-    const float* key = k_means + static_cast<int64_t>(j) * head_dim;
-    float sums[kQueryBlocks] = {};
-#pragma unroll 2
+                                 int num_candidates, int num_entries, float* keys, float* logits) {
+  constexpr int kGroups = kThreads / kTileKeys;
+  constexpr int kRows = (kQueryBlocks + kGroups - 1) / kGroups;
+  const int stride = head_dim + 4;  // rows begin 4 banks apart
+  const int own_key = static_cast<int>(threadIdx.x) % kTileKeys;
+  const int group = static_cast<int>(threadIdx.x) / kTileKeys;
+  for (int first = 0; first < num_candidates; first += kTileKeys) {
+    const int num_keys = min(kTileKeys, num_candidates - first);
+    const float* src = k_means + static_cast<int64_t>(first) * head_dim;
+    __syncthreads();
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < num_keys * head_dim; i += kThreads * 4) {
+      *reinterpret_cast<float4*>(keys + i / head_dim * stride + i % head_dim) =
+          *reinterpret_cast<const float4*>(src + i);
+    }
+    __syncthreads();
+    float sums[kRows] = {};
+#pragma unroll 4
     for (int d = 0; d < head_dim; d += 4) {
-      const float4 own = *reinterpret_cast<const float4*>(key + d);
+      const float4 key = *reinterpret_cast<const float4*>(keys + own_key * stride + d);
 #pragma unroll
-      for (int r = 0; r < kQueryBlocks; ++r) {
-        const float4 query = *reinterpret_cast<const float4*>(q_means + r * head_dim + d);
-        sums[r] += own.x * query.x + own.y * query.y + own.z * query.z + own.w * query.w;
+      for (int r = 0; r < kRows; ++r) {
+        const int row = min(r * kGroups + group, kQueryBlocks - 1);
+        const float4 query = *reinterpret_cast<const float4*>(q_means + row * head_dim + d);
+        sums[r] += key.x * query.x + key.y * query.y + key.z * query.z + key.w * query.w;
       }
     }
 #pragma unroll
-    for (int r = 0; r < kQueryBlocks; ++r) logits[r * num_entries + j] = sums[r];
+    for (int r = 0; r < kRows; ++r) {
+      const int row = r * kGroups + group;
+      if (row < kQueryBlocks && own_key < num_keys) {
+        logits[row * num_entries + first + own_key] = sums[r];
+      }
+    }
   }
 }
 
@@ -223,9 +269,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args)
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
   const int head_dim = static_cast<int>(problem.head_dim);
-  float* q_means = reinterpret_cast<float*>(raw);       // (kQueryBlocks, D)
-  float* partial = q_means + kQueryBlocks * head_dim;   // (kThreads * 16 / sizeof(T))
-  float* logits = partial + kThreads * 16 / sizeof(T);  // (kQueryBlocks, num_entries)
+  float* q_means = reinterpret_cast<float*>(raw);     // (kQueryBlocks, D)
+  float* keys = q_means + kQueryBlocks * head_dim;    // (kTileKeys, D + 4)
+  float* logits = keys + kTileKeys * (head_dim + 4);  // (kQueryBlocks, num_entries)
 
   const int64_t num_tiles = ceil_div(args.num_q_blocks, kQueryBlocks);
   const int64_t head = blockIdx.x / num_tiles;
@@ -242,20 +288,15 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args)
 
   const T* q =
       static_cast<const T*>(params.q.data) + b * params.q.batch_stride + hq * params.q.head_stride;
-  for (int r = 0; r < kQueryBlocks; ++r) {
-    float* mean = q_means + r * head_dim;
-    if (r < num_blocks) {
-      const QueryBlock block = describe(r);
-      mean_rows(q, params.q.row_stride, block.first_row, block.first_row + block.num_rows, head_dim,
-                params.scale * kLog2e, partial, mean);
-    } else {
-      for (int d = threadIdx.x; d < head_dim; d += kThreads) mean[d] = 0.0f;
-    }
+  for (int r = static_cast<int>(threadIdx.x) / 32; r < num_blocks; r += kWarps) {
+    const QueryBlock block = describe(r);
+    mean_rows(q, params.q.row_stride, block.first_row, block.first_row + block.num_rows, head_dim,
+              params.scale * kLog2e, q_means + r * head_dim);
   }
   const int sink = find_sink(args, b, hp);
   score_candidates<kQueryBlocks>(
       q_means, params.k_mean + (b * problem.num_perm_heads + hp) * args.num_kv_blocks * head_dim,
-      head_dim, static_cast<int>(describe(num_blocks - 1).num_candidates), args.num_entries,
+      head_dim, static_cast<int>(describe(num_blocks - 1).num_candidates), args.num_entries, keys,
       logits);
   __syncthreads();
 
@@ -299,17 +340,16 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args)
   }
 }
 
-template <class T>
 int shared_bytes(const SelectArgs& args, int num_query_blocks) {
   return static_cast<int>(sizeof(float) *
                           (num_query_blocks * (args.params.problem.head_dim + args.num_entries) +
-                           kThreads * 16 / sizeof(T)));
+                           kTileKeys * (args.params.problem.head_dim + 4)));
 }
 
 template <class T, int kQueryBlocks>
 cudaError_t launch_tiles(const SelectArgs& args, cudaStream_t stream) {
   // Smaller tiles where rows are long.
-  const int bytes = shared_bytes<T>(args, kQueryBlocks);
+  const int bytes = shared_bytes(args, kQueryBlocks);
   if constexpr (kQueryBlocks > 1) {
     if (bytes > kGoodSharedBytes) return launch_tiles<T, kQueryBlocks / 2>(args, stream);
   }
@@ -326,11 +366,11 @@ cudaError_t launch_tiles(const SelectArgs& args, cudaStream_t stream) {
 template <class T>
 const char* launch(const SelectArgs& args, cudaStream_t stream) {
   const Problem& problem = args.params.problem;
-  if (shared_bytes<T>(args, 1) > kMaxSharedBytes) return "too many key blocks for shared memory";
+  if (shared_bytes(args, 1) > kMaxSharedBytes) return "too many key blocks for shared memory";
   if (args.params.is_mass_causal) {
-    const int64_t num_ctas = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
-    mean_keys_kernel<T><<<static_cast<unsigned>(num_ctas), kThreads,
-                          kThreads * 16 / sizeof(T) * sizeof(float), stream>>>(args);
+    const int64_t num_key_blocks = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
+    mean_keys_kernel<T>
+        <<<static_cast<unsigned>(ceil_div(num_key_blocks, kWarps)), kThreads, 0, stream>>>(args);
   }
   const cudaError_t error = launch_tiles<T, kMaxQueryBlocks>(args, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
 constexpr int kThreads = kOrderBins;
+constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
 
 __device__ QueryBlock describe(const OrderArgs& args, const WorkTile& tile) {
   return query_block(tile.q_block_idx, args.problem.num_q, args.problem.num_kv,
@@ -75,17 +76,25 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   while (num_lanes < 32 && num_lanes < args.num_mask_words) num_lanes *= 2;
   const int lane = threadIdx.x % num_lanes;
   float weight = 0.0f;
-#pragma unroll 2
-  for (int first = 0; first < num_blocks; first += kThreads / num_lanes) {
-    const int i = first + threadIdx.x / num_lanes;
-    const WorkTile tile = work_tile(args.groups, group_idx, i);
-    int num_selected = i < num_blocks ? count_selected(args, tile, lane, num_lanes) : 0;
-    for (int step = num_lanes / 2; step > 0; step /= 2) {
-      num_selected += __shfl_xor_sync(~0u, num_selected, step);
+  for (int first = 0; first < num_blocks; first += kRowsAtOnce * kThreads / num_lanes) {
+    int num_selected[kRowsAtOnce];
+    const auto block_of = [&](int r) {
+      return first + (r * kThreads + static_cast<int>(threadIdx.x)) / num_lanes;
+    };
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const int i = block_of(r);
+      num_selected[r] = i < num_blocks ? count_selected(args, work_tile(args.groups, group_idx, i),
+                                                        lane, num_lanes)
+                                       : 0;
     }
-    if (i < num_blocks && lane == 0) {
-      unsorted[i] = num_selected;
-      const int num_keys = count_keys(args, tile, num_selected);
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      int sum = num_selected[r];
+      for (int step = num_lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const int i = block_of(r);
+      if (i >= num_blocks || lane != 0) continue;
+      unsorted[i] = sum;
+      const int num_keys = count_keys(args, work_tile(args.groups, group_idx, i), sum);
       weight += static_cast<float>(num_keys);
       atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
     }
