@@ -58,7 +58,7 @@ class ScoreTile {
   // Rows 16 bytes apart from a multiple of 128: eight of them are in different banks.
   static constexpr int kStride = kHeadDim + 8;
   static constexpr int kCtasPerSm = kHeadDim == 256 ? 1 : 2;
-  static constexpr int kBytes = kChunk * kStride * static_cast<int>(sizeof(Element));
+  static constexpr int kBytes = (kChunk + kMaxRows) * kStride * static_cast<int>(sizeof(Element));
   using Mma =
       std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
                          cute::SM80_16x8x16_F32F16F16F32_TN, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
@@ -71,35 +71,25 @@ class ScoreTile {
 
   // Keys [begin, end) of one head to shared memory, by the whole CTA; zeros behind them.
   __device__ void load_keys(const ConstRows& rows, int64_t head_offset, int begin, int end) {
-    constexpr int kPieces = kHeadDim / 8;
-    const Element* src = static_cast<const Element*>(rows.data) + head_offset;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
-      const int key = begin + i / kPieces;
-      const int column = i % kPieces * 8;
-      uint4 piece{};
-      if (key < end) {
-        piece = *reinterpret_cast<const uint4*>(src + key * rows.row_stride + column);
-      }
-      *reinterpret_cast<uint4*>(keys_ + i / kPieces * kStride + column) = piece;
-    }
+    load_rows<kChunk>(rows, head_offset + begin * rows.row_stride, end - begin, keys_);
   }
 
-  // The last rows of one head to registers; zeros where there are fewer than 128.
+  // `num_rows` rows of one head from `first_row` on to registers, zeros behind them. By the whole
+  // CTA, after a barrier behind which nobody reads queries from shared memory.
   __device__ void load_queries(const ConstRows& rows, int64_t head_offset, int first_row,
                                int num_rows) {
-    const Element* src = static_cast<const Element*>(rows.data) + head_offset;
+    Element* shared = keys_ + kChunk * kStride;
+    load_rows<kMaxRows>(rows, head_offset + first_row * rows.row_stride, num_rows, shared);
+    __syncthreads();
+    const Element* from = shared + (row_group_ * 32 + lane_ % 16) * kStride + lane_ / 16 * 8;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = row0() + 8 * i;
-      const Element* from = src + (first_row + row) * rows.row_stride + lane_ % 4 * 2;
+    for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          queries_[i / 2][step][i % 2 + 2 * half] =
-              row < num_rows ? *reinterpret_cast<const uint32_t*>(from + step * 16 + half * 8) : 0;
-        }
+        uint32_t (&a)[4] = queries_[m][step];
+        cute::SM75_U32x4_LDSM_N::copy(
+            *reinterpret_cast<const cute::uint128_t*>(from + m * 16 * kStride + step * 16), a[0],
+            a[1], a[2], a[3]);
       }
     }
   }
@@ -135,6 +125,24 @@ class ScoreTile {
   }
 
  private:
+  // The first num_rows of kRows rows to shared memory, zeros behind them, by the whole CTA.
+  template <int kRows>
+  __device__ static void load_rows(const ConstRows& rows, int64_t offset, int num_rows,
+                                   Element* shared) {
+    constexpr int kPieces = kHeadDim / 8;
+    const Element* src = static_cast<const Element*>(rows.data) + offset;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+      const int row = i / kPieces;
+      const int column = i % kPieces * 8;
+      uint4 piece{};
+      if (row < num_rows) {
+        piece = *reinterpret_cast<const uint4*>(src + row * rows.row_stride + column);
+      }
+      *reinterpret_cast<uint4*>(shared + row * kStride + column) = piece;
+    }
+  }
+
   Element* keys_;
   int lane_;
   int row_group_;

@@ -46,12 +46,23 @@ __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int6
     total.clear();
     if (piece < num_pieces) {
       const T* src = rows + piece * kPiece;
-#pragma unroll 8
-      for (int64_t row = begin + lane / lanes_per_row; row < end; row += 32 / lanes_per_row) {
-        const Piece<T> values = *reinterpret_cast<const Piece<T>*>(src + row * row_stride);
-        const cutlass::Array<float, kPiece> widened = to_floats(values);
+      constexpr int kAtOnce = 8;  // loads in flight
+      const int step = 32 / lanes_per_row;
+      for (int64_t row = begin + lane / lanes_per_row; row < end; row += kAtOnce * step) {
+        Piece<T> values[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kPiece; ++i) total[i] += widened[i];
+        for (int i = 0; i < kAtOnce; ++i) {
+          values[i].clear();
+          if (row + i * step < end) {
+            values[i] = *reinterpret_cast<const Piece<T>*>(src + (row + i * step) * row_stride);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const cutlass::Array<float, kPiece> widened = to_floats(values[i]);
+#pragma unroll
+          for (int e = 0; e < kPiece; ++e) total[e] += widened[e];
+        }
       }
     }
 #pragma unroll
@@ -75,7 +86,7 @@ struct SelectArgs {
 
 // One warp a key block.
 template <class T>
-__global__ void __launch_bounds__(kThreads) mean_keys_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) mean_keys_kernel(const SelectArgs args) {
   const Problem& problem = args.params.problem;
   const ConstRows& k = args.params.k;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -105,7 +116,7 @@ __device__ void softmax_base2(float* logits, int n) {
   float top = -INFINITY;
   for (int i = lane; i < n; i += 32) top = fmaxf(top, logits[i]);
   top = warp_max(top);
-  double total = 0.0;
+  float total = 0.0f;
   for (int i = lane; i < n; i += 32) {
     logits[i] = exp2_approx(logits[i] - top);
     total += logits[i];
@@ -129,14 +140,16 @@ struct Part {
 };
 
 __device__ Part part_from(const float* shares, int n, uint32_t share) {
-  Part part{0.0, 0};
+  float mass = 0.0f;
+  int count = 0;
   for (int i = threadIdx.x % 32; i < n; i += 32) {
-    if (__float_as_uint(shares[i]) >= share) {
-      part.mass += shares[i];
-      ++part.count;
+    const float own = shares[i];
+    if (__float_as_uint(own) >= share) {
+      mass += own;
+      ++count;
     }
   }
-  return Part{warp_sum(part.mass), __reduce_add_sync(~0u, part.count)};
+  return Part{warp_sum(mass), __reduce_add_sync(~0u, count)};
 }
 
 // The largest share below another.
@@ -263,7 +276,7 @@ __device__ void score_candidates(const float* q_means, const float* k_means, int
 }
 
 template <class T, int kQueryBlocks>
-__global__ void __launch_bounds__(kThreads) select_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) select_kernel(const SelectArgs args) {
   extern __shared__ float4 raw[];
   const SelectBlocksParams& params = args.params;
   const Problem& problem = params.problem;

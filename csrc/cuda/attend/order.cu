@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
 constexpr int kThreads = kOrderBins;
-constexpr int kRowsAtOnce = 4;  // whose loads are in flight together
 
 __device__ QueryBlock describe(const OrderArgs& args, const WorkTile& tile) {
   return query_block(tile.q_block_idx, args.problem.num_q, args.problem.num_kv,
@@ -19,16 +18,14 @@ __device__ QueryBlock describe(const OrderArgs& args, const WorkTile& tile) {
                      args.blocking.segment_size, args.is_causal);
 }
 
-// Of the query block, by lanes [0, num_lanes) of which this is one.
-__device__ int count_selected(const OrderArgs& args, const WorkTile& tile, int lane,
-                              int num_lanes) {
+__device__ int count_selected(const OrderArgs& args, const WorkTile& tile) {
   if (tile.head >= args.groups.num_heads) return 0;
   const int num_candidates = static_cast<int>(describe(args, tile).num_candidates);
   const int64_t row = static_cast<int64_t>(tile.head) * args.groups.num_q_blocks + tile.q_block_idx;
   const uint32_t* words = args.block_mask + row * args.num_mask_words;
   int count = 0;
-#pragma unroll 4
-  for (int w = lane; w * static_cast<int>(kBitsPerWord) < num_candidates; w += num_lanes) {
+#pragma unroll 8
+  for (int w = 0; w * static_cast<int>(kBitsPerWord) < num_candidates; ++w) {
     count += __popc(candidate_bits(words[w], w, num_candidates));
   }
   return count;
@@ -71,33 +68,14 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) group_weight = 0;
   __syncthreads();
-  // As many lanes to a row of the mask as it has words, so that a warp reads neighbours.
-  int num_lanes = 1;
-  while (num_lanes < 32 && num_lanes < args.num_mask_words) num_lanes *= 2;
-  const int lane = threadIdx.x % num_lanes;
   float weight = 0.0f;
-  for (int first = 0; first < num_blocks; first += kRowsAtOnce * kThreads / num_lanes) {
-    int num_selected[kRowsAtOnce];
-    const auto block_of = [&](int r) {
-      return first + (r * kThreads + static_cast<int>(threadIdx.x)) / num_lanes;
-    };
-#pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const int i = block_of(r);
-      num_selected[r] = i < num_blocks ? count_selected(args, work_tile(args.groups, group_idx, i),
-                                                        lane, num_lanes)
-                                       : 0;
-    }
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      int sum = num_selected[r];
-      for (int step = num_lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const int i = block_of(r);
-      if (i >= num_blocks || lane != 0) continue;
-      unsorted[i] = sum;
-      const int num_keys = count_keys(args, work_tile(args.groups, group_idx, i), sum);
-      weight += static_cast<float>(num_keys);
-      atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
-    }
+  for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
+    const WorkTile tile = work_tile(args.groups, group_idx, i);
+    const int num_selected = count_selected(args, tile);
+    const int num_keys = count_keys(args, tile, num_selected);
+    unsorted[i] = num_selected;
+    weight += static_cast<float>(num_keys);
+    atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
   }
   // One atomic a warp: those on one place in shared memory are served one after the other.
   for (int step = 16; step > 0; step /= 2) weight += __shfl_xor_sync(~0u, weight, step);
