@@ -98,26 +98,37 @@ class ScoreTile {
   // tile that begins at `key`.
   __device__ void score(int key, Scores& scores) const {
 #pragma unroll
-    for (int n = 0; n < kTileColumns; ++n) {
+    for (int m = 0; m < 2; ++m) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int n = 0; n < kTileColumns; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
       }
-      const Element* from = keys_ + (key + n * 8 + lane_ % 8) * kStride + lane_ / 8 * 8;
+    }
+    const Element* from = keys_ + (key + lane_ % 8) * kStride + lane_ / 8 * 8;
+    // Four accumulators in turn, so that a product does not wait for the one before it.
 #pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        uint32_t b[4];
-        cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from + step * 16),
-                                      b[0], b[1], b[2], b[3]);
+    for (int step = 0; step < kSteps; step += 2) {
+#pragma unroll
+      for (int pair = 0; pair < kTileColumns; pair += 2) {
+        uint32_t b[2][4];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(
+                                            from + (pair + n) * 8 * kStride + step * 16),
+                                        b[n][0], b[n][1], b[n][2], b[n][3]);
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            float (&s)[4] = scores[m][n];
-            const uint32_t (&a)[4] = queries_[m][step + half];
-            Mma::fma(s[0], s[1], s[2], s[3], a[0], a[1], a[2], a[3], b[2 * half], b[2 * half + 1],
-                     s[0], s[1], s[2], s[3]);
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              float (&s)[4] = scores[m][pair + n];
+              const uint32_t (&a)[4] = queries_[m][step + half];
+              Mma::fma(s[0], s[1], s[2], s[3], a[0], a[1], a[2], a[3], b[n][2 * half],
+                       b[n][2 * half + 1], s[0], s[1], s[2], s[3]);
+            }
           }
         }
       }

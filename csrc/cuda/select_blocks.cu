@@ -22,7 +22,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxQueryBlocks = 16;
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kGoodSharedBytes = 113 * 1024;  // two CTAs to an SM
-constexpr int kTileKeys = 64;                 // mean keys in shared memory at a time
+constexpr int kTileKeys = 64;                 // most mean keys in shared memory at a time,
+constexpr int kTileFloats = 64 * 128;         // and most floats of them
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <class T>
@@ -105,7 +106,7 @@ __device__ float warp_max(float x) {
   return x;
 }
 
-__device__ double warp_sum(double x) {
+__device__ float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
@@ -121,7 +122,7 @@ __device__ void softmax_base2(float* logits, int n) {
     logits[i] = exp2_approx(logits[i] - top);
     total += logits[i];
   }
-  const auto inverse = static_cast<float>(1.0 / warp_sum(total));
+  const float inverse = 1.0f / warp_sum(total);
   for (int i = lane; i < n; i += 32) logits[i] *= inverse;
   __syncwarp();
 }
@@ -135,19 +136,19 @@ struct Cut {
 
 // Candidates at or above a share.
 struct Part {
-  double mass;
+  float mass;
   int count;
 };
 
 __device__ Part part_from(const float* shares, int n, uint32_t share) {
   float mass = 0.0f;
   int count = 0;
+#pragma unroll 4
   for (int i = threadIdx.x % 32; i < n; i += 32) {
     const float own = shares[i];
-    if (__float_as_uint(own) >= share) {
-      mass += own;
-      ++count;
-    }
+    const bool is_in = __float_as_uint(own) >= share;
+    mass += is_in ? own : 0.0f;
+    count += is_in;
   }
   return Part{warp_sum(mass), __reduce_add_sync(~0u, count)};
 }
@@ -164,15 +165,15 @@ __device__ uint32_t largest_below(const float* shares, int n, uint32_t share) {
 
 // The smallest set of candidates with a mass of at least `needed`, by one warp: bisection over the
 // bits of a share until one candidate is left, without a sort.
-__device__ Cut find_cut(const float* shares, int n, double needed) {
+__device__ Cut find_cut(const float* shares, int n, float needed) {
   constexpr uint32_t kAboveAll = 0x7f800000;
-  if (needed <= 0.0) return Cut{kAboveAll, 0};
+  if (needed <= 0.0f) return Cut{kAboveAll, 0};
   // At or above `low` there is enough, at or above `high` there is not.
   uint32_t low = 0;
   Part from_low = part_from(shares, n, low);
   if (from_low.mass < needed) return Cut{0, n};
   uint32_t high = largest_below(shares, n, kAboveAll) + 1;
-  Part from_high{0.0, 0};
+  Part from_high{0.0f, 0};
   while (high - low > 1) {
     if (from_low.count - from_high.count == 1) return Cut{largest_below(shares, n, high), 1};
     const uint32_t middle = low + (high - low) / 2;
@@ -185,7 +186,7 @@ __device__ Cut find_cut(const float* shares, int n, double needed) {
       from_high = from_middle;
     }
   }
-  double reached = from_high.mass;
+  float reached = from_high.mass;
   int num_equal = 0;
   while (reached < needed && num_equal < n) {
     reached += __uint_as_float(low);
@@ -234,7 +235,7 @@ __device__ int find_sink(const SelectArgs& args, int64_t b, int64_t hp) {
   return sink;
 }
 
-// logits[r][j] of all candidates j < num_candidates, kTileKeys of them at a time: a thread takes
+// logits[r][j] of all candidates j < num_candidates, some of them at a time: a thread takes
 // one mean key and every kThreads / kTileKeys-th mean query.
 template <int kQueryBlocks>
 __device__ void score_candidates(const float* q_means, const float* k_means, int head_dim,
@@ -244,16 +245,32 @@ __device__ void score_candidates(const float* q_means, const float* k_means, int
   const int stride = head_dim + 4;  // rows begin 4 banks apart
   const int own_key = static_cast<int>(threadIdx.x) % kTileKeys;
   const int group = static_cast<int>(threadIdx.x) / kTileKeys;
-  for (int first = 0; first < num_candidates; first += kTileKeys) {
-    const int num_keys = min(kTileKeys, num_candidates - first);
+  // The next tile is on its way, in registers, while this one is worked on.
+  const int tile_keys = min(kTileKeys, kTileFloats / head_dim);
+  constexpr int kPieces = kTileFloats / 4 / kThreads;
+  float4 next[kPieces];
+  const auto fetch = [&](int first) {
+    const int num_values = min(tile_keys, num_candidates - first) * head_dim;
     const float* src = k_means + static_cast<int64_t>(first) * head_dim;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int i = (p * kThreads + static_cast<int>(threadIdx.x)) * 4;
+      if (i < num_values) next[p] = *reinterpret_cast<const float4*>(src + i);
+    }
+  };
+  fetch(0);
+  for (int first = 0; first < num_candidates; first += tile_keys) {
+    const int num_keys = min(tile_keys, num_candidates - first);
     __syncthreads();
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < num_keys * head_dim; i += kThreads * 4) {
-      *reinterpret_cast<float4*>(keys + i / head_dim * stride + i % head_dim) =
-          *reinterpret_cast<const float4*>(src + i);
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int i = (p * kThreads + static_cast<int>(threadIdx.x)) * 4;
+      if (i < num_keys * head_dim) {
+        *reinterpret_cast<float4*>(keys + i / head_dim * stride + i % head_dim) = next[p];
+      }
     }
     __syncthreads();
+    if (first + tile_keys < num_candidates) fetch(first + tile_keys);
     float sums[kRows] = {};
 #pragma unroll 4
     for (int d = 0; d < head_dim; d += 4) {
@@ -336,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(const SelectArgs ar
       __syncwarp();
     }
     softmax_base2(shares, n);
-    double own_mass = 0.0;
+    float own_mass = 0.0f;
     for (int i = num_candidates + lane; i < n; i += 32) own_mass += shares[i];
     bool is_ordered = true;
     for (int i = lane; i < n; i += 32) is_ordered &= shares[i] >= 0.0f;
@@ -346,9 +363,9 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(const SelectArgs ar
       for (int i = lane; i < num_candidates; i += 32) shares[i] = 0.0f;
       __syncwarp();
     }
-    const Cut cut = takes_all
-                        ? Cut{0, num_candidates}
-                        : find_cut(shares, num_candidates, params.threshold - warp_sum(own_mass));
+    const Cut cut = takes_all ? Cut{0, num_candidates}
+                              : find_cut(shares, num_candidates,
+                                         static_cast<float>(params.threshold - warp_sum(own_mass)));
     write_row(args, row, num_candidates, sink, shares, cut);
   }
 }
