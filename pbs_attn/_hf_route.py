@@ -118,6 +118,8 @@ def _why_no_kernel(call):
         return "query, key and value differ in dtype"
     if call.dtype not in DTYPES:
         return "dtype {dtype} is not float32, bfloat16 or float16"
+    if call.device_type == "cuda" and call.dtype == torch.float32:
+        return "CUDA takes bfloat16 and float16, not float32"
     if not _has_kernel(call.device_type):
         return "pbs_attn has no kernel for device {device_type}"
     return None

@@ -49,8 +49,13 @@ def build_info() -> dict[str, Any]:
 
 
 def has_kernel(stage: str, device: torch.device | str) -> bool:
-    """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``."""
-    device_type = torch.device(device).type
-    if device_type == "cuda":
-        return stage in build_info()["cuda_stages"]
-    return device_type == "cpu"
+    """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``: on a CUDA
+    device if it holds the kernel and the device, where torch finds one, is of compute capability
+    9.0."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        is_built = stage in build_info()["cuda_stages"]
+        if not is_built or not torch.cuda.is_available():
+            return is_built
+        return torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cpu"

@@ -406,6 +406,7 @@ PLAIN = Call(
         ({"dtype": torch.float64}, "sdpa"),
         ({"dtype": None}, "sdpa"),
         ({"device_type": "xla"}, "sdpa"),
+        ({"device_type": "cuda", "dtype": torch.float32}, "sdpa"),
         ({"has_softcap": True}, "eager"),
         ({"has_sinks": True, "num_queries": 1}, "eager"),
         ({"has_position_bias": True, "has_mask": True}, "eager"),
