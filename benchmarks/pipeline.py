@@ -124,10 +124,7 @@ def measure(args, name: str, tensors, density: float | None, dense: dict) -> lis
         for kv_block_size in args.kv_block_sizes:
             config = PBSConfig(kv_block_size=kv_block_size)
             pipeline = Pipeline(*tensors, config, permute_per)
-            if density is None:
-                reached = pipeline.set_threshold(0.9)
-            else:
-                reached = reach(pipeline, density)
+            reached = reach(pipeline, density) if density else pipeline.set_threshold(0.9)
             calls = {stage: getattr(pipeline, stage) for stage in (*STAGES, "attention")} | dense
             times = interleaved_medians(calls, args.rounds, cuda_clock(args.budget_ms))
             best_dense = min((times[call] for call in dense), default=None)
