@@ -3,26 +3,27 @@
 // of at most 128 queries is cheaper than holding 128 x Nkv of them. A CTA keeps a chunk of keys in
 // shared memory for all query heads that share them.
 #include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
+#include <cutlass/gemm/collective/builders/sm90_common.inl>
 
-#include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/mma_sm80.hpp>
-#include <cute/util/type_traits.hpp>
 #include <limits>
-#include <type_traits>
 
 #include "exp2.cuh"
 #include "launch.h"
 #include "pbs/geometry.h"
 #include "pbs/score_chunks.h"
+#include "pbs/tile_shape.h"
+#include "warpgroup.cuh"
 
 namespace pbs::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRowGroups = 4;  // warps side by side over the queries, 32 rows each
-constexpr int kKeyGroups = kThreads / 32 / kRowGroups;
+using cute::Int;
+using cute::Shape;
+
+constexpr int kThreads = 256;  // two warpgroups, 64 rows of a tile each
 constexpr int kMaxRows = 128;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -46,118 +47,67 @@ struct ScoreArgs {
   int num_chunks;
 };
 
-template <class Element, int kHeadDim>
-class ScoreTile {
- public:
+// Tiles of queries and keys in shared memory, and their products.
+template <class Element_, int kHeadDim>
+struct ScoreTile {
+  using Element = Element_;
+  static constexpr int kTiles = score_chunk_tiles(kHeadDim);
   static constexpr int kChunk = score_chunk_keys(kHeadDim);
-  static constexpr int kSteps = kHeadDim / 16;
-  // Keys whose scores a warp has in registers. Segments are a multiple of it: no tile is part full.
-  static constexpr int kTileKeys = 32;
-  static constexpr int kTileColumns = kTileKeys / 8;
-  using Scores = float[2][kTileColumns][4];
-  // Rows 16 bytes apart from a multiple of 128: eight of them are in different banks.
-  static constexpr int kStride = kHeadDim + 8;
+  static constexpr int kGroupColumns = group_columns(kHeadDim);
+  static constexpr int kTileSize = kMaxRows * kHeadDim;
   static constexpr int kCtasPerSm = kHeadDim == 256 ? 1 : 2;
-  static constexpr int kBytes = (kChunk + kMaxRows) * kStride * static_cast<int>(sizeof(Element));
-  using Mma =
-      std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
-                         cute::SM80_16x8x16_F32F16F16F32_TN, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  static constexpr int kBytes =
+      (kTiles + 1) * kTileSize * static_cast<int>(sizeof(Element)) + kSwizzleBytes;
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 Shape<Int<kMaxRows>, Int<kScoreTileKeys>, Int<kHeadDim>>>(),
+      cute::Layout<Shape<cute::_2, cute::_1, cute::_1>>{}));
+  using Atom =
+      decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Element,
+                                                                   Int<kMaxRows>, Int<kHeadDim>>());
+  using Layout = decltype(cute::tile_to_shape(Atom{}, Shape<Int<kMaxRows>, Int<kHeadDim>>{}));
 
-  // This lane's rows are row0() + 8 * i, i < 4.
-  __device__ explicit ScoreTile(Element* keys)
-      : keys_(keys), lane_(threadIdx.x % 32), row_group_(threadIdx.x / 32 % kRowGroups) {}
+  __device__ explicit ScoreTile(void* raw)
+      : queries(reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(raw) + kSwizzleBytes - 1) /
+                                           kSwizzleBytes * kSwizzleBytes)),
+        keys(queries + kTileSize) {}
 
-  __device__ int row0() const { return row_group_ * 32 + lane_ / 4; }
-
-  // Keys [begin, end) of one head to shared memory, by the whole CTA; zeros behind them.
-  __device__ void load_keys(const ConstRows& rows, int64_t head_offset, int begin, int end) {
-    load_rows<kChunk>(rows, head_offset + begin * rows.row_stride, end - begin, keys_);
-  }
-
-  // `num_rows` rows of one head from `first_row` on to registers, zeros behind them. By the whole
-  // CTA, after a barrier behind which nobody reads queries from shared memory.
-  __device__ void load_queries(const ConstRows& rows, int64_t head_offset, int first_row,
-                               int num_rows) {
-    Element* shared = keys_ + kChunk * kStride;
-    load_rows<kMaxRows>(rows, head_offset + first_row * rows.row_stride, num_rows, shared);
-    __syncthreads();
-    const Element* from = shared + (row_group_ * 32 + lane_ % 16) * kStride + lane_ / 16 * 8;
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t (&a)[4] = queries_[m][step];
-        cute::SM75_U32x4_LDSM_N::copy(
-            *reinterpret_cast<const cute::uint128_t*>(from + m * 16 * kStride + step * 16), a[0],
-            a[1], a[2], a[3]);
-      }
-    }
-  }
-
-  // scores[m][n][e]: row row0() + 16 * m + 8 * (e / 2), key 8 * n + lane % 4 * 2 + e % 2 of the
-  // tile that begins at `key`.
-  __device__ void score(int key, Scores& scores) const {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < kTileColumns; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
-      }
-    }
-    const Element* from = keys_ + (key + lane_ % 8) * kStride + lane_ / 8 * 8;
-    // Four accumulators in turn, so that a product does not wait for the one before it.
-#pragma unroll
-    for (int step = 0; step < kSteps; step += 2) {
-#pragma unroll
-      for (int pair = 0; pair < kTileColumns; pair += 2) {
-        uint32_t b[2][4];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(
-                                            from + (pair + n) * 8 * kStride + step * 16),
-                                        b[n][0], b[n][1], b[n][2], b[n][3]);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              float (&s)[4] = scores[m][pair + n];
-              const uint32_t (&a)[4] = queries_[m][step + half];
-              Mma::fma(s[0], s[1], s[2], s[3], a[0], a[1], a[2], a[3], b[n][2 * half],
-                       b[n][2 * half + 1], s[0], s[1], s[2], s[3]);
-            }
-          }
-        }
-      }
-    }
-  }
-
- private:
-  // The first num_rows of kRows rows to shared memory, zeros behind them, by the whole CTA.
-  template <int kRows>
-  __device__ static void load_rows(const ConstRows& rows, int64_t offset, int num_rows,
-                                   Element* shared) {
+  // The first num_rows of a tile's rows, zeros behind them, by the whole CTA.
+  __device__ static void load_tile(const Element* src, int64_t row_stride, int num_rows,
+                                   Element* tile) {
     constexpr int kPieces = kHeadDim / 8;
-    const Element* src = static_cast<const Element*>(rows.data) + offset;
 #pragma unroll 8
-    for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+    for (int i = threadIdx.x; i < kMaxRows * kPieces; i += kThreads) {
       const int row = i / kPieces;
       const int column = i % kPieces * 8;
       uint4 piece{};
       if (row < num_rows) {
-        piece = *reinterpret_cast<const uint4*>(src + row * rows.row_stride + column);
+        piece = *reinterpret_cast<const uint4*>(src + row * row_stride + column);
       }
-      *reinterpret_cast<uint4*>(shared + row * kStride + column) = piece;
+      *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile) +
+                                tile_offset<kGroupColumns>(kMaxRows, row, column)) = piece;
     }
   }
 
-  Element* keys_;
-  int lane_;
-  int row_group_;
-  uint32_t queries_[2][kSteps][4];
+  // scores = left . right^T, once it is there. Rows of `left` go to warpgroups by 64.
+  template <class Scores>
+  __device__ static void multiply(Element* left, Element* right, Scores& scores) {
+    Mma mma;
+    const cute::Tensor sA = cute::make_tensor(cute::make_smem_ptr(left), Layout{});
+    const cute::Tensor sB = cute::make_tensor(cute::make_smem_ptr(right), Layout{});
+    const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+    auto thread = mma.get_thread_slice(128 * warpgroup);
+    start_gemm<true>(mma, thread.partition_fragment_A(sA), thread.partition_fragment_B(sB), scores);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+  }
+
+  __device__ static auto make_scores() {
+    return cute::partition_fragment_C(Mma{}, Shape<Int<kMaxRows>, Int<kScoreTileKeys>>{});
+  }
+
+  Element* queries;
+  Element* keys;  // kTiles tiles
 };
 
 // What a CTA works on: a chunk of the keys of one KV head.
@@ -185,10 +135,30 @@ __device__ Chunk chunk_of(const ScoreArgs& args) {
 }
 
 template <class Tile>
-__device__ void load_queries(Tile& tile, const ScoreArgs& args, int64_t b, int64_t hq) {
+__device__ void load_keys(const Tile& tile, const ScoreArgs& args, const Chunk& chunk) {
+  const ConstRows& k = args.params.k;
+  const auto* src = static_cast<const typename Tile::Element*>(k.data) + chunk.b * k.batch_stride +
+                    chunk.hkv * k.head_stride + chunk.begin * k.row_stride;
+  for (int t = 0; t < Tile::kTiles; ++t) {
+    const int first = t * kScoreTileKeys;
+    Tile::load_tile(src + first * k.row_stride, k.row_stride, chunk.end - chunk.begin - first,
+                    tile.keys + t * Tile::kTileSize);
+  }
+}
+
+// After a barrier behind which nobody reads the queries before.
+template <class Tile>
+__device__ void load_queries(const Tile& tile, const ScoreArgs& args, int64_t b, int64_t hq) {
   const ConstRows& q = args.params.q;
-  tile.load_queries(q, b * q.batch_stride + hq * q.head_stride,
-                    static_cast<int>(args.params.problem.num_q) - args.num_rows, args.num_rows);
+  const auto* src = static_cast<const typename Tile::Element*>(q.data) + b * q.batch_stride +
+                    hq * q.head_stride + (args.params.problem.num_q - args.num_rows) * q.row_stride;
+  Tile::load_tile(src, q.row_stride, args.num_rows, tile.queries);
+}
+
+// What threads wrote to shared memory is there for the tensor cores.
+__device__ void publish_tiles() {
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
 }
 
 template <class Element, int kHeadDim>
@@ -196,58 +166,55 @@ __global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasP
     find_rows_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
-  __shared__ RowState shared_rows[kKeyGroups][kMaxRows];
-  Tile tile(reinterpret_cast<Element*>(raw));
+  const Tile tile(raw);
   const Chunk chunk = chunk_of<Tile>(args);
-  const ConstRows& k = args.params.k;
-  tile.load_keys(k, chunk.b * k.batch_stride + chunk.hkv * k.head_stride, chunk.begin, chunk.end);
-  __syncthreads();
+  load_keys(tile, args, chunk);
   const int lane = threadIdx.x % 32;
-  const int key_group = threadIdx.x / 32 / kRowGroups;
   const int num_keys = chunk.end - chunk.begin;
   const float factor = args.params.scale * kLog2e;
   for (int64_t h = 0; h < chunk.heads_per_kv; ++h) {
     const int64_t hq = chunk.hkv * chunk.heads_per_kv + h;
     load_queries(tile, args, chunk.b, hq);
-    RowState rows[4];
-    for (int key = key_group * Tile::kTileKeys; key < num_keys;
-         key += kKeyGroups * Tile::kTileKeys) {
-      typename Tile::Scores scores;
-      tile.score(key, scores);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        RowState& row = rows[i];
-        float top = -INFINITY;
-#pragma unroll
-        for (int j = 0; j < 2 * Tile::kTileColumns; ++j) {
-          top = fmaxf(top, scores[i / 2][j / 2][i % 2 * 2 + j % 2]);
+    publish_tiles();
+    RowState rows[kThreadRows];
+    for (int first = 0; first < num_keys; first += kScoreTileKeys) {
+      auto scores = Tile::make_scores();
+      Tile::multiply(tile.queries, tile.keys + first * kHeadDim, scores);
+      if (num_keys - first < kScoreTileKeys) {
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(scores); ++i) {
+          if (first + column_of(i, lane) >= num_keys) scores(i) = -INFINITY;
         }
-        top = fmaxf(row.max, top * factor);
+      }
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        float top = -INFINITY;
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(scores); ++i) {
+          if (row_of(i) == r) top = fmaxf(top, scores(i));
+        }
+        top = fmaxf(rows[r].max, top * factor);
         // All at -inf: weights of 0, or of NaN where a score is NaN.
         const float base = top == -INFINITY ? 0.0f : top;
-        float sum = row.sum * exp2_approx(row.max - base);
-#pragma unroll
-        for (int j = 0; j < 2 * Tile::kTileColumns; ++j) {
-          sum += exp2_approx(scores[i / 2][j / 2][i % 2 * 2 + j % 2] * factor - base);
+        float sum = rows[r].sum * exp2_approx(rows[r].max - base);
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(scores); ++i) {
+          if (row_of(i) == r) sum += exp2_approx(scores(i) * factor - base);
         }
-        row = RowState{top, sum};
+        rows[r] = RowState{top, sum};
       }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
       for (int step = 1; step < 4; step *= 2) {
-        rows[i] = merge(rows[i], RowState{__shfl_xor_sync(~0u, rows[i].max, step),
-                                          __shfl_xor_sync(~0u, rows[i].sum, step)});
+        rows[r] = merge(rows[r], RowState{__shfl_xor_sync(~0u, rows[r].max, step),
+                                          __shfl_xor_sync(~0u, rows[r].sum, step)});
       }
-      if (lane % 4 == 0) shared_rows[key_group][tile.row0() + 8 * i] = rows[i];
-    }
-    __syncthreads();
-    for (int row = threadIdx.x; row < kMaxRows; row += kThreads) {
-      RowState state = shared_rows[0][row];
-      for (int g = 1; g < kKeyGroups; ++g) state = merge(state, shared_rows[g][row]);
-      const int64_t head = chunk.b * args.params.problem.num_q_heads + hq;
-      args.state[(head * args.num_chunks + chunk.idx) * kMaxRows + row] =
-          float2{state.max, state.sum};
+      if (lane % 4 == 0) {
+        const int64_t head = chunk.b * args.params.problem.num_q_heads + hq;
+        args.state[(head * args.num_chunks + chunk.idx) * kMaxRows + row_of_thread(threadIdx.x) +
+                   8 * r] = float2{rows[r].max, rows[r].sum};
+      }
     }
     __syncthreads();
   }
@@ -274,95 +241,66 @@ __global__ void __launch_bounds__(1024) merge_rows_kernel(const ScoreArgs args) 
   *state = float2{own.max == -INFINITY ? 0.0f : own.max, own.sum == 0.0f ? 0.0f : 1.0f / own.sum};
 }
 
-// Of 2 * kWidth sums in each of two lanes, the lower lane keeps the lower half of both.
-template <int kWidth, int kSums>
-__device__ void fold_lanes(float (&sums)[kSums], int lane, int lanes_apart) {
-  const bool is_upper = lane & lanes_apart;
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    const float given = is_upper ? sums[j] : sums[j + kWidth];
-    const float kept = is_upper ? sums[j + kWidth] : sums[j];
-    sums[j] = kept + __shfl_xor_sync(~0u, given, lanes_apart);
-  }
-}
-
+// Here keys are the rows of the product, and queries its columns.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
     average_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
-  __shared__ float totals[kRowGroups][Tile::kChunk];
-  Tile tile(reinterpret_cast<Element*>(raw));
+  __shared__ float4 shared_rows[kMaxRows / 2];  // maximum and 1 / sum of two queries
+  const Tile tile(raw);
   const Problem& problem = args.params.problem;
   const Chunk chunk = chunk_of<Tile>(args);
-  const ConstRows& k = args.params.k;
-  tile.load_keys(k, chunk.b * k.batch_stride + chunk.hkv * k.head_stride, chunk.begin, chunk.end);
+  load_keys(tile, args, chunk);
   const int lane = threadIdx.x % 32;
-  const int row_group = threadIdx.x / 32 % kRowGroups;
-  const int key_group = threadIdx.x / 32 / kRowGroups;
   const int num_keys = chunk.end - chunk.begin;
   const float factor = args.params.scale * kLog2e;
   const int64_t heads_per_perm = problem.num_q_heads / problem.num_perm_heads;
+  float totals[Tile::kTiles][kThreadRows] = {};
   for (int64_t h = 0; h < chunk.heads_per_kv; ++h) {
     const int64_t hq = chunk.hkv * chunk.heads_per_kv + h;
-    if (h % heads_per_perm == 0) {
-      for (int i = threadIdx.x; i < kRowGroups * Tile::kChunk; i += kThreads)
-        (&totals[0][0])[i] = 0;
-    }
-    __syncthreads();
     load_queries(tile, args, chunk.b, hq);
-    float2 rows[4];  // maximum, 1 / sum; 0 beyond the last row
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = tile.row0() + 8 * i;
-      rows[i] = float2{};
-      if (row < args.num_rows) {
-        rows[i] =
-            args.state[(chunk.b * problem.num_q_heads + hq) * args.num_chunks * kMaxRows + row];
-      }
+    for (int row = threadIdx.x; row < kMaxRows; row += kThreads) {
+      const int64_t head = chunk.b * problem.num_q_heads + hq;
+      reinterpret_cast<float2*>(shared_rows)[row] =
+          row < args.num_rows ? args.state[head * args.num_chunks * kMaxRows + row] : float2{};
     }
-    for (int key = key_group * Tile::kTileKeys; key < num_keys;
-         key += kKeyGroups * Tile::kTileKeys) {
-      typename Tile::Scores scores;
-      tile.score(key, scores);
-      constexpr int kSums = 2 * Tile::kTileColumns;
-      float sums[kSums];  // over this lane's rows, by key
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) {
-        sums[j] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
-          sums[j] += exp2_approx(score * factor - rows[i].x) * rows[i].y;
+    publish_tiles();
+    CUTE_UNROLL
+    for (int t = 0; t < Tile::kTiles; ++t) {
+      if (t * kScoreTileKeys >= num_keys) break;
+      auto scores = Tile::make_scores();
+      Tile::multiply(tile.keys + t * Tile::kTileSize, tile.queries, scores);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(scores); i += 4) {
+        const float4 two = shared_rows[column_of(i, lane) / 2];
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) {
+          totals[t][r] += exp2_approx(scores(i + 2 * r) * factor - two.x) * two.y;
+          totals[t][r] += exp2_approx(scores(i + 2 * r + 1) * factor - two.z) * two.w;
         }
       }
-      // Eight lanes hold other rows of the same keys: each ends with the sums of one or two.
-      fold_lanes<kSums / 2>(sums, lane, 16);
-      fold_lanes<kSums / 4>(sums, lane, 8);
-      fold_lanes<kSums / 8>(sums, lane, 4);
-      const int first = (lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2) * (kSums / 8);
-#pragma unroll
-      for (int r = 0; r < kSums / 8; ++r) {
-        const int j = first + r;
-        totals[row_group][key + j / 2 * 8 + lane % 4 * 2 + j % 2] += sums[r];
-      }
     }
-    if ((h + 1) % heads_per_perm != 0) continue;
     __syncthreads();
+    if ((h + 1) % heads_per_perm != 0) continue;
     const float share = 1.0f / static_cast<float>(args.num_rows * heads_per_perm);
     const int64_t head = chunk.b * problem.num_perm_heads + hq / heads_per_perm;
     float* importance = args.params.importance + head * problem.num_kv;
-    for (int i = threadIdx.x; i < num_keys; i += kThreads) {
-      float total = 0.0f;
-      for (int g = 0; g < kRowGroups; ++g) total += totals[g][i];
-      importance[chunk.begin + i] = total * share;
+    CUTE_UNROLL
+    for (int t = 0; t < Tile::kTiles; ++t) {
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        const int key = t * kScoreTileKeys + row_of_thread(threadIdx.x) + 8 * r;
+        const float total = quad_sum(totals[t][r]);
+        if (lane % 4 == 0 && key < num_keys) importance[chunk.begin + key] = total * share;
+        totals[t][r] = 0.0f;
+      }
     }
     if (chunk.idx == args.num_chunks - 1) {
       for (int64_t i = args.num_scored + threadIdx.x; i < problem.num_kv; i += kThreads) {
         importance[i] = 0.0f;
       }
     }
-    __syncthreads();
   }
 }
 

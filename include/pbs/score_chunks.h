@@ -3,19 +3,14 @@
 
 namespace pbs {
 
-// Keys of 2-byte elements. With 128 queries, and 16 bytes of padding a row, an SM holds two such
-// chunks, or one for D=256.
+// A tile of the matrix unit: 128 queries by 128 keys.
+constexpr int kScoreTileKeys = 128;
+
+// Tiles of a chunk. With 128 queries beside it, an SM holds two chunks, or one for D=256.
+constexpr int score_chunk_tiles(int head_dim) { return head_dim == 64 ? 4 : 2; }
+
 constexpr int score_chunk_keys(int head_dim) {
-  switch (head_dim) {
-    case 64:
-      return 512;
-    case 96:
-      return 384;
-    case 128:
-      return 256;
-    default:
-      return 192;
-  }
+  return kScoreTileKeys * score_chunk_tiles(head_dim);
 }
 
 }  // namespace pbs

@@ -3,7 +3,6 @@
 
 #include <cutlass/numeric_conversion.h>
 
-#include <cute/algorithm/gemm.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
@@ -12,20 +11,6 @@
 #include "work.cuh"
 
 namespace pbs::cuda {
-
-// Starts acc (+)= a . b on the tensor cores and returns at once.
-template <bool kClears, class Mma, class A, class B, class Acc>
-__device__ void start_gemm(Mma& mma, const A& a, const B& b, Acc& acc) {
-  cute::warpgroup_fence_operand(acc);
-  cute::warpgroup_arrive();
-  mma.accumulate_ = kClears ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size<2>(a); ++i) {
-    cute::gemm(mma, a(cute::_, cute::_, i), b(cute::_, cute::_, i), acc);
-    mma.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-}
 
 // A consumer works on one tile of keys after the other, whichever query block they belong to: the
 // first product of a block runs beside the last one of the block before.
@@ -41,7 +26,7 @@ class Consumer {
         reader_(shared),
         lane_(threadIdx.x % 32),
         warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
-        row_(consumer_row(threadIdx.x)) {}
+        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)) {}
 
   __device__ void run() {
     // The first turn belongs to warpgroup 0.
@@ -261,12 +246,14 @@ class Consumer {
     CUTE_NO_UNROLL
     for (int column = thread % 4 * 2; column < Traits::kHeadDim; column += 16) {
       const int q_row = thread / 32 * 16 - 64 + row;
-      const uint32_t q_left = q + tile_offset<Traits>(Traits::kRows, q_row, column);
-      const uint32_t q_right = q + tile_offset<Traits>(Traits::kRows, q_row, column + 8);
+      const uint32_t q_left = q + tile_offset<Traits::kGroupColumns>(Traits::kRows, q_row, column);
+      const uint32_t q_right =
+          q + tile_offset<Traits::kGroupColumns>(Traits::kRows, q_row, column + 8);
       const uint32_t a[] = {load_pair(q_left), load_pair(q_left + kEightRows), load_pair(q_right),
                             load_pair(q_right + kEightRows)};
-      const uint32_t k_left = k + tile_offset<Traits>(Traits::kKeys, row, column);
-      const uint32_t k_right = k + tile_offset<Traits>(Traits::kKeys, row, column + 8);
+      const uint32_t k_left = k + tile_offset<Traits::kGroupColumns>(Traits::kKeys, row, column);
+      const uint32_t k_right =
+          k + tile_offset<Traits::kGroupColumns>(Traits::kKeys, row, column + 8);
       CUTE_UNROLL
       for (int i = 0; i < cute::size(tSrS); i += 4) {
         const uint32_t b[] = {load_pair(k_left + i / 4 * kEightRows),

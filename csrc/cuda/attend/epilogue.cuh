@@ -34,18 +34,13 @@ __device__ inline int read_thread() {
   return thread;
 }
 
-// The consumers' threads: each holds two rows, 8 apart, and the lanes of a quad the same two.
-__device__ inline int consumer_row(int thread) {
-  return (thread - 128) / 32 * 16 + thread % 32 / 4;
-}
-
 template <class Traits, class Output>
 __device__ void write_rows(const AttendParams& params, const typename Traits::Work& work,
                            const Softmax& softmax, const Output& tOrO) {
   using Element = typename Traits::Element;
   const int thread = read_thread();
   const int lane = thread % 32;
-  const int row = consumer_row(thread);
+  const int row = row_of_thread(thread - 128);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     const float sum = quad_sum(softmax.row_sum[r]);

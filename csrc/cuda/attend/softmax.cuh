@@ -1,30 +1,10 @@
 // Online softmax over the accumulators of one warpgroup.
-//
-// A thread of the warpgroup holds two rows, 8 apart: element i of an accumulator belongs to row
-// i / 2 % 2 and column 8 * (i / 4) + 2 * (lane % 4) + i % 2, and the four lanes of a quad share
-// their rows.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "../exp2.cuh"
+#include "../warpgroup.cuh"
 
 namespace pbs::cuda {
-
-constexpr int kThreadRows = 2;
-
-__device__ inline int row_of(int i) { return i / 2 % 2; }
-__device__ inline int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // By how many powers of two weights may outgrow the maximum that they are relative to before that
 // maximum moves: far from the end of float16, and a maximum that creeps up tile by tile costs

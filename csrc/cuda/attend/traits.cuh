@@ -114,14 +114,6 @@ struct AttendTraits {
   static_assert(sizeof(SharedStorage) + kSwizzleBytes <= kSharedBytesPerCta);
 };
 
-// Bytes from the start of a swizzled tile of `num_rows` rows to an element of it.
-template <class Traits>
-__device__ uint32_t tile_offset(int num_rows, int row, int column) {
-  constexpr int kColumns = Traits::kGroupColumns;
-  const uint32_t linear = ((column / kColumns * num_rows + row) * kColumns + column % kColumns) * 2;
-  return linear ^ (linear >> 3 & (kColumns == 64 ? 0x70 : 0x30));
-}
-
 // A place in a ring of stages and the parity that its barriers have there. One register: places
 // [kStages, 2 * kStages) are the same stages with the other parity.
 template <int kStages>
