@@ -72,20 +72,21 @@ struct ScoreTile {
                                            kSwizzleBytes * kSwizzleBytes)),
         keys(queries + kTileSize) {}
 
-  // The first num_rows of a tile's rows, zeros behind them, by the whole CTA.
+  // Starts to copy the first num_rows of a tile's rows, zeros behind them, by the whole CTA.
   __device__ static void load_tile(const Element* src, int64_t row_stride, int num_rows,
                                    Element* tile) {
     constexpr int kPieces = kHeadDim / 8;
+    const uint32_t to = cute::cast_smem_ptr_to_uint(tile);
 #pragma unroll 8
     for (int i = threadIdx.x; i < kMaxRows * kPieces; i += kThreads) {
       const int row = i / kPieces;
       const int column = i % kPieces * 8;
-      uint4 piece{};
-      if (row < num_rows) {
-        piece = *reinterpret_cast<const uint4*>(src + row * row_stride + column);
-      }
-      *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile) +
-                                tile_offset<kGroupColumns>(kMaxRows, row, column)) = piece;
+      const bool exists = row < num_rows;
+      const Element* from = exists ? src + row * row_stride + column : src;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                       to + tile_offset<kGroupColumns>(kMaxRows, row, column)),
+                   "l"(from), "r"(exists ? 16 : 0)
+                   : "memory");
     }
   }
 
@@ -155,8 +156,9 @@ __device__ void load_queries(const Tile& tile, const ScoreArgs& args, int64_t b,
   Tile::load_tile(src, q.row_stride, args.num_rows, tile.queries);
 }
 
-// What threads wrote to shared memory is there for the tensor cores.
+// What threads copied to shared memory is there for the tensor cores.
 __device__ void publish_tiles() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
 }
