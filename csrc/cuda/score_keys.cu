@@ -6,25 +6,17 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
-#include <cutlass/gemm/collective/builders/sm90_common.inl>
 
 #include <limits>
 
 #include "exp2.cuh"
 #include "launch.h"
 #include "pbs/geometry.h"
-#include "pbs/score_chunks.h"
-#include "pbs/tile_shape.h"
-#include "warpgroup.cuh"
+#include "score_tile.cuh"
 
 namespace pbs::cuda {
 namespace {
 
-using cute::Int;
-using cute::Shape;
-
-constexpr int kThreads = 256;  // two warpgroups, 64 rows of a tile each
-constexpr int kMaxRows = 128;
 constexpr float kLog2e = 1.4426950408889634f;
 
 // The online maximum and sum of exp2(score - max) over some keys of one query.
@@ -45,70 +37,6 @@ struct ScoreArgs {
   int num_rows;
   int num_scored;
   int num_chunks;
-};
-
-// Tiles of queries and keys in shared memory, and their products.
-template <class Element_, int kHeadDim>
-struct ScoreTile {
-  using Element = Element_;
-  static constexpr int kTiles = score_chunk_tiles(kHeadDim);
-  static constexpr int kChunk = score_chunk_keys(kHeadDim);
-  static constexpr int kGroupColumns = group_columns(kHeadDim);
-  static constexpr int kTileSize = kMaxRows * kHeadDim;
-  static constexpr int kCtasPerSm = kHeadDim == 256 ? 1 : 2;
-  static constexpr int kBytes =
-      (kTiles + 1) * kTileSize * static_cast<int>(sizeof(Element)) + kSwizzleBytes;
-  using Mma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 Shape<Int<kMaxRows>, Int<kScoreTileKeys>, Int<kHeadDim>>>(),
-      cute::Layout<Shape<cute::_2, cute::_1, cute::_1>>{}));
-  using Atom =
-      decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Element,
-                                                                   Int<kMaxRows>, Int<kHeadDim>>());
-  using Layout = decltype(cute::tile_to_shape(Atom{}, Shape<Int<kMaxRows>, Int<kHeadDim>>{}));
-
-  __device__ explicit ScoreTile(void* raw)
-      : queries(reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(raw) + kSwizzleBytes - 1) /
-                                           kSwizzleBytes * kSwizzleBytes)),
-        keys(queries + kTileSize) {}
-
-  // Starts to copy the first num_rows of a tile's rows, zeros behind them, by the whole CTA.
-  __device__ static void load_tile(const Element* src, int64_t row_stride, int num_rows,
-                                   Element* tile) {
-    constexpr int kPieces = kHeadDim / 8;
-    const uint32_t to = cute::cast_smem_ptr_to_uint(tile);
-#pragma unroll 8
-    for (int i = threadIdx.x; i < kMaxRows * kPieces; i += kThreads) {
-      const int row = i / kPieces;
-      const int column = i % kPieces * 8;
-      const bool exists = row < num_rows;
-      const Element* from = exists ? src + row * row_stride + column : src;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                       to + tile_offset<kGroupColumns>(kMaxRows, row, column)),
-                   "l"(from), "r"(exists ? 16 : 0)
-                   : "memory");
-    }
-  }
-
-  // scores = left . right^T, once it is there. Rows of `left` go to warpgroups by 64.
-  template <class Scores>
-  __device__ static void multiply(Element* left, Element* right, Scores& scores) {
-    Mma mma;
-    const cute::Tensor sA = cute::make_tensor(cute::make_smem_ptr(left), Layout{});
-    const cute::Tensor sB = cute::make_tensor(cute::make_smem_ptr(right), Layout{});
-    const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-    auto thread = mma.get_thread_slice(128 * warpgroup);
-    start_gemm<true>(mma, thread.partition_fragment_A(sA), thread.partition_fragment_B(sB), scores);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(scores);
-  }
-
-  __device__ static auto make_scores() {
-    return cute::partition_fragment_C(Mma{}, Shape<Int<kMaxRows>, Int<kScoreTileKeys>>{});
-  }
-
-  Element* queries;
-  Element* keys;  // kTiles tiles
 };
 
 // What a CTA works on: a chunk of the keys of one KV head.
@@ -164,7 +92,7 @@ __device__ void publish_tiles() {
 }
 
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
+__global__ void __launch_bounds__(kScoreThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
     find_rows_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
@@ -245,7 +173,7 @@ __global__ void __launch_bounds__(1024) merge_rows_kernel(const ScoreArgs args) 
 
 // Here keys are the rows of the product, and queries its columns.
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
+__global__ void __launch_bounds__(kScoreThreads, ScoreTile<Element, kHeadDim>::kCtasPerSm)
     average_kernel(const ScoreArgs args) {
   using Tile = ScoreTile<Element, kHeadDim>;
   extern __shared__ uint4 raw[];
@@ -262,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasP
   for (int64_t h = 0; h < chunk.heads_per_kv; ++h) {
     const int64_t hq = chunk.hkv * chunk.heads_per_kv + h;
     load_queries(tile, args, chunk.b, hq);
-    for (int row = threadIdx.x; row < kMaxRows; row += kThreads) {
+    for (int row = threadIdx.x; row < kMaxRows; row += kScoreThreads) {
       const int64_t head = chunk.b * problem.num_q_heads + hq;
       reinterpret_cast<float2*>(shared_rows)[row] =
           row < args.num_rows ? args.state[head * args.num_chunks * kMaxRows + row] : float2{};
@@ -299,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, ScoreTile<Element, kHeadDim>::kCtasP
       }
     }
     if (chunk.idx == args.num_chunks - 1) {
-      for (int64_t i = args.num_scored + threadIdx.x; i < problem.num_kv; i += kThreads) {
+      for (int64_t i = args.num_scored + threadIdx.x; i < problem.num_kv; i += kScoreThreads) {
         importance[i] = 0.0f;
       }
     }
@@ -320,10 +248,10 @@ cudaError_t launch(const ScoreArgs& args, cudaStream_t stream) {
     error = cudaFuncSetAttribute(average, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   }
   if (error != cudaSuccess) return error;
-  find<<<num_ctas, kThreads, kBytes, stream>>>(args);
+  find<<<num_ctas, kScoreThreads, kBytes, stream>>>(args);
   merge_rows_kernel<<<static_cast<unsigned>(problem.batch * problem.num_q_heads), 1024, 0,
                       stream>>>(args);
-  average<<<num_ctas, kThreads, kBytes, stream>>>(args);
+  average<<<num_ctas, kScoreThreads, kBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
