@@ -1,9 +1,15 @@
-"""Times torch.ops.pbs.attention on a GPU, stage by stage and in one call, beside dense attention.
+"""Times torch.ops.pbs.attention on a GPU, stage by stage and in one call, beside dense attention
+and the paper's stages before attention in eager PyTorch.
 
 Inputs are random with heavy hitters: a twentieth of the keys, and all queries, lean towards one
 direction a head. The threshold of each row is the one that gives the density asked for, found by
 bisection. With --activations, real queries, keys and values at the paper's threshold of 0.9.
 All contestants of a row run in one process, in turn; rates of dense kernels are in attend.py.
+
+A stage has three columns: `<stage>_ms`, the op called alone; `<stage>_kernel_ms`, its kernels
+within the one call; `<stage>_floor_ms`, what bytes and operations take at the card's rates.
+`gaps_ms` is what the one call takes beyond the time in which the GPU ran anything. The columns
+`eager_*` belong to eager.py at the same threshold, one permutation a query head in every row.
 
     python benchmarks/pipeline.py --output benchmarks/results/pipeline_h200.csv
 """
@@ -11,10 +17,15 @@ All contestants of a row run in one process, in turn; rates of dense kernels are
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
+import eager
 import torch
 from attend import dense_calls, runs
+from floors import Problem, floors_ms
+from gpu_profile import profile_call
 from timing import cuda_clock, interleaved_medians
 
 import pbs_attn
@@ -22,23 +33,52 @@ from pbs_attn import PBSConfig, _environment
 
 ops = torch.ops.pbs
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
+BEFORE_ATTEND = STAGES[:-1]
+DENSE = ("cudnn_dense", "fa4_dense")
 # Tokens and density of the paper's Table 5.
 PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
 
 
-def heavy_hitters(num_tokens: int, q_heads: int, kv_heads: int) -> list[torch.Tensor]:
-    """q, k, v of head_dim 128 in bfloat16."""
-    generator = torch.Generator(device="cuda").manual_seed(num_tokens)
+def stage_columns(suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = "") -> list[str]:
+    """One column a stage, and the one of all stages before attend."""
+    return [f"{prefix}{stage}_{suffix}" for stage in (*stages, "before_attend")]
+
+
+COLUMNS = (
+    *("input", "tokens", "permute_per", "kv_block_size", "threshold", "density"),
+    *stage_columns("ms"),
+    *("attention_ms", "gaps_ms", "launches"),
+    *stage_columns("kernel_ms"),
+    *stage_columns("floor_ms"),
+    "extra_gib",
+    *stage_columns("ms", BEFORE_ATTEND, "eager_"),
+    "eager_extra_gib",
+    *(f"{call}_ms" for call in DENSE),
+    "speedup",
+)
+
+
+def heavy_hitters(
+    num_tokens: int, q_heads: int, kv_heads: int, device: torch.device | str = "cuda"
+) -> list[torch.Tensor]:
+    """q, k, v of head_dim 128 in bfloat16, made one KV head at a time to keep float32 copies
+    small."""
+    generator = torch.Generator(device).manual_seed(num_tokens)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
+        return torch.randn(*shape, generator=generator, device=device)
 
-    direction = normal(1, kv_heads, 1, 128)
-    heavy = torch.rand(1, kv_heads, num_tokens, 1, generator=generator, device="cuda") < 0.05
-    k = normal(1, kv_heads, num_tokens, 128) + heavy * direction
-    q = normal(1, q_heads, num_tokens, 128)
-    q += direction.repeat_interleave(q_heads // kv_heads, 1)
-    return [q.bfloat16(), k.bfloat16(), normal(1, kv_heads, num_tokens, 128).bfloat16()]
+    q, k, v = (
+        torch.empty(1, heads, num_tokens, 128, device=device, dtype=torch.bfloat16)
+        for heads in (q_heads, kv_heads, kv_heads)
+    )
+    for head, group in enumerate(q[0].tensor_split(kv_heads)):
+        direction = normal(128)
+        heavy = torch.rand(num_tokens, 1, generator=generator, device=device) < 0.05
+        k[0, head] = normal(num_tokens, 128) + heavy * direction
+        group.copy_(normal(*group.shape) + direction)
+        v[0, head] = normal(num_tokens, 128)
+    return [q, k, v]
 
 
 class Pipeline:
@@ -61,9 +101,11 @@ class Pipeline:
         self.threshold = threshold
         self.words, _ = self.select_blocks()
         num_tokens = self.q.shape[2]
-        return (
-            pbs_attn.density(self.words, num_tokens, num_tokens, config=self.config).mean().item()
-        )
+        densities = [
+            pbs_attn.density(words, num_tokens, num_tokens, config=self.config)
+            for words in self.words.split(4, 1)  # all heads unpacked would fill a GPU at 1M tokens
+        ]
+        return torch.cat(densities, 1).mean().item()
 
     def score_keys(self):
         sizes = {"block_size": self.config.block_size, "segment_size": self.config.segment_size}
@@ -108,14 +150,82 @@ def reach(pipeline: Pipeline, density: float) -> float:
     return pipeline.set_threshold(high)
 
 
-def extra_memory(pipeline: Pipeline) -> int:
-    """Bytes that one call takes beyond its inputs and its output."""
+def extra_gib(call: Callable[[], object], output_bytes: int = 0) -> float:
+    """Memory that a call takes at its peak, without its inputs and so much of its output."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = pipeline.attention()
+    call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    return (torch.cuda.max_memory_allocated() - before - output_bytes) / 2**30
+
+
+def by_stage(
+    ms: dict[str, float], suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = ""
+) -> dict[str, float]:
+    """Columns of milliseconds by stage, and the sum before attend."""
+    total = sum(ms[stage] for stage in BEFORE_ATTEND)
+    values = [*(ms[stage] for stage in stages), total]
+    return dict(zip(stage_columns(suffix, stages, prefix), values, strict=True))
+
+
+def problem_of(pipeline: Pipeline, density: float) -> Problem:
+    q, k = pipeline.q, pipeline.k
+    return Problem(
+        num_tokens=q.shape[2],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        perm_heads=pipeline.perm.shape[1],
+        head_dim=q.shape[3],
+        element_size=q.element_size(),
+        density=density,
+        config=pipeline.config,
+    )
+
+
+def times_of(pipeline: Pipeline, dense: dict, args) -> dict[str, float]:
+    """Every contestant of a row, in turn."""
+    inputs = (pipeline.q, pipeline.k, pipeline.v, pipeline.threshold, pipeline.config)
+    calls = {stage: getattr(pipeline, stage) for stage in (*STAGES, "attention")}
+    calls |= {f"eager_{stage}": call for stage, call in eager.stage_calls(*inputs).items()}
+    times = interleaved_medians(calls | dense, args.rounds, cuda_clock(args.budget_ms))
+    profile = profile_call(pipeline.attention)
+    eager_times = {stage: times[f"eager_{stage}"] for stage in BEFORE_ATTEND}
+    values = by_stage(times, "ms") | by_stage(profile.stage_ms, "kernel_ms")
+    values |= by_stage(eager_times, "ms", BEFORE_ATTEND, "eager_")
+    values |= {f"{call}_ms": times[call] for call in (*dense, "attention")}
+    values["gaps_ms"] = times["attention"] - profile.busy_ms
+    values["launches"] = profile.launches
+    if dense:
+        values["speedup"] = min(times[call] for call in dense) / times["attention"]
+    return values
+
+
+def memory_of(pipeline: Pipeline) -> dict[str, float]:
+    q, k, v = pipeline.q, pipeline.k, pipeline.v
+    eager_call = functools.partial(
+        eager.before_attend, q, k, v, pipeline.threshold, pipeline.config
+    )
+    return {
+        "extra_gib": extra_gib(pipeline.attention, q.numel() * q.element_size()),
+        "eager_extra_gib": extra_gib(eager_call),
+    }
+
+
+def as_row(values: dict[str, object]) -> dict[str, str]:
+    """All columns in order, rounded; empty where there is no value."""
+    unknown = values.keys() - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"values must have a column each, got {sorted(unknown)}")
+    return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
+
+
+def as_text(column: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if column == "launches":
+        return f"{value:g}"
+    return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"
 
 
 def measure(args, name: str, tensors, density: float | None, dense: dict) -> list[dict]:
@@ -125,24 +235,16 @@ def measure(args, name: str, tensors, density: float | None, dense: dict) -> lis
             config = PBSConfig(kv_block_size=kv_block_size)
             pipeline = Pipeline(*tensors, config, permute_per)
             reached = reach(pipeline, density) if density else pipeline.set_threshold(0.9)
-            calls = {stage: getattr(pipeline, stage) for stage in (*STAGES, "attention")} | dense
-            times = interleaved_medians(calls, args.rounds, cuda_clock(args.budget_ms))
-            best_dense = min((times[call] for call in dense), default=None)
-            row = {
+            values = {
                 "input": name,
                 "tokens": tensors[0].shape[2],
                 "permute_per": permute_per,
                 "kv_block_size": kv_block_size,
-                "threshold": f"{pipeline.threshold:.4f}",
-                "density": f"{reached:.4f}",
+                "threshold": pipeline.threshold,
+                "density": reached,
             }
-            row |= {f"{stage}_ms": f"{times[stage]:.4f}" for stage in STAGES}
-            row["before_attend_ms"] = f"{sum(times[stage] for stage in STAGES[:-1]):.4f}"
-            row["attention_ms"] = f"{times['attention']:.4f}"
-            row["extra_gib"] = f"{extra_memory(pipeline) / 2**30:.3f}"
-            for call in ("cudnn_dense", "fa4_dense"):
-                row[f"{call}_ms"] = f"{times[call]:.4f}" if call in times else ""
-            row["speedup"] = f"{best_dense / times['attention']:.3f}" if best_dense else ""
+            values |= times_of(pipeline, dense, args) | memory_of(pipeline)
+            row = as_row(values | by_stage(floors_ms(problem_of(pipeline, reached)), "floor_ms"))
             print({key: value for key, value in row.items() if value}, flush=True)
             rows.append(row | _environment.describe("cuda"))
     return rows

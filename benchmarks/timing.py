@@ -38,13 +38,14 @@ def cuda_clock(budget_ms: float) -> Callable[[Call], float]:
     def clock(call: Call) -> float:
         if call not in repeats:
             call()
-            repeats[call] = max(1, int(budget_ms / _events(call, 1)))
-        return _events(call, repeats[call])
+            repeats[call] = max(1, int(budget_ms / cuda_events(call, 1)))
+        return cuda_events(call, repeats[call])
 
     return clock
 
 
-def _events(call: Call, repeats: int) -> float:
+def cuda_events(call: Call, repeats: int) -> float:
+    """Milliseconds of a call, of so many in a row on the current stream."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):

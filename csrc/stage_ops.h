@@ -68,6 +68,14 @@ struct StageOps {
 
   static std::tuple<Tensor, Tensor, Tensor> permute_kv(const Tensor& k, const Tensor& v,
                                                        const Tensor& perm, int64_t kv_block_size) {
+    return permute_first_rows(k, v, perm, kv_block_size, std::nullopt);
+  }
+
+  // Leaves the rows from num_copied on unset, where it is given.
+  static std::tuple<Tensor, Tensor, Tensor> permute_first_rows(const Tensor& k, const Tensor& v,
+                                                               const Tensor& perm,
+                                                               int64_t kv_block_size,
+                                                               std::optional<int64_t> num_copied) {
     Backend::require("permute_kv", k);
     check_same_device("perm", perm, "k", k);
     PermuteKVParams params{};
@@ -93,6 +101,7 @@ struct StageOps {
     problem.num_kv = k.size(2);
     problem.head_dim = k.size(3);
     params.kv_block_size = kv_block_size;
+    params.num_copied = num_copied.value_or(problem.num_kv);
     params.k = const_rows(k);
     params.v = const_rows(v);
     params.perm = perm.const_data_ptr<int32_t>();
@@ -215,7 +224,7 @@ struct StageOps {
                           std::optional<int64_t> num_heavy, std::string mass, std::string score) {
     Backend::require("attention", q);
     // Everything is checked before the first stage starts, so that no error comes late.
-    check_query_key(q, k);
+    const Problem problem = check_query_key(q, k);
     check_key_value(k, v);
     check_num_heavy(num_heavy);
     check_threshold(threshold);
@@ -226,12 +235,23 @@ struct StageOps {
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
     const Tensor perm = sort_segments(scores, segment_size, num_heavy);
-    const auto [k_perm, v_perm, k_mean] = permute_kv(k, v, perm, blocking.kv_block_size);
+    const auto [k_perm, v_perm, k_mean] = permute_first_rows(
+        k, v, perm, blocking.kv_block_size, num_candidate_rows(problem, blocking, is_causal));
     const auto [block_mask, counts] =
         select_blocks(q, k, k_mean, perm, block_size, kv_block_size, segment_size, threshold,
                       is_causal, scale, mass, score);
     return std::get<0>(attend(q, k, v, k_perm, v_perm, block_mask, block_size, kv_block_size,
                               segment_size, is_causal, scale));
+  }
+
+  // Permuted keys that any query block may select: those of the last one.
+  static int64_t num_candidate_rows(const Problem& problem, const Blocking& blocking,
+                                    bool is_causal) {
+    if (problem.num_q == 0) return 0;
+    const QueryBlock last =
+        query_block((problem.num_q - 1) / blocking.block_size, problem.num_q, problem.num_kv,
+                    blocking.block_size, blocking.kv_block_size, blocking.segment_size, is_causal);
+    return last.num_candidates * blocking.kv_block_size;
   }
 
   static void check_permuted(const char* name, const Tensor& t, const Tensor& k,

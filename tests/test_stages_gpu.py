@@ -2,11 +2,14 @@
 whole operator: streams, graphs, repeated runs, long inputs."""
 
 import itertools
+import random
 
 import pytest
 import reference as ref
 import torch
-from cases import Case, clustered_qkv, run_stages
+from cases import DTYPES, STRIDES, Case, clustered_qkv, run_stages, with_strides
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_stages import CASES, WIDE, stages_of
 from tolerances import assert_output, assert_smallest_set, assert_within_twice
 
@@ -15,6 +18,45 @@ import pbs_attn
 pytestmark = pytest.mark.gpu
 ops = torch.ops.pbs
 HALVES = [torch.bfloat16, torch.float16]
+seeds = st.integers(0, 2**31 - 1)
+halves = st.sampled_from(HALVES)
+some = settings(max_examples=40, derandomize=True, deadline=None)
+
+
+def random_case(seed):
+    """From one seed: option by option, hypothesis would try few cases and many near copies."""
+    rng = random.Random(seed)
+    block_size = rng.choice([32, 64, 128])
+    kv_block_size = rng.choice([None, 32, 64, 128])
+    segment_size = max(block_size, kv_block_size or 0) * rng.choice([1, 2, 3, 8])
+    num_keys = rng.choice([rng.randint(1, 1500), rng.randint(600, 1500), segment_size])
+    num_kv_heads = rng.randint(1, 3)
+    return Case(
+        num_queries=rng.choice([num_keys, rng.randint(1, num_keys)]),
+        num_keys=num_keys,
+        num_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 9]),
+        num_kv_heads=num_kv_heads,
+        head_dim=rng.choice([64, 96, 128, 256]),
+        batch=rng.randint(1, 2),
+        block_size=block_size,
+        kv_block_size=kv_block_size,
+        segment_size=segment_size,
+        is_causal=rng.choice([True, True, False]),
+        scale=rng.choice([None, None, 0.1]),
+        permute_per=rng.choice(["kv_head", "query_head"]),
+        num_heavy=rng.choice([None, rng.randint(1, segment_size)]),
+        mass=rng.choice(["earlier", "causal"]),
+        threshold=rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0]),
+        strides=rng.choice(STRIDES),
+    )
+
+
+random_cases = seeds.map(random_case)
+
+
+def to_gpu(case, *tensors):
+    """Copies with the strides of the case, which `cuda` alone does not give a slice."""
+    return [with_strides(x.cuda(), case.strides) for x in tensors]
 
 
 def cases_of(dtypes):
@@ -37,7 +79,7 @@ def assert_scores(case, q, k, logits_dtype=torch.float32):
     options = case.options("block_size", "segment_size", "permute_per", "scale")
     exact = ref.score_keys(q, k, **options)
     poison(exact.float())
-    scores = ops.score_keys(q.cuda(), k.cuda(), **options).cpu()
+    scores = ops.score_keys(*to_gpu(case, q, k), **options).cpu()
     num_sorted = case.num_keys // case.segment_size * case.segment_size
     keys = ref.repeat_heads(k, case.num_heads)[:, :, :num_sorted].to("cuda", logits_dtype)
     queries = q[:, :, -case.block_size :].to("cuda", logits_dtype)
@@ -52,6 +94,13 @@ def assert_scores(case, q, k, logits_dtype=torch.float32):
 @cases_of(HALVES)
 def test_score_keys(case, dtype):
     q, k, *_ = stages_of(case, dtype)
+    assert_scores(case, q, k)
+
+
+@some
+@given(case=random_cases, seed=seeds, dtype=halves)
+def test_score_keys_of_random_shapes(case, seed, dtype):
+    q, k, _ = clustered_qkv(case, dtype, seed)
     assert_scores(case, q, k)
 
 
@@ -87,6 +136,35 @@ def test_sort_segments_agrees_with_cpu(levels, num_heavy, segment_size):
     options = {"segment_size": segment_size, "num_heavy": num_heavy}
     perm = ops.sort_segments(scores.cuda(), **options)
     assert torch.equal(perm.cpu(), ops.sort_segments(scores, **options))
+
+
+@some
+@given(case=random_cases, seed=seeds, levels=st.sampled_from([1, 3, 10, 2**20]))
+def test_sort_segments_of_random_shapes(case, seed, levels):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.batch, case.num_heads, case.num_keys)
+    scores = torch.randint(-levels, levels, shape, generator=generator).float()
+    options = case.options("segment_size", "num_heavy")
+    poison(scores)
+    perm = ops.sort_segments(scores.cuda(), **options)
+    assert torch.equal(perm.cpu(), ops.sort_segments(scores, **options))
+
+
+@some
+@given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_permute_kv_of_random_shapes(case, seed, dtype):
+    _, k, v = clustered_qkv(case, dtype, seed)
+    num_heads = case.num_heads if case.permute_per == "query_head" else case.num_kv_heads
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(case.batch, num_heads, case.num_keys, generator=generator)
+    perm = ref.sort_segments(noise, segment_size=case.segment_size).int()
+    expected = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
+    poison(*expected)
+    got = ops.permute_kv(*to_gpu(case, k, v), perm.cuda(), kv_block_size=case.kv_block)
+    k_perm, v_perm, k_mean = (x.cpu() for x in got)
+    assert torch.equal(k_perm, expected[0])
+    assert torch.equal(v_perm, expected[1])
+    torch.testing.assert_close(k_mean, expected[2], rtol=1e-5, atol=1e-6)
 
 
 @cases_of([torch.float32, *HALVES])
@@ -141,6 +219,24 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
     assert_smallest_set(words, *masses, candidate, sink, 0.9, eps=1e-4)
 
 
+@some
+@given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype):
+    q, k, v = clustered_qkv(case, dtype, seed)
+    scoring = case.options("block_size", "segment_size", "scale", "permute_per")
+    perm = ops.sort_segments(ops.score_keys(q, k, **scoring), segment_size=case.segment_size)
+    k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)[2]
+    candidate, _ = ref.block_roles(case.layout)
+    masses = ref.block_mass(q, k, k_mean, case.layout, scale=case.scale, mass=case.mass)
+    sink = ref.sink_block(perm, k_mean, case.num_heads, case.kv_block)
+    options = {**case.options("threshold", "mass"), **case.sizes}
+    poison(ref.pack_mask(candidate.expand(case.batch, case.num_heads, -1, -1)))
+    words, counts = ops.select_blocks(*to_gpu(case, q, k), k_mean.cuda(), perm.cuda(), **options)
+    mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
+    assert_smallest_set(mask, *masses, candidate, sink, case.threshold, eps=1e-4)
+    assert torch.equal(counts.cpu().long(), mask.sum(-1))
+
+
 def test_nan_visits_everything():
     q = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
     q[0, 0, 900] = torch.nan
@@ -150,21 +246,29 @@ def test_nan_visits_everything():
     assert counts[0, 1, 7] < 6
 
 
-@cases_of(HALVES)
-def test_attention(case, dtype):
+def assert_attention(case, q, k, v):
     """All five in one call visit what they visit one by one, and the output on it is right."""
-    stages = stages_of(case, dtype)
-    q, k, v = (t.cuda() for t in stages[:3])
-    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    q, k, v = to_gpu(case, q, k, v)
     by_stage = run_stages(case, q, k, v)
-    mask = ref.unpack_mask(by_stage.words.cpu(), stages.mask.shape[-1])
-    visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout)
-    exact, _ = ref.masked_attention(*stages[:3], visited, scale=case.scale)
+    mask = ref.unpack_mask(by_stage.words.cpu(), by_stage.k_mean.shape[2])
+    visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout).cuda()
+    exact, _ = ref.masked_attention(q, k, v, visited, scale=case.scale)
     poison(q)
+    options = case.options("permute_per", "num_heavy", "threshold", "mass")
     out = ops.attention(q, k, v, **options, **case.sizes)
     assert out.stride() == torch.empty_like(q).stride()
-    q, k, v, visited, exact = (t.cuda() for t in (q, k, v, visited, exact))
     assert_output(out, q, k, v, visited, exact, scale=case.scale)
+
+
+@cases_of(HALVES)
+def test_attention(case, dtype):
+    assert_attention(case, *stages_of(case, dtype)[:3])
+
+
+@some
+@given(case=random_cases, seed=seeds, dtype=halves)
+def test_attention_of_random_shapes(case, seed, dtype):
+    assert_attention(case, *clustered_qkv(case, dtype, seed))
 
 
 def test_attention_over_runs_streams_and_graphs():
@@ -187,6 +291,21 @@ def test_attention_over_runs_streams_and_graphs():
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, out)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_other_device():
+    """Tensors of a GPU that is not the current one."""
+    case = Case(700, 700, head_dim=128, block_size=128, segment_size=256)
+    tensors = [x.cuda(0) for x in clustered_qkv(case, torch.bfloat16, seed=0)]
+    on_other = [x.to("cuda:1") for x in tensors]
+    with torch.cuda.device(0):
+        expected = (*run_stages(case, *tensors), ops.attention(*tensors))
+        got = (*run_stages(case, *on_other), ops.attention(*on_other))
+        assert torch.cuda.current_device() == 0
+    for x, y in zip(got, expected, strict=True):
+        assert x.device == torch.device("cuda:1")
+        assert torch.equal(x.cpu(), y.cpu())
 
 
 def test_attention_does_not_wait_for_the_gpu():

@@ -70,8 +70,7 @@ struct CpuBackend {
     const int64_t num_heads = problem.batch * problem.num_perm_heads;
     check_perm_range(params.perm, num_heads * problem.num_kv, problem.num_kv);
     const cpu::Kernels& kernels = cpu::kernels();
-    for_each_item(num_heads * ceil_div(problem.num_kv, params.kv_block_size),
-                  kernels.permute_scratch(params),
+    for_each_item(num_heads * num_copied_blocks(params), kernels.permute_scratch(params),
                   [&](int64_t item, float* own) { kernels.permute_block(params, item, own); });
   }
 

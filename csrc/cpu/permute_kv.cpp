@@ -11,15 +11,15 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
   const Problem& problem = params.problem;
   const int64_t head_dim = problem.head_dim;
   const int64_t num_kv_blocks = ceil_div(problem.num_kv, params.kv_block_size);
-  const int64_t kv_block_idx = item % num_kv_blocks;
-  const int64_t head = item / num_kv_blocks;
+  const int64_t kv_block_idx = item % num_copied_blocks(params);
+  const int64_t head = item / num_copied_blocks(params);
   const int64_t b = head / problem.num_perm_heads;
   const int64_t hkv =
       head % problem.num_perm_heads / (problem.num_perm_heads / problem.num_kv_heads);
   const int64_t begin = kv_block_idx * params.kv_block_size;
-  const int64_t end = smaller(begin + params.kv_block_size, problem.num_kv);
+  const int64_t end = smaller(begin + params.kv_block_size, params.num_copied);
 
-  float* mean = params.k_mean + item * head_dim;
+  float* mean = params.k_mean + (head * num_kv_blocks + kv_block_idx) * head_dim;
   for (int64_t d = 0; d < head_dim; ++d) mean[d] = 0.0f;
   const int64_t row_bytes = head_dim * element_size(problem.dtype);
   const int64_t k_head = b * params.k.batch_stride + hkv * params.k.head_stride;

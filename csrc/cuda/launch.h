@@ -6,7 +6,7 @@
 
 namespace pbs::cuda {
 
-// bfloat16 and float16 only. workspace: score_workspace_floats of them.
+// bfloat16 and float16 only. workspace: score_workspace_floats of them, on the current device.
 const char* launch_score_keys(const ScoreKeysParams& params, float* workspace, void* stream);
 int64_t score_workspace_floats(const ScoreKeysParams& params);
 const char* launch_sort_segments(const SortSegmentsParams& params, void* stream);

@@ -117,12 +117,8 @@ struct CudaBackend {
     check_aligned("q", params.q, dtype);
     check_aligned("k", params.k, dtype);
     check_positive(params.scale);
-    const DeviceGuard guard(like);
-    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
-        like, {cuda::score_workspace_floats(params)}, ScalarType::Float);
-    check_cuda(
-        cuda::launch_score_keys(params, workspace.mutable_data_ptr<float>(), current_stream(like)),
-        "score_keys");
+    run_with_workspace<float>("score_keys", like, ScalarType::Float, params,
+                              cuda::score_workspace_floats, cuda::launch_score_keys);
 #endif
   }
 
@@ -150,12 +146,8 @@ struct CudaBackend {
 #ifdef PBS_WITH_CUDA
     check_aligned("q", params.q, params.problem.dtype);
     check_aligned("k", params.k, params.problem.dtype);
-    const DeviceGuard guard(like);
-    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
-        like, {cuda::select_workspace_floats(params)}, ScalarType::Float);
-    check_cuda(cuda::launch_select_blocks(params, workspace.mutable_data_ptr<float>(),
-                                          current_stream(like)),
-               "select_blocks");
+    run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
+                              cuda::select_workspace_floats, cuda::launch_select_blocks);
 #endif
   }
 
@@ -170,14 +162,22 @@ struct CudaBackend {
     check_aligned("k_perm", params.k_perm, dtype);
     check_aligned("v_perm", params.v_perm, dtype);
     check_positive(params.scale);
-    const DeviceGuard guard(like);
-    const Tensor workspace = StageOps<CudaBackend>::new_tensor(
-        like, {cuda::attend_workspace_ints(params)}, ScalarType::Int);
-    check_cuda(
-        cuda::launch_attend(params, workspace.mutable_data_ptr<int32_t>(), current_stream(like)),
-        "attend");
+    run_with_workspace<int32_t>("attend", like, ScalarType::Int, params,
+                                cuda::attend_workspace_ints, cuda::launch_attend);
 #endif
   }
+
+#ifdef PBS_WITH_CUDA
+ private:
+  template <class T, class Params>
+  static void run_with_workspace(const char* stage, const Tensor& like, ScalarType dtype,
+                                 const Params& params, int64_t (*size)(const Params&),
+                                 const char* (*launch)(const Params&, T*, void*)) {
+    const DeviceGuard guard(like);
+    const Tensor workspace = StageOps<CudaBackend>::new_tensor(like, {size(params)}, dtype);
+    check_cuda(launch(params, workspace.mutable_data_ptr<T>(), current_stream(like)), stage);
+  }
+#endif
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
-// permute_kv on CUDA: one CTA gathers the K and V rows of one permuted key block in 16-byte
-// pieces and averages its keys from the same registers.
+// permute_kv on CUDA: a CTA holds a window of K or V rows in shared memory and writes them in the
+// order of each permutation of that key head; means of permuted key blocks come from the same
+// registers. Rows from outside the window, which only segments longer than it have, come from L2.
 #include <cuda_runtime.h>
 #include <cutlass/array.h>
 #include <cutlass/bfloat16.h>
@@ -15,93 +16,204 @@ namespace pbs::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMostWindowRows = 256;
+constexpr int kMostWindowBytes = 128 * 1024;
+constexpr int kRowsAtOnce = 4;  // of a lane
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class T>
-struct Row {
-  static constexpr int kPiece = 16 / sizeof(T);
-  using Piece = cutlass::AlignedArray<T, kPiece, 16>;
-  using Floats = cutlass::Array<float, kPiece>;
-};
+constexpr int kPiece = 16 / sizeof(T);
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) permute_kv_kernel(PermuteKVParams params) {
-  using Piece = typename Row<T>::Piece;
-  using Floats = typename Row<T>::Floats;
-  constexpr int kPiece = Row<T>::kPiece;
-  extern __shared__ float sums[];  // (rows in flight, head_dim)
+using Piece = cutlass::AlignedArray<T, kPiece<T>, 16>;
 
-  // Indices.
+// Each warp writes as many rows of a window, and no key block has fewer.
+constexpr int window_rows(int row_bytes) {
+  return kMostWindowRows * row_bytes <= kMostWindowBytes ? kMostWindowRows : kMostWindowRows / 2;
+}
+static_assert(kMostWindowRows / kWarps <= 32);
+
+// What a CTA works on: rows [begin, begin + num_rows) of K or of V, and of what comes of them those
+// below end.
+struct Window {
+  int64_t b;
+  int64_t kv_head;
+  int64_t begin;
+  int num_rows;
+  int num_copied;
+  bool is_key;
+};
+
+__device__ Window window_of(const PermuteKVParams& params, int size) {
   const Problem& problem = params.problem;
-  const int head_dim = static_cast<int>(problem.head_dim);
-  const int num_pieces = head_dim / kPiece;
-  const int rows_in_flight = kThreads / num_pieces;
-  const int piece = threadIdx.x % num_pieces;
-  const int first_row = threadIdx.x / num_pieces;
-  const int64_t num_kv_blocks = ceil_div(problem.num_kv, params.kv_block_size);
-  const int64_t head = blockIdx.x / num_kv_blocks;
-  const int64_t begin = blockIdx.x % num_kv_blocks * params.kv_block_size;
-  const int num_rows = static_cast<int>(smaller(params.kv_block_size, problem.num_kv - begin));
-  const int64_t b = head / problem.num_perm_heads;
-  const int64_t hkv =
-      head % problem.num_perm_heads / (problem.num_perm_heads / problem.num_kv_heads);
-  const T* k = static_cast<const T*>(params.k.data) + b * params.k.batch_stride +
-               hkv * params.k.head_stride + piece * kPiece;
-  const T* v = static_cast<const T*>(params.v.data) + b * params.v.batch_stride +
-               hkv * params.v.head_stride + piece * kPiece;
-  const int64_t dst_head = (head * problem.num_kv + begin) * head_dim + piece * kPiece;
-  T* k_perm = static_cast<T*>(params.k_perm) + dst_head;
-  T* v_perm = static_cast<T*>(params.v_perm) + dst_head;
+  const auto num_windows = static_cast<int>(ceil_div(params.num_copied, size));
+  const int item = static_cast<int>(blockIdx.x) / 2;
+  const int head = item / num_windows;
+  Window window{};
+  window.begin = static_cast<int64_t>(item % num_windows) * size;
+  window.b = head / static_cast<int>(problem.num_kv_heads);
+  window.kv_head = head % static_cast<int>(problem.num_kv_heads);
+  window.num_rows = static_cast<int>(smaller(size, problem.num_kv - window.begin));
+  window.num_copied = static_cast<int>(smaller(size, params.num_copied - window.begin));
+  window.is_key = blockIdx.x % 2 == 0;
+  return window;
+}
 
-  // Gather.
-  Floats total;
-  total.clear();
-  cutlass::NumericArrayConverter<float, T, kPiece> to_floats;
-  if (first_row < rows_in_flight) {
-    for (int row = first_row; row < num_rows; row += rows_in_flight) {
-      const int64_t src = params.perm[head * problem.num_kv + begin + row];
-      Piece key;
-      Piece value;
-      if (src >= 0 && src < problem.num_kv) {
-        key = *reinterpret_cast<const Piece*>(k + src * params.k.row_stride);
-        value = *reinterpret_cast<const Piece*>(v + src * params.v.row_stride);
-      } else {
-        // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
-        key.fill(T(std::numeric_limits<float>::quiet_NaN()));
-        value.fill(T(std::numeric_limits<float>::quiet_NaN()));
-      }
-      *reinterpret_cast<Piece*>(k_perm + static_cast<int64_t>(row) * head_dim) = key;
-      *reinterpret_cast<Piece*>(v_perm + static_cast<int64_t>(row) * head_dim) = value;
-      const Floats widened = to_floats(key);
-      for (int i = 0; i < kPiece; ++i) total[i] += widened[i];
-    }
-    for (int i = 0; i < kPiece; ++i) sums[first_row * head_dim + piece * kPiece + i] = total[i];
+template <class T>
+__device__ void load_window(const T* src, int64_t row_stride, int head_dim, int num_rows, T* rows) {
+  const int pieces = head_dim / kPiece<T>;
+  for (int i = threadIdx.x; i < num_rows * pieces; i += kThreads) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(rows + i * kPiece<T>));
+    const T* from = src + i / pieces * row_stride + i % pieces * kPiece<T>;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   }
-  __syncthreads();
+}
 
-  // Mean, always added in the same order.
-  const int num_partial = rows_in_flight < num_rows ? rows_in_flight : num_rows;
-  for (int d = threadIdx.x; d < head_dim; d += kThreads) {
-    float sum = 0.0f;
-    for (int r = 0; r < num_partial; ++r) sum += sums[r * head_dim + d];
-    params.k_mean[static_cast<int64_t>(blockIdx.x) * head_dim + d] = sum / num_rows;
+// Where rows come from: global memory, and those of the window shared memory.
+template <class T>
+struct Source {
+  const T* rows;  // of the head
+  int64_t row_stride;
+  const T* window;
+  int64_t window_begin;
+  int num_window_rows;
+  int64_t num_kv;
+  int head_dim;
+
+  __device__ Piece<T> piece(int64_t row, int column) const {
+    const int64_t in_window = row - window_begin;
+    if (in_window >= 0 && in_window < num_window_rows) {
+      return *reinterpret_cast<const Piece<T>*>(window + in_window * head_dim + column);
+    }
+    if (row >= 0 && row < num_kv) {
+      return *reinterpret_cast<const Piece<T>*>(rows + row * row_stride + column);
+    }
+    // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
+    Piece<T> piece;
+    piece.fill(T(std::numeric_limits<float>::quiet_NaN()));
+    return piece;
+  }
+};
+
+// Writes num_rows rows, row i from row `from[i]`, and their sum; by one warp, whose lanes hold
+// pieces of as many rows as they can.
+template <class T>
+__device__ void gather_rows(const Source<T>& source, const int32_t* from, int num_rows, T* dst,
+                            float* sums) {
+  const cutlass::NumericArrayConverter<float, T, kPiece<T>> to_floats;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_pieces = source.head_dim / kPiece<T>;
+  const int lanes_per_row = num_pieces <= 8 ? 8 : num_pieces <= 16 ? 16 : 32;
+  const int step = 32 / lanes_per_row;
+  for (int first = 0; first < num_pieces; first += lanes_per_row) {
+    const int piece = first + lane % lanes_per_row;
+    const int column = piece * kPiece<T>;
+    cutlass::Array<float, kPiece<T>> total;
+    total.clear();
+    if (piece < num_pieces) {
+      for (int row = lane / lanes_per_row; row < num_rows; row += kRowsAtOnce * step) {
+        Piece<T> pieces[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if (row + i * step < num_rows) pieces[i] = source.piece(from[row + i * step], column);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if (row + i * step >= num_rows) continue;
+          T* to = dst + static_cast<int64_t>(row + i * step) * source.head_dim + column;
+          *reinterpret_cast<Piece<T>*>(to) = pieces[i];
+          const cutlass::Array<float, kPiece<T>> widened = to_floats(pieces[i]);
+#pragma unroll
+          for (int e = 0; e < kPiece<T>; ++e) total[e] += widened[e];
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; ++e) {
+      for (int lanes = lanes_per_row; lanes < 32; lanes *= 2) {
+        total[e] += __shfl_xor_sync(~0u, total[e], lanes);
+      }
+      if (piece < num_pieces && lane < lanes_per_row) sums[column + e] = total[e];
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) permute_kv_kernel(const PermuteKVParams params) {
+  extern __shared__ uint4 raw[];
+  __shared__ int32_t from[kMostWindowRows];
+  const Problem& problem = params.problem;
+  const auto head_dim = static_cast<int>(problem.head_dim);
+  const auto kv_block_size = static_cast<int>(params.kv_block_size);
+  const int size = window_rows(head_dim * static_cast<int>(sizeof(T)));
+  T* window_data = reinterpret_cast<T*>(raw);                             // (size, D)
+  float* sums = reinterpret_cast<float*>(window_data + size * head_dim);  // (kWarps, D)
+  const Window window = window_of(params, size);
+  const ConstRows& input = window.is_key ? params.k : params.v;
+  const T* src = static_cast<const T*>(input.data) + window.b * input.batch_stride +
+                 window.kv_head * input.head_stride;
+  load_window(src + window.begin * input.row_stride, input.row_stride, head_dim, window.num_rows,
+              window_data);
+  const Source<T> source{
+      src, input.row_stride, window_data, window.begin, window.num_rows, problem.num_kv, head_dim};
+
+  const int64_t perms_per_kv = problem.num_perm_heads / problem.num_kv_heads;
+  const int64_t first_head = window.b * problem.num_perm_heads + window.kv_head * perms_per_kv;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t* perm = params.perm + first_head * problem.num_kv + window.begin + thread;
+  int32_t next = thread < window.num_copied ? *perm : 0;
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  const int rows_per_warp = size / kWarps;
+  const int first_row = thread / 32 * rows_per_warp;
+  const int num_rows = max(0, min(rows_per_warp, window.num_copied - first_row));
+  for (int64_t p = 0; p < perms_per_kv; ++p) {
+    __syncthreads();
+    if (thread < size) from[thread] = next;
+    perm += problem.num_kv;
+    if (thread < window.num_copied && p + 1 < perms_per_kv) next = *perm;
+    __syncthreads();
+    const int64_t head = first_head + p;
+    T* out = static_cast<T*>(window.is_key ? params.k_perm : params.v_perm);
+    gather_rows(source, from + first_row, num_rows,
+                out + (head * problem.num_kv + window.begin + first_row) * head_dim,
+                sums + thread / 32 * head_dim);
+    if (!window.is_key) continue;
+    __syncthreads();
+    const int64_t num_kv_blocks = ceil_div(problem.num_kv, kv_block_size);
+    float* means = params.k_mean + (head * num_kv_blocks + window.begin / kv_block_size) * head_dim;
+    const int num_blocks = (window.num_copied + kv_block_size - 1) / kv_block_size;
+    const int warps_per_block = kv_block_size / rows_per_warp;
+    for (int i = thread; i < num_blocks * head_dim; i += kThreads) {
+      const int block = i / head_dim;
+      float sum = 0.0f;
+      for (int w = 0; w < warps_per_block; ++w) {
+        sum += sums[(block * warps_per_block + w) * head_dim + i % head_dim];
+      }
+      means[i] =
+          sum / static_cast<float>(min(kv_block_size, window.num_copied - block * kv_block_size));
+    }
   }
 }
 
 template <class T>
 const char* launch(const PermuteKVParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
-  const int64_t num_blocks =
-      problem.batch * problem.num_perm_heads * ceil_div(problem.num_kv, params.kv_block_size);
-  if (num_blocks == 0) return nullptr;
-  if (num_blocks > std::numeric_limits<int32_t>::max()) return "too many key blocks for one grid";
-  const int rows_in_flight = kThreads / static_cast<int>(problem.head_dim / Row<T>::kPiece);
-  const size_t shared_bytes = rows_in_flight * problem.head_dim * sizeof(float);
-  permute_kv_kernel<T>
-      <<<static_cast<unsigned>(num_blocks), kThreads, shared_bytes, stream>>>(params);
+  const auto row_bytes = static_cast<int>(problem.head_dim * sizeof(T));
+  const int size = window_rows(row_bytes);
+  const int64_t num_ctas =
+      2 * problem.batch * problem.num_kv_heads * ceil_div(params.num_copied, size);
+  if (num_ctas == 0 || problem.num_perm_heads == 0) return nullptr;
+  if (num_ctas > std::numeric_limits<int32_t>::max()) return "too many keys for one grid";
+  const int bytes = size * row_bytes + kWarps * static_cast<int>(problem.head_dim * sizeof(float));
+  const auto kernel = permute_kv_kernel<T>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return text_of(error);
+  kernel<<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(params);
   return text_of(cudaGetLastError());
 }
 

@@ -18,6 +18,10 @@ __device__ inline int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 *
 // The first row of a thread, in 64 rows a warpgroup.
 __device__ inline int row_of_thread(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
+// The same in all lanes already; but ptxas now sees it, and keeps what follows from it, such as the
+// descriptors of the products, in uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

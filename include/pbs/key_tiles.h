@@ -56,11 +56,17 @@ PBS_HOST_DEVICE constexpr int32_t visible_keys(const KeyTiles& tiles, int32_t ti
 }
 
 // Gathers the rows of selected blocks, in chunks of at most a tile, until they make a tile. rows[0]
-// holds the chunk added last; in the first tile, places that stay empty repeat earlier rows.
+// holds the chunk added last; places of the first tile that stay empty hold rows before the first,
+// which TMA reads as zeros.
 template <int kMaxChunks>
 struct TilePacker {
   int32_t chunks_left;  // of the tile in work
   int32_t rows[kMaxChunks] = {};
+
+  PBS_HOST_DEVICE constexpr void begin(int32_t first_chunks, int32_t chunk_rows) {
+    chunks_left = first_chunks;
+    for (int i = 0; i < kMaxChunks; ++i) rows[i] = -chunk_rows;
+  }
 
   // True when the tile is full; the next one then takes chunks_per_tile.
   PBS_HOST_DEVICE constexpr bool add(int32_t row, int32_t chunks_per_tile) {

@@ -74,6 +74,7 @@ struct SortSegmentsParams {
 struct PermuteKVParams {
   Problem problem;
   int64_t kv_block_size;
+  int64_t num_copied;   // rows of k_perm and v_perm to write, from the first on
   ConstRows k;          // (B, Hkv, Nkv, D)
   ConstRows v;          // (B, Hkv, Nkv, D)
   const int32_t* perm;  // (B, Hp, Nkv)
@@ -81,6 +82,11 @@ struct PermuteKVParams {
   void* v_perm;         // (B, Hp, Nkv, D), contiguous
   float* k_mean;        // (B, Hp, num_kv_blocks, D)
 };
+
+// Key blocks of a head whose rows and means are written.
+constexpr int64_t num_copied_blocks(const PermuteKVParams& params) {
+  return ceil_div(params.num_copied, params.kv_block_size);
+}
 
 struct SelectBlocksParams {
   Problem problem;

@@ -34,17 +34,18 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("own_tile_begin", &pbs::own_tile_begin);
   m.def("visible_keys", &pbs::visible_keys);
   // Tiles of `chunks_per_tile` <= 4 rows, newest first; the first takes first_chunks.
-  m.def("pack",
-        [](const std::vector<int32_t>& rows, int32_t first_chunks, int32_t chunks_per_tile) {
-          pbs::TilePacker<4> packer{first_chunks};
-          std::vector<std::vector<int32_t>> tiles;
-          for (const int32_t row : rows) {
-            if (packer.add(row, chunks_per_tile)) {
-              tiles.emplace_back(packer.rows, packer.rows + chunks_per_tile);
-            }
-          }
-          return tiles;
-        });
+  m.def("pack", [](const std::vector<int32_t>& rows, int32_t first_chunks, int32_t chunks_per_tile,
+                   int32_t chunk_rows) {
+    pbs::TilePacker<4> packer{};
+    packer.begin(first_chunks, chunk_rows);
+    std::vector<std::vector<int32_t>> tiles;
+    for (const int32_t row : rows) {
+      if (packer.add(row, chunks_per_tile)) {
+        tiles.emplace_back(packer.rows, packer.rows + chunks_per_tile);
+      }
+    }
+    return tiles;
+  });
   m.def("tile_keys", &pbs::tile_keys);
   m.def("tile_bytes", &pbs::tile_bytes);
   m.def("stages", [](int head_dim) {

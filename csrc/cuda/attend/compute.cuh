@@ -203,10 +203,6 @@ class Consumer {
   }
 
  private:
-  // The same in all lanes already; but ptxas now sees it, and keeps what follows from it, such as
-  // the descriptors of the products, in uniform registers.
-  __device__ static int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
   // Weights are ready here, before the wait for a turn, and not where they are first used.
   template <class Weights>
   __device__ static void fence_weights(Weights& tOrP) {
@@ -269,12 +265,6 @@ class Consumer {
     uint32_t pair;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address));
     return pair;
-  }
-
-  template <class Barrier>
-  __device__ void release(Barrier& barrier) const {
-    __syncwarp();
-    if (lane_ == 0) barrier.arrive();
   }
 
   // While one warpgroup computes its softmax, the other has the tensor cores.

@@ -1,23 +1,13 @@
-// Loads by TMA, and the two producer warps that fill the rings of K and of V.
+// The two producer warps that fill the rings of K and of V.
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
 
+#include "../tma.cuh"
 #include "pbs/bitmask.h"
 #include "work.cuh"
 
 namespace pbs::cuda {
-
-// One box of a (B, H, N, D) tensor to shared memory; the barrier counts its bytes. By one thread.
-template <class Element>
-__device__ void copy_box(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                         Element* dst, int row, int group, int head, int b) {
-  cute::SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full),
-                               static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), dst,
-                               0, row, group, head, b);
-}
 
 template <class Traits, bool kLoadsKeys>
 class KeyValueLoader {
@@ -60,7 +50,7 @@ class KeyValueLoader {
 
   // Fills tiles with the selected blocks; the first takes `first_chunks`.
   __device__ void load_selected(const uint32_t* words, int num_candidates, int first_chunks) {
-    packer_.chunks_left = first_chunks;
+    packer_.begin(first_chunks, chunk_rows_);
     const int kv_block_size = static_cast<int>(params_.blocking.kv_block_size);
     for (int base = 0; base * 32 < num_candidates; base += 32) {
       const int w = base + lane_;

@@ -114,18 +114,4 @@ struct AttendTraits {
   static_assert(sizeof(SharedStorage) + kSwizzleBytes <= kSharedBytesPerCta);
 };
 
-// A place in a ring of stages and the parity that its barriers have there. One register: places
-// [kStages, 2 * kStages) are the same stages with the other parity.
-template <int kStages>
-struct RingState {
-  int32_t place = 0;
-
-  __device__ int stage() const { return place < kStages ? place : place - kStages; }
-  __device__ uint32_t parity() const { return place >= kStages; }
-  __device__ void advance() { place = place == 2 * kStages - 1 ? 0 : place + 1; }
-  __device__ RingState previous() const {
-    return RingState{place == 0 ? 2 * kStages - 1 : place - 1};
-  }
-};
-
 }  // namespace pbs::cuda

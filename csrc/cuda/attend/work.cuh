@@ -1,6 +1,7 @@
 // Query blocks on their way from the scheduler to everybody else in the CTA.
 #pragma once
 
+#include "../ring.cuh"
 #include "traits.cuh"
 
 namespace pbs::cuda {

@@ -1,0 +1,107 @@
+"""Floors: the milliseconds below which no kernel of a stage can come on an H200.
+
+The larger of the bytes that the stage must move and the operations that it must do, at the rates
+measured on this card. Every tensor counts once, however often a kernel reads it, except where the
+algorithm itself needs a second pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pbs_attn import PBSConfig
+from pbs_attn.masks import candidate_blocks
+
+BYTES_PER_SECOND = 4.3e12  # a copy of device memory, read and written bytes together
+OPERATIONS_PER_SECOND = 680e12  # bfloat16 matrix products, before power limits them
+FLOAT32 = INT32 = 4
+
+
+class Problem(NamedTuple):
+    """One causal call with batch 1 and as many queries as keys."""
+
+    num_tokens: int
+    q_heads: int
+    kv_heads: int
+    perm_heads: int
+    head_dim: int
+    element_size: int  # bytes of an element of q, k and v
+    density: float  # visited share of the block pairs on and under the diagonal
+    config: PBSConfig
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.num_tokens // self.config.block_size)
+
+    @property
+    def kv_blocks(self) -> int:
+        return -(-self.num_tokens // self.config.key_block_size)
+
+    def rows(self, heads: int) -> int:
+        """Bytes of a tensor (heads, num_tokens, head_dim) like q, k or v."""
+        return heads * self.num_tokens * self.head_dim * self.element_size
+
+    @property
+    def means(self) -> int:
+        """Bytes of k_mean."""
+        return self.perm_heads * self.kv_blocks * self.head_dim * FLOAT32
+
+
+class Work(NamedTuple):
+    bytes: int
+    operations: float = 0
+
+    @property
+    def floor_ms(self) -> float:
+        return 1e3 * max(self.bytes / BYTES_PER_SECOND, self.operations / OPERATIONS_PER_SECOND)
+
+
+def score_keys(problem: Problem) -> Work:
+    """Two passes over the keys of the complete segments."""
+    segment_size, block_size = problem.config.segment_size, problem.config.block_size
+    num_scored = problem.num_tokens // segment_size * segment_size
+    keys = problem.kv_heads * num_scored * problem.head_dim * problem.element_size
+    product = 2 * block_size * num_scored * problem.head_dim * problem.q_heads
+    return Work(2 * keys, 2 * product)
+
+
+def sort_segments(problem: Problem) -> Work:
+    importance = problem.perm_heads * problem.num_tokens * FLOAT32
+    perm = problem.perm_heads * problem.num_tokens * INT32
+    return Work(importance + perm)
+
+
+def permute_kv(problem: Problem) -> Work:
+    k_and_v = 2 * problem.rows(problem.kv_heads)
+    k_perm_and_v_perm = 2 * problem.rows(problem.perm_heads)
+    return Work(k_and_v + k_perm_and_v_perm + problem.means)
+
+
+def select_blocks(problem: Problem) -> Work:
+    words = -(-problem.kv_blocks // 32)
+    mask_and_counts = problem.q_heads * problem.q_blocks * (words + 1) * INT32
+    num_tokens = problem.num_tokens
+    candidates, _ = candidate_blocks(num_tokens, num_tokens, config=problem.config)
+    logits = problem.q_heads * candidates.sum().item()
+    read = problem.rows(problem.q_heads) + problem.means
+    return Work(read + mask_and_counts, 2 * problem.head_dim * logits)
+
+
+def attend(problem: Problem) -> Work:
+    """Two products for each visited pair of blocks, the diagonal ones whole."""
+    num_tokens, config = problem.num_tokens, problem.config
+    candidates, own = candidate_blocks(num_tokens, num_tokens, config=config)
+    visited = problem.density * problem.q_heads * (candidates + own).sum().item()
+    pair = 4 * config.block_size * config.key_block_size * problem.head_dim
+    q_and_out = 2 * problem.rows(problem.q_heads)
+    k_and_v = 2 * problem.rows(problem.kv_heads)
+    k_perm_and_v_perm = 2 * problem.rows(problem.perm_heads)
+    return Work(q_and_out + k_and_v + k_perm_and_v_perm, pair * visited)
+
+
+STAGES = (score_keys, sort_segments, permute_kv, select_blocks, attend)
+
+
+def floors_ms(problem: Problem) -> dict[str, float]:
+    """The floor of every stage."""
+    return {stage.__name__: stage(problem).floor_ms for stage in STAGES}

@@ -1,0 +1,112 @@
+"""What the GPU did during a call, by torch.profiler: its kernels, their stages, its busy time."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# Every kernel of the library and the stage it belongs to.
+STAGE_OF_KERNEL = {
+    "merge_parts_kernel": "score_keys",
+    "row_sums_kernel": "score_keys",
+    "importance_kernel": "score_keys",
+    "sort_segments_kernel": "sort_segments",
+    "rank_long_segments_kernel": "sort_segments",
+    "permute_kv_kernel": "permute_kv",
+    "mean_keys_kernel": "select_blocks",
+    "select_kernel": "select_blocks",
+    "order_kernel": "attend",
+    "attend_kernel": "attend",
+}
+OTHER = "other"  # kernels of others, memsets and copies
+
+
+class Interval(NamedTuple):
+    """Something the GPU did, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Profile(NamedTuple):
+    """One call, on average."""
+
+    launches: float
+    busy_ms: float  # while anything ran
+    stage_ms: dict[str, float]
+
+
+def stage_of(name: str) -> str:
+    """The stage of a kernel, by its demangled name; `OTHER` if it is not of the library.
+
+    Raises:
+        ValueError: if it is of the library and `STAGE_OF_KERNEL` lacks it.
+    """
+    found = re.search(r"\bpbs::cuda::.*?(\w+)[<(]", name)
+    if not found:
+        return OTHER
+    if found[1] not in STAGE_OF_KERNEL:
+        raise ValueError(f"STAGE_OF_KERNEL must name the stage of {found[1]}, got {name}")
+    return STAGE_OF_KERNEL[found[1]]
+
+
+def union_ms(intervals: Iterable[Interval]) -> float:
+    """Milliseconds in which at least one of them ran: attend starts beside the kernel before it."""
+    total, last_end = 0.0, float("-inf")
+    for interval in sorted(intervals, key=lambda interval: interval.start):
+        total += max(0.0, interval.end - max(interval.start, last_end))
+        last_end = max(last_end, interval.end)
+    return total / 1e3
+
+
+def summarize(intervals: list[Interval], calls: int) -> Profile:
+    """One call of `calls` that were recorded.
+
+    Raises:
+        ValueError: if a stage has no kernel, or a kernel of the library no stage.
+    """
+    by_stage = {stage: [] for stage in (*STAGE_OF_KERNEL.values(), OTHER)}
+    for interval in intervals:
+        by_stage[stage_of(interval.name)].append(interval)
+    for stage, found in by_stage.items():
+        if not found and stage != OTHER:
+            names = sorted({interval.name for interval in intervals})
+            raise ValueError(f"the profile must hold kernels of {stage}, got {names}")
+    stage_ms = {stage: union_ms(found) / calls for stage, found in by_stage.items()}
+    return Profile(len(intervals) / calls, union_ms(intervals) / calls, stage_ms)
+
+
+def profile_call(call: Callable[[], object], calls: int = 10) -> Profile:
+    """A profile of several calls in a row, after one that only wakes the profiler."""
+    _record(call, 1)
+    return summarize(_record(call, calls), calls)
+
+
+def _record(call: Callable[[], object], calls: int) -> list[Interval]:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        return gpu_work(json.loads(path.read_text()))
+
+
+def gpu_work(trace: dict) -> list[Interval]:
+    """Kernels, memsets and copies of a Chrome trace."""
+    categories = ("kernel", "gpu_memset", "gpu_memcpy")
+    return [
+        Interval(event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in trace["traceEvents"]
+        if event.get("cat") in categories
+    ]

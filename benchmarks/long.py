@@ -1,0 +1,272 @@
+"""One long prompt through torch.ops.pbs.attention: times, memory, and checks on sampled rows.
+
+The input is that of pipeline.py, the threshold the one that gives the density asked for. Every call
+is timed once, after a warm-up on a short prompt. Each check gives the worst error as a share of the
+error allowed; above 1 the run fails:
+
+  output      sampled rows against float64 attention over exactly the keys that the block mask and
+              the permutation say they visit; allowed is twice the error of torch's own attention
+              on those keys
+  importance  sampled keys against a float64 softmax over all keys; the permutation of all of them
+  selection   sampled query blocks: by float64 means, the mass kept reaches the threshold, and no
+              smaller set of blocks would
+
+    python benchmarks/long.py --output benchmarks/results/long_h200.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pipeline import (
+    STAGES,
+    Pipeline,
+    as_text,
+    by_stage,
+    extra_gib,
+    heavy_hitters,
+    reach,
+    stage_columns,
+)
+from timing import cuda_events, wall_clock
+
+from pbs_attn import PBSConfig, _environment, mask_to_bool
+
+CHECKS = ("output", "importance", "selection")
+COLUMNS = (
+    *("tokens", "q_heads", "kv_heads", "permute_per", "threshold", "density"),
+    *stage_columns("ms"),
+    *("attention_ms", "extra_gib", "sampled_rows"),
+    *(f"{check}_error" for check in CHECKS),
+)
+SLACK = 2e-4  # of the largest value: bfloat16 roundings where torch is exact
+IMPORTANCE_TOLERANCE = 1e-4  # relative
+MASS_TOLERANCE = 1e-5
+CHUNK = 65536  # keys whose float64 scores exist at once
+
+Errors = dict[str, float]  # by place, as shares of what is allowed
+
+
+class Sample:
+    """A query row of a head, and the keys it may see."""
+
+    def __init__(self, pipeline: Pipeline, head: int, row: int):
+        q, k, v = pipeline.q, pipeline.k, pipeline.v
+        config = pipeline.config
+        first_row = row // config.block_size * config.block_size
+        block = slice(first_row, first_row + config.block_size)
+        kv_head = head * k.shape[1] // q.shape[1]
+        perm = pipeline.perm[0, head * pipeline.perm.shape[1] // q.shape[1]].long()
+        self.place = f"head {head}, row {row}"
+        self.own_start = first_row // config.segment_size * config.segment_size
+        self.q, self.k, self.v = q[0, head, row], k[0, kv_head], v[0, kv_head]
+        self.q_block = q[0, head, block]
+        self.permuted_keys = perm[: self.own_start].view(-1, config.key_block_size)
+        num_blocks = -(-k.shape[2] // config.key_block_size)
+        words = pipeline.words[0, head, row // config.block_size]
+        self.selected = mask_to_bool(words, num_blocks)[: len(self.permuted_keys)]
+        own_keys = torch.arange(self.own_start, row + 1, device=q.device)
+        self.visited_keys = torch.cat([self.permuted_keys[self.selected].flatten(), own_keys])
+
+
+def sample_rows(pipeline: Pipeline, count: int) -> list[tuple[int, int]]:
+    """(head, row): the first and the last row, both sides of some segment borders, random ones."""
+    generator = torch.Generator().manual_seed(0)
+    num_heads, num_tokens = pipeline.q.shape[1:3]
+    segment_size = pipeline.config.segment_size
+    ends = torch.tensor([0, num_tokens - 1])
+    borders = segment_size * torch.randint(1, num_tokens // segment_size, (3,), generator=generator)
+    anywhere = torch.randint(num_tokens, (count - 8,), generator=generator)
+    rows = torch.cat([ends, borders - 1, borders, anywhere])
+    heads = torch.randint(num_heads, (count,), generator=generator)
+    return list(zip(heads.tolist(), rows.tolist(), strict=True))
+
+
+def check_output(out: torch.Tensor, pipeline: Pipeline, rows: list[tuple[int, int]]) -> Errors:
+    errors = {}
+    for head, row in rows:
+        sample = Sample(pipeline, head, row)
+        q = sample.q[None, None, None]
+        k, v = (x[sample.visited_keys][None, None] for x in (sample.k, sample.v))
+        weights = (q.double() @ k.double().mT * q.shape[-1] ** -0.5).softmax(-1)
+        exact = (weights @ v.double()).flatten()
+        in_torch = torch.nn.functional.scaled_dot_product_attention(q, k, v).flatten()
+        allowed = 2 * (in_torch - exact).abs().max() + SLACK * exact.abs().max()
+        errors[sample.place] = ((out[0, head, row] - exact).abs().max() / allowed).item()
+    return errors
+
+
+def check_importance(pipeline: Pipeline, num_heads: int = 3, num_keys: int = 4096) -> Errors:
+    """Some heads, and of each the first and the last key of the complete segments and others."""
+    generator = torch.Generator().manual_seed(0)
+    num_perm_heads, num_tokens = pipeline.scores.shape[1:]
+    num_scored = num_tokens // pipeline.config.segment_size * pipeline.config.segment_size
+    keys = torch.randint(num_scored, (num_keys,), generator=generator).to(pipeline.k.device)
+    keys[0], keys[1] = 0, num_scored - 1
+    errors = {}
+    if pipeline.scores[..., num_scored:].any():
+        errors["the incomplete segment, which must score 0"] = math.inf
+    if not sorts_segments(pipeline, num_scored):
+        errors["the permutation"] = math.inf
+    for head in torch.randperm(num_perm_heads, generator=generator)[:num_heads].tolist():
+        exact = exact_importance(pipeline, head, keys, num_scored)
+        error = (pipeline.scores[0, head, keys] - exact).abs()
+        allowed = IMPORTANCE_TOLERANCE * (exact + 0.01 * exact.max())
+        errors[f"head {head} of the permutation"] = (error / allowed).max().item()
+    return errors
+
+
+def sorts_segments(pipeline: Pipeline, num_scored: int) -> bool:
+    """Whether keys change places inside complete segments only, the most important ones first."""
+    segment_size, perm = pipeline.config.segment_size, pipeline.perm
+    places = torch.arange(perm.shape[-1], device=perm.device)
+    segments = perm[..., :num_scored].unflatten(-1, (-1, segment_size))
+    stays = segments.sort(-1).values == places[:num_scored].view(-1, segment_size)
+    ranked = pipeline.scores.gather(-1, perm.long())[..., :num_scored]
+    falls = ranked.unflatten(-1, (-1, segment_size)).diff(dim=-1) <= 0
+    tail_stays = perm[..., num_scored:] == places[num_scored:]
+    return bool(stays.all() and falls.all() and tail_stays.all())
+
+
+def exact_importance(
+    pipeline: Pipeline, perm_head: int, keys: torch.Tensor, num_scored: int
+) -> torch.Tensor:
+    """Mean, over the last queries of its heads, of their softmax over all scored keys, float64."""
+    q, k, num_perm_heads = pipeline.q[0], pipeline.k[0], pipeline.perm.shape[1]
+    heads = q.unflatten(0, (num_perm_heads, -1))[perm_head]
+    queries = heads[:, -pipeline.config.block_size :].double() * q.shape[-1] ** -0.5
+    k = k[perm_head * k.shape[0] // num_perm_heads]
+    chunks = k[:num_scored].split(CHUNK)
+    totals = [(queries @ chunk.double().mT).logsumexp(-1) for chunk in chunks]
+    total = torch.stack(totals).logsumexp(0)
+    return (queries @ k[keys].double().mT - total[..., None]).exp().mean((0, 1))
+
+
+def check_selection(pipeline: Pipeline, rows: list[tuple[int, int]]) -> Errors:
+    errors = {}
+    for head, row in rows:
+        sample = Sample(pipeline, head, row)
+        if sample.own_start == 0:
+            continue
+        mass = exact_mass(sample)
+        is_sink = (sample.permuted_keys == 0).any(-1)
+        if not sample.selected[is_sink].all():
+            errors[sample.place + ", block of token 0"] = math.inf
+        # The block of token 0 is kept in any case, so it may be one of the smallest set or not.
+        kept = (sample.selected, sample.selected & ~is_sink)
+        excess = min(distance_from_smallest(mass, mask, pipeline.threshold) for mask in kept)
+        errors[sample.place] = excess / MASS_TOLERANCE
+    return errors
+
+
+def exact_mass(sample: Sample) -> torch.Tensor:
+    """The share of each candidate in the softmax over their float64 means."""
+    means = sample.k[sample.permuted_keys].mean(1, dtype=torch.float64)
+    q_mean = sample.q_block.mean(0, dtype=torch.float64)
+    return (means @ q_mean * q_mean.shape[-1] ** -0.5).softmax(0)
+
+
+def distance_from_smallest(mass: torch.Tensor, kept: torch.Tensor, threshold: float) -> float:
+    """How much mass is missing, or how much too much is kept, or by how much a block that was left
+    outweighs one that was kept: the largest of them."""
+    reached = mass[kept].sum()
+    amiss = [torch.zeros_like(reached)]
+    if not kept.all():
+        amiss.append(threshold - reached)
+    if kept.any():
+        amiss.append(reached - mass[kept].min() - threshold)
+    if kept.any() and not kept.all():
+        amiss.append(mass[~kept].max() - mass[kept].min())
+    return torch.stack(amiss).max().item()
+
+
+def check(pipeline: Pipeline, out: torch.Tensor, count: int) -> dict[str, Errors]:
+    rows = sample_rows(pipeline, count)
+    errors = (
+        check_output(out, pipeline, rows),
+        check_importance(pipeline),
+        check_selection(pipeline, rows),
+    )
+    return dict(zip(CHECKS, errors, strict=True))
+
+
+def worst(errors: Errors) -> tuple[str, float]:
+    """The place and the size of the largest error; NaN is larger than any."""
+    return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    return wall_clock(call) if device == "cpu" else cuda_events(call, 1)
+
+
+def warm_up(args: argparse.Namespace) -> None:
+    for permute_per in args.permute_per:
+        tensors = heavy_hitters(2048, args.q_heads, args.kv_heads, args.device)
+        pipeline = Pipeline(*tensors, PBSConfig(), permute_per)
+        pipeline.set_threshold(0.9)
+        for name in (*STAGES, "attention"):
+            getattr(pipeline, name)()
+
+
+def measure(args: argparse.Namespace, tensors, permute_per: str) -> dict[str, str]:
+    """A row; prints its times before the checks, which may end the run."""
+    pipeline = Pipeline(*tensors, PBSConfig(), permute_per)
+    density = reach(pipeline, args.density)
+    values = {
+        "tokens": args.tokens,
+        "q_heads": args.q_heads,
+        "kv_heads": args.kv_heads,
+        "permute_per": permute_per,
+        "threshold": pipeline.threshold,
+        "density": density,
+        "sampled_rows": args.samples,
+    }
+    if args.device != "cpu":
+        output_bytes = pipeline.q.numel() * pipeline.q.element_size()
+        values["extra_gib"] = extra_gib(pipeline.attention, output_bytes)
+    calls = {stage: getattr(pipeline, stage) for stage in STAGES}
+    values |= by_stage({name: milliseconds(calls[name], args.device) for name in calls}, "ms")
+    values["attention_ms"] = milliseconds(pipeline.attention, args.device)
+    print({column: as_text(column, value) for column, value in values.items()}, flush=True)
+
+    errors = check(pipeline, pipeline.attention(), args.samples)
+    found = {name: worst(of_check) for name, of_check in errors.items()}
+    print({name: f"{error:.3f} at {place}" for name, (place, error) in found.items()}, flush=True)
+    failed = [name for name, (_, error) in found.items() if not error <= 1]
+    if failed:
+        raise SystemExit(f"FAILED with permute_per={permute_per}: {', '.join(failed)}")
+    values |= {f"{name}_error": error for name, (_, error) in found.items()}
+    return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1048576, help="at least 2048")
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--density", type=float, default=0.1, help="as near as a threshold comes")
+    parser.add_argument(
+        "--permute-per",
+        nargs="+",
+        default=["kv_head", "query_head"],
+        choices=["kv_head", "query_head"],
+    )
+    parser.add_argument("--samples", type=int, default=24, help="rows to check, at least 8")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    args = parser.parse_args()
+
+    warm_up(args)
+    tensors = heavy_hitters(args.tokens, args.q_heads, args.kv_heads, args.device)
+    rows = [measure(args, tensors, permute_per) for permute_per in args.permute_per]
+    if args.output:
+        where = _environment.describe(args.device)
+        _environment.write_csv(args.output, [row | where for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+// TMA descriptors. Host.
+#pragma once
+
+#include <cuda.h>
+
+#include "pbs/params.h"
+
+namespace pbs::cuda {
+
+// Boxes of `box_rows` rows of a (B, H, N, D) tensor, its columns taken as groups that fill one
+// swizzle span each: all groups in a box that fills a tile, one group otherwise. Rows past the end
+// read as 0. Returns an error, or null.
+const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& problem,
+                        int64_t num_heads, int64_t num_rows, int64_t box_rows, bool fills_tile);
+
+}  // namespace pbs::cuda

@@ -1,0 +1,226 @@
+"""The parts of the benchmarks that need no GPU: eager pipeline, floors, profiles, the long run."""
+
+import csv
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import eager
+import floors
+import gpu_profile
+import long
+import pipeline
+import pytest
+import torch
+from cases import Case, clustered_qkv
+from timing import wall_clock
+
+import pbs_attn
+from pbs_attn import PBSConfig
+
+ops = torch.ops.pbs
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(640, 640, permute_per="query_head"),
+        Case(600, 600, permute_per="query_head", num_heads=2, num_kv_heads=1, threshold=0.6),
+        Case(333, 333, permute_per="query_head", batch=1, segment_size=128, kv_block_size=64),
+        Case(100, 100, permute_per="query_head", num_kv_heads=4, threshold=1.0),
+    ],
+    ids=str,
+)
+def test_eager_pipeline_selects_what_the_ops_select(case):
+    q, k, v = clustered_qkv(case, torch.float32, seed=0)
+    config = PBSConfig(
+        block_size=case.block_size,
+        kv_block_size=case.kv_block_size,
+        segment_size=case.segment_size,
+        threshold=case.threshold,
+        permute_per="query_head",
+    )
+    chosen = pbs_attn.select(q, k, v, config=config)
+    k_perm, v_perm, mask = eager.before_attend(q, k, v, case.threshold, config)
+    assert torch.equal(k_perm, chosen.k_perm)
+    assert torch.equal(v_perm, chosen.v_perm)
+    assert torch.equal(pbs_attn.bool_to_mask(mask), chosen.block_mask)
+    assert mask.any()
+
+
+def test_eager_stages_one_by_one_are_the_pipeline():
+    case = Case(300, 300, permute_per="query_head")
+    q, k, v = clustered_qkv(case, torch.float32, seed=0)
+    config = PBSConfig(block_size=32, segment_size=64)
+    calls = eager.stage_calls(q, k, v, 0.9, config)
+    assert tuple(calls) == eager.STAGES == pipeline.BEFORE_ATTEND
+    mask = eager.before_attend(q, k, v, 0.9, config)[2]
+    assert torch.equal(calls["select_blocks"](), mask)
+
+
+def test_floors_by_hand():
+    """Two segments, the second one incomplete: 3 query blocks, of which the last has candidates."""
+    config = PBSConfig(block_size=128, segment_size=256)
+    problem = floors.Problem(
+        num_tokens=300,
+        q_heads=4,
+        kv_heads=2,
+        perm_heads=2,
+        head_dim=64,
+        element_size=2,
+        density=0.8,
+        config=config,
+    )
+    q, k = 300 * 4 * 64 * 2, 300 * 2 * 64 * 2
+    k_mean = 2 * 3 * 64 * 4
+    expected = {
+        "score_keys": (2 * 256 * 2 * 64 * 2, 2 * 2 * 128 * 256 * 64 * 4),
+        "sort_segments": (2 * 300 * 8, 0),
+        "permute_kv": (4 * k + k_mean, 0),
+        "select_blocks": (q + k_mean + 4 * 3 * (1 + 1) * 4, 2 * 64 * 4 * 2),
+        # Own pairs: 1, 2 and 1; candidates: 2 for the last query block.
+        "attend": (2 * q + 4 * k, 4 * 128 * 128 * 64 * (0.8 * 4 * 6)),
+    }
+    assert list(expected) == list(pipeline.STAGES) == [stage.__name__ for stage in floors.STAGES]
+    for stage in floors.STAGES:
+        assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
+    times = floors.floors_ms(problem)
+    assert times["permute_kv"] == pytest.approx(1e3 * expected["permute_kv"][0] / 4.3e12)
+    assert times["score_keys"] == pytest.approx(1e3 * expected["score_keys"][1] / 680e12)
+
+
+def test_every_kernel_has_a_stage():
+    sources = [*CUDA_SOURCES.rglob("*.cu"), *CUDA_SOURCES.rglob("*.cuh")]
+    declared = r"__global__\s+void\s+(?:__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)\("
+    text = "\n".join(source.read_text() for source in sources)
+    kernels = re.findall(declared, text)
+    assert len(kernels) == len(re.findall(r"^[^/\n]*__global__", text, re.MULTILINE)) > 0
+    assert set(kernels) <= gpu_profile.STAGE_OF_KERNEL.keys()
+    assert set(gpu_profile.STAGE_OF_KERNEL.values()) == set(pipeline.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("pbs::cuda::(anonymous namespace)::select_kernel(pbs::cuda::Args)", "select_blocks"),
+        (
+            "void pbs::cuda::(anonymous namespace)::row_sums_kernel<cutlass::half_t, 64>"
+            "(pbs::cuda::(anonymous namespace)::ScoreArgs)",
+            "score_keys",
+        ),
+        ("void pbs::cuda::attend_kernel<pbs::cuda::Traits<128> >(pbs::cuda::Args)", "attend"),
+        ("void at::native::elementwise_kernel<4>(int)", gpu_profile.OTHER),
+        ("Memset (Device)", gpu_profile.OTHER),
+    ],
+)
+def test_stage_of_a_kernel(name, stage):
+    assert gpu_profile.stage_of(name) == stage
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="must name the stage of new_kernel"):
+        gpu_profile.stage_of("void pbs::cuda::(anonymous namespace)::new_kernel<3>(int)")
+
+
+def gpu_calls():
+    """Two calls, 1000 us apart: one kernel after the other, attend beside order; a memset."""
+    kernels = [
+        ("row_sums_kernel", 0, 10),
+        ("importance_kernel", 12, 20),
+        ("sort_segments_kernel", 21, 25),
+        ("permute_kv_kernel", 26, 30),
+        ("select_kernel", 31, 40),
+        ("order_kernel", 41, 50),
+        ("attend_kernel", 42, 100),
+    ]
+    events = [{"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 500}]
+    for first in (0, 1000):
+        events.append({"cat": "gpu_memset", "name": "Memset (Device)", "ts": first + 102, "dur": 1})
+        for name, start, end in kernels:
+            name = f"void pbs::cuda::(anonymous namespace)::{name}<4>(int)"
+            ts = first + start
+            events.append({"cat": "kernel", "name": name, "ts": ts, "dur": end - start})
+    return gpu_profile.gpu_work({"traceEvents": events})
+
+
+def test_profile_of_several_calls():
+    found = gpu_profile.summarize(gpu_calls(), calls=2)
+    assert found.launches == 8
+    assert found.busy_ms == pytest.approx(0.095)
+    of_stage = dict(zip(pipeline.STAGES, (0.018, 0.004, 0.004, 0.009, 0.059), strict=True))
+    assert found.stage_ms == pytest.approx(of_stage | {gpu_profile.OTHER: 0.001})
+    without = [work for work in gpu_calls() if "permute" not in work.name]
+    with pytest.raises(ValueError, match="must hold kernels of permute_kv"):
+        gpu_profile.summarize(without, calls=2)
+
+
+def test_row_of_the_pipeline(monkeypatch):
+    """Clock, profiler and memory of a GPU replaced; everything else as it runs there."""
+    monkeypatch.setattr(pipeline, "cuda_clock", lambda budget_ms: wall_clock)
+    monkeypatch.setattr(pipeline, "extra_gib", lambda call, *_: 0.5 * len(call()))
+    monkeypatch.setattr(
+        pipeline, "profile_call", lambda call: gpu_profile.summarize(gpu_calls(), calls=2)
+    )
+    monkeypatch.setattr(pipeline._environment, "describe", lambda device: {"device": device})
+    args = Namespace(permute_per=["kv_head"], kv_block_sizes=[64], rounds=1, budget_ms=1)
+    tensors = pipeline.heavy_hitters(1024, 4, 2, "cpu")
+    dense = {"cudnn_dense": lambda: tensors[0].clone()}
+    (row,) = pipeline.measure(args, "random", tensors, 0.8, dense)
+    assert tuple(row) == (*pipeline.COLUMNS, "device")
+    assert {column for column, value in row.items() if not value} == {"fa4_dense_ms"}
+    assert float(row["density"]) == pytest.approx(0.8, abs=0.05)
+    assert row["launches"] == "8"
+    assert float(row["before_attend_kernel_ms"]) == pytest.approx(0.035)
+    assert float(row["gaps_ms"]) == pytest.approx(float(row["attention_ms"]) - 0.095, abs=2e-4)
+    with pytest.raises(ValueError, match="must have a column each"):
+        pipeline.as_row({"unheard_of_ms": 1.0})
+
+
+def long_run(monkeypatch, *options):
+    sizes = {"tokens": 4000, "q-heads": 4, "kv-heads": 2, "density": 0.6, "device": "cpu"}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    monkeypatch.setattr(sys, "argv", ["long.py", *arguments, *map(str, options)])
+    long.main()
+
+
+def test_long_run(monkeypatch, tmp_path):
+    long_run(monkeypatch, "--output", tmp_path / "long.csv")
+    with (tmp_path / "long.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["permute_per"] for row in rows] == ["kv_head", "query_head"]
+    for row in rows:
+        assert list(row)[: len(long.COLUMNS)] == list(long.COLUMNS)
+        assert all(float(row[f"{check}_error"]) <= 1 for check in long.CHECKS)
+        assert float(row["density"]) == pytest.approx(0.6, abs=0.05)
+
+
+def spoil_output(out):
+    out[0, :, -1, 0] += 0.1  # the last row is always sampled
+    return out
+
+
+def spoil_scores(scores):
+    return scores * 1.001
+
+
+def spoil_words(words_and_counts):
+    return torch.zeros_like(words_and_counts[0]), words_and_counts[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil", "check"),
+    [
+        ("attention", spoil_output, "output"),
+        ("attention", lambda out: out.fill_(torch.nan), "output"),
+        ("score_keys", spoil_scores, "importance"),
+        ("sort_segments", lambda perm: perm.roll(1, -1), "importance"),
+        ("select_blocks", spoil_words, "selection"),
+    ],
+)
+def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check):
+    right = getattr(pipeline.Pipeline, method)
+    monkeypatch.setattr(pipeline.Pipeline, method, lambda self: spoil(right(self)))
+    with pytest.raises(SystemExit, match=f"FAILED with permute_per=kv_head: .*{check}"):
+        long_run(monkeypatch, "--permute-per", "kv_head")
