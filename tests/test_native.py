@@ -126,9 +126,11 @@ def test_tiles_are_packed_from_selected_blocks(native, num_selected, kv_block_si
     chunk_rows = min(kv_block_size, tile_keys)
     rows = list(range(0, num_selected * kv_block_size, chunk_rows))
     first_chunks = tiles.first_selected_size // chunk_rows
-    packed = native.pack(rows, first_chunks, tile_keys // chunk_rows)
+    packed = native.pack(rows, first_chunks, tile_keys // chunk_rows, chunk_rows)
     assert len(packed) == tiles.total - tiles.num_own
-    # Every chunk once; places of the first tile that stay empty are behind those that count.
+    # Every chunk once; places of the first tile that stay empty are behind those that count, and
+    # before the first row.
+    assert all(row == -chunk_rows for row in packed[0][first_chunks:])
     visited = packed[0][:first_chunks] + [row for tile in packed[1:] for row in tile]
     assert sorted(visited) == rows
 

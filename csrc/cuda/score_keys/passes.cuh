@@ -9,7 +9,8 @@ namespace pbs::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// The online maximum and sum of exp2(score - max) over some keys of one query.
+// The sum of exp2(score - max) over some keys of one query. `max` is not always their maximum, but
+// near enough to it that the sum is a number.
 struct RowState {
   float max = -INFINITY;
   float sum = 0.0f;
@@ -21,7 +22,7 @@ __device__ inline RowState merge(const RowState& a, const RowState& b) {
   return RowState{max, a.sum * exp2_approx(a.max - max) + b.sum * exp2_approx(b.max - max)};
 }
 
-// Of each part, the state of all queries of a head (b * num_q_heads + hq).
+// Of each part, the states of all queries of a head (b * num_q_heads + hq).
 __device__ inline float2* row_states(const ScoreArgs& args, int64_t head) {
   return args.state + head * args.parts.num_parts * kScoreRows;
 }
@@ -37,7 +38,10 @@ __device__ inline RowState merge_parts(const float2* states, int num_parts, int 
   return all;
 }
 
-// First pass. Queries are the rows of the products.
+// First pass. Queries are the rows of the products. Sums are taken relative to the maximum of the
+// first tile: nothing is rounded on the way, so that a later score may lie 126 powers of two above
+// it. Where one lies further above, or all of them too far below, the tiles of the chunk are
+// multiplied again, with exact maxima.
 template <class Traits>
 class RowSums {
  public:
@@ -50,7 +54,20 @@ class RowSums {
         row_(row_of_thread(static_cast<int>(threadIdx.x) % kScorePairThreads)),
         factor_(args.params.scale * kLog2e) {}
 
-  __device__ void begin_head() { rows_[0] = rows_[1] = RowState{}; }
+  __device__ void begin_head(int chunk, int head) {
+    __syncwarp();
+    needs_max_ = chunk == 0;
+    is_exact_ = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      kept_[r] = RowState{};
+      if (chunk > 0) {
+        const float2 kept = place(head, r);
+        kept_[r] = RowState{kept.x, kept.y};
+      }
+      rows_[r] = RowState{kept_[r].max, 0.0f};
+    }
+  }
 
   template <class Scores>
   __device__ void take(Scores& scores, const ScoreStep& step) {
@@ -62,24 +79,46 @@ class RowSums {
         if (column_of(i, lane_) >= num_keys) scores(i) = -INFINITY;
       }
     }
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) add_row(scores, r);
-  }
-
-  // Adds the rows of a chunk to those of the chunks before, in a place that only this thread uses.
-  __device__ void end_head(int chunk, int head) {
+    if (needs_max_) {
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) raise(scores, r);
+      needs_max_ = is_exact_;
+    }
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
-      RowState all = rows_[r];
-      for (int lanes = 1; lanes < 4; lanes *= 2) {
-        all = merge(all, RowState{__shfl_xor_sync(~0u, all.max, lanes),
-                                  __shfl_xor_sync(~0u, all.sum, lanes)});
+      const float shift = shift_of(rows_[r].max);
+      float sums[2] = {rows_[r].sum, 0.0f};
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(scores); ++i) {
+        if (row_of(i) == r) sums[i % 2] += exp2_approx(scores(i) * factor_ - shift);
       }
-      if (lane_ % 4 != 0) continue;
-      float2& kept =
-          part_.head_table[(head * kScorePairs + score_pair()) * kScoreRows + row_ + 8 * r];
-      if (chunk > 0) all = merge(RowState{kept.x, kept.y}, all);
-      kept = float2{all.max, all.sum};
+      rows_[r].sum = sums[0] + sums[1];
+    }
+  }
+
+  // Whether the tiles of the chunk are needed once more; if not, the rows are whole.
+  __device__ bool repeats() {
+    bool is_lost = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float sum = quad_sum(rows_[r].sum);
+      if (is_exact_) {
+        rows_[r] = merge(RowState{rows_[r].max, sum}, kept_[r]);
+      } else {
+        rows_[r] = RowState{shift_of(rows_[r].max), sum + kept_[r].sum};
+        is_lost |= !(rows_[r].sum > 0.0f && rows_[r].sum < INFINITY);
+      }
+    }
+    if (is_exact_ || !any_in_warpgroup(is_lost)) return false;
+    is_exact_ = needs_max_ = true;
+    rows_[0] = rows_[1] = RowState{};
+    return true;
+  }
+
+  __device__ void end_head(int head) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      if (lane_ % 4 == 0) place(head, r) = float2{rows_[r].max, rows_[r].sum};
     }
   }
 
@@ -92,29 +131,29 @@ class RowSums {
       const int head = i / kScoreRows;
       const int row = i % kScoreRows;
       const float2* pairs = part_.head_table + head * kScorePairs * kScoreRows + row;
-      const RowState all = merge(RowState{pairs[0].x, pairs[0].y},
-                                 RowState{pairs[kScoreRows].x, pairs[kScoreRows].y});
+      const RowState all = merge_parts(pairs, kScorePairs, 1);
       row_states(args_, first_head + head)[part_.idx * kScoreRows + row] = float2{all.max, all.sum};
     }
   }
 
  private:
+  // Where all scores are -inf: weights of 0, or of NaN where a score is NaN.
+  __device__ static float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
+
+  // A row of the chunks so far, which only this thread's quad uses.
+  __device__ float2& place(int head, int r) const {
+    return part_.head_table[(head * kScorePairs + score_pair()) * kScoreRows + row_ + 8 * r];
+  }
+
   template <class Scores>
-  __device__ void add_row(const Scores& scores, int r) {
+  __device__ void raise(const Scores& scores, int r) {
     float top = -INFINITY;
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) {
       if (row_of(i) == r) top = fmaxf(top, scores(i));
     }
-    top = fmaxf(rows_[r].max, top * factor_);
-    // All at -inf: weights of 0, or of NaN where a score is NaN.
-    const float base = top == -INFINITY ? 0.0f : top;
-    float sums[2] = {rows_[r].sum * exp2_approx(rows_[r].max - base), 0.0f};
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(scores); ++i) {
-      if (row_of(i) == r) sums[i % 2] += exp2_approx(scores(i) * factor_ - base);
-    }
-    rows_[r] = RowState{top, sums[0] + sums[1]};
+    const float max = fmaxf(rows_[r].max, quad_max(top) * factor_);
+    rows_[r] = RowState{max, rows_[r].sum * exp2_approx(rows_[r].max - shift_of(max))};
   }
 
   const ScoreArgs& args_;
@@ -122,6 +161,9 @@ class RowSums {
   int lane_;
   int row_;
   float factor_;
+  bool needs_max_ = true;
+  bool is_exact_ = false;
+  RowState kept_[kThreadRows];  // of the chunks before
   RowState rows_[kThreadRows];
 };
 
@@ -137,9 +179,13 @@ class Importance {
         lane_(threadIdx.x % 32),
         row_(row_of_thread(static_cast<int>(threadIdx.x) % kScorePairThreads)),
         factor_(args.params.scale * kLog2e),
-        heads_per_perm_(
-            static_cast<int>(args.params.problem.num_q_heads / args.params.problem.num_perm_heads)),
-        share_(1.0f / static_cast<float>(args.num_rows * heads_per_perm_)),
+        is_per_query_head_(args.params.problem.num_perm_heads == args.params.problem.num_q_heads),
+        share_(1.0f /
+               static_cast<float>(args.num_rows * (is_per_query_head_ ? 1 : part.heads_per_kv))),
+        importance_(args.params.importance +
+                    (part.b * args.params.problem.num_perm_heads +
+                     part.kv_head * (is_per_query_head_ ? part.heads_per_kv : 1)) *
+                        args.params.problem.num_kv),
         shifts_(reinterpret_cast<float*>(part.head_table)) {}
 
   // From what the parts found in the first pass: a weight is exp2(score + shift). By all consumers.
@@ -156,8 +202,9 @@ class Importance {
     cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   }
 
-  __device__ void begin_head() {}
-  __device__ void end_head(int, int) {}
+  __device__ void begin_head(int, int) {}
+  __device__ bool repeats() { return false; }
+  __device__ void end_head(int) {}
 
   template <class Scores>
   __device__ void take(const Scores& scores, const ScoreStep& step) {
@@ -172,18 +219,21 @@ class Importance {
         totals[r][1] += exp2_approx(scores(i + 2 * r + 1) * factor_ + two.y);
       }
     }
-    const int head_in_perm = heads_per_perm_ == 1 ? 0 : step.head;
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       float total = quad_sum(totals[r][0] + totals[r][1]);
       if (lane_ % 4 != 0) continue;
       const int key = row_ + 8 * r;
+      if (is_per_query_head_) {
+        write(step, key, total);
+        continue;
+      }
       float& kept = part_.tile_table[step.tile * kScoreKeys + key];  // of this thread alone
-      if (head_in_perm > 0) total += kept;
-      if (head_in_perm < heads_per_perm_ - 1) {
+      if (step.head > 0) total += kept;
+      if (step.head < part_.heads_per_kv - 1) {
         kept = total;
       } else {
-        write(step, key, total * share_);
+        write(step, key, total);
       }
     }
   }
@@ -192,28 +242,20 @@ class Importance {
   __device__ void finish() {
     if (part_.idx != args_.parts.num_parts - 1) return;
     const int64_t num_kv = args_.params.problem.num_kv;
-    const int perms_per_kv = part_.heads_per_kv / heads_per_perm_;
-    for (int perm = 0; perm < perms_per_kv; ++perm) {
-      float* importance = importance_of(perm * heads_per_perm_);
+    for (int perm = 0; perm < (is_per_query_head_ ? part_.heads_per_kv : 1); ++perm) {
       for (int64_t i = args_.num_scored + threadIdx.x; i < num_kv; i += kScoreConsumers) {
-        importance[i] = 0.0f;
+        importance_[perm * num_kv + i] = 0.0f;
       }
     }
   }
 
  private:
-  // Of the permutation that the part's head belongs to.
-  __device__ float* importance_of(int head) const {
-    const Problem& problem = args_.params.problem;
-    const int64_t perm_head = part_.b * problem.num_perm_heads +
-                              (part_.kv_head * part_.heads_per_kv + head) / heads_per_perm_;
-    return args_.params.importance + perm_head * problem.num_kv;
-  }
-
-  __device__ void write(const ScoreStep& step, int key, float value) const {
+  __device__ void write(const ScoreStep& step, int key, float total) const {
     const int tile = part_.first_tile + step.chunk * part_.tiles_per_chunk + step.tile;
     const int i = tile * kScoreKeys + key;
-    if (i < args_.num_scored) importance_of(step.head)[i] = value;
+    if (i >= args_.num_scored) return;
+    const int64_t perm = is_per_query_head_ ? step.head : 0;
+    importance_[perm * args_.params.problem.num_kv + i] = total * share_;
   }
 
   const ScoreArgs& args_;
@@ -221,9 +263,10 @@ class Importance {
   int lane_;
   int row_;
   float factor_;
-  int heads_per_perm_;
+  bool is_per_query_head_;
   float share_;
-  float* shifts_;  // (heads_per_kv, kScoreRows)
+  float* importance_;  // of the first permutation that the part's heads belong to
+  float* shifts_;      // (heads_per_kv, kScoreRows)
 };
 
 }  // namespace pbs::cuda

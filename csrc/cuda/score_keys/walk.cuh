@@ -65,7 +65,7 @@ template <class Traits>
 struct ScorePart {
   using Element = typename Traits::Element;
 
-  __device__ ScorePart(const ScoreArgs& args, void* raw)
+  __device__ ScorePart(const ScoreArgs& args, char* raw)
       : tiles_per_chunk(args.parts.tiles_per_chunk) {
     const Problem& problem = args.params.problem;
     const int num_kv_heads = static_cast<int>(problem.num_kv_heads);
@@ -78,8 +78,9 @@ struct ScorePart {
     const int end = (args.num_scored + kScoreKeys - 1) / kScoreKeys;
     num_tiles = min(args.parts.tiles_per_part, end - first_tile);
     num_chunks = (num_tiles + tiles_per_chunk - 1) / tiles_per_chunk;
-    queries = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(raw) + kSwizzleBytes - 1) /
-                                         kSwizzleBytes * kSwizzleBytes);
+    // By an offset: the compiler then knows that all of this is shared memory.
+    const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
+    queries = reinterpret_cast<Element*>(raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced));
     keys = queries + Traits::kQStages * Traits::kTileSize;
     head_table = reinterpret_cast<float2*>(keys + tiles_per_chunk * Traits::kTileSize);
     tile_table = reinterpret_cast<float*>(head_table + heads_per_kv * kScorePairs * kScoreRows);
@@ -144,6 +145,22 @@ struct ScoreStep {
   int tile;  // in the chunk
 };
 
+// Whether x is true in any thread of a warpgroup, by all of them.
+__device__ inline bool any_in_warpgroup(bool x) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, one;\n"
+      "setp.ne.s32 mine, %1, 0;\n"
+      "barrier.cta.red.or.pred one, %2, 128, mine;\n"
+      "selp.s32 %0, 1, 0, one;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(x)), "r"(1 + static_cast<int>(threadIdx.x) / 128)
+      : "memory");
+  return any != 0;
+}
+
 // Multiplies the queries of each head by the keys of each tile. Two pairs of warpgroups share the
 // tiles of a chunk; four warpgroups in all, so that the tensor cores are busy while the others turn
 // products into weights. With keys as rows, a warpgroup has 64 keys and all queries; otherwise 64
@@ -166,20 +183,25 @@ __device__ void consume_products(const ScorePart<Traits>& part, Pass& pass) {
     const int num_tiles = part.tiles_in_chunk(chunk);
     for (int head = 0; head < part.heads_per_kv; ++head) {
       barriers.q_full[q.stage()].wait(q.parity());
-      if (pair >= num_tiles) release(barriers.q_empty[q.stage()]);
-      pass.begin_head();
-      for (int tile = pair; tile < num_tiles; tile += kScorePairs) {
-        barriers.k_full[tile].wait(chunk & 1);
-        start_gemm<true>(
-            mma, rows(cute::_, cute::_, cute::_, uniform(kKeysAreRows ? tile : q.stage())),
-            columns(cute::_, cute::_, cute::_, uniform(kKeysAreRows ? q.stage() : tile)), scores);
-        cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(scores);
-        if (tile + kScorePairs >= num_tiles) release(barriers.q_empty[q.stage()]);
-        if (head == part.heads_per_kv - 1) release(barriers.k_empty[tile]);
-        pass.take(scores, ScoreStep{chunk, head, tile});
+      pass.begin_head(chunk, head);
+      do {
+        for (int tile = pair; tile < num_tiles; tile += kScorePairs) {
+          barriers.k_full[tile].wait(chunk & 1);
+          start_gemm<true>(
+              mma, rows(cute::_, cute::_, cute::_, uniform(kKeysAreRows ? tile : q.stage())),
+              columns(cute::_, cute::_, cute::_, uniform(kKeysAreRows ? q.stage() : tile)), scores);
+          cute::warpgroup_wait<0>();
+          cute::warpgroup_fence_operand(scores);
+          pass.take(scores, ScoreStep{chunk, head, tile});
+        }
+      } while (pass.repeats());
+      release(barriers.q_empty[q.stage()]);
+      if (head == part.heads_per_kv - 1) {
+        for (int tile = pair; tile < num_tiles; tile += kScorePairs) {
+          release(barriers.k_empty[tile]);
+        }
       }
-      pass.end_head(chunk, head);
+      pass.end_head(head);
       q.advance();
     }
   }
