@@ -1,7 +1,9 @@
-// 2^x on the device.
+// Powers of two on the device.
 #pragma once
 
 namespace pbs::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
 
 // One instruction; accurate to 2 ulp, and 0 for -inf.
 __device__ inline float exp2_approx(float x) {

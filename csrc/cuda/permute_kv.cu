@@ -1,12 +1,16 @@
-// permute_kv on CUDA: a CTA holds a window of K or V rows in shared memory and writes them in the
-// order of each permutation of that key head; means of permuted key blocks come from the same
-// registers. Rows from outside the window, which only segments longer than it have, come from L2.
+// permute_kv on CUDA: a CTA loads a window of K or V rows to shared memory and stores them in the
+// order of each permutation of that key head; means of permuted key blocks come from there, too.
+// The rows move by bulk copies: no registers limit how many bytes are in flight. A permutation that
+// leaves the window, as only segments longer than it do, loads its rows one by one, mostly from L2.
 #include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
 #include <cutlass/array.h>
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 #include <cutlass/numeric_conversion.h>
 
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <limits>
 
 #include "launch.h"
@@ -15,13 +19,16 @@
 namespace pbs::cuda {
 namespace {
 
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWindowRows = 256;
-constexpr int kRowsPerWarp = kWindowRows / kWarps;  // no key block has fewer
-constexpr int kMostRowBytes = 256;                  // of a window; longer rows go to several
-constexpr int kRowsAtOnce = 4;                      // of a lane
-static_assert(kRowsPerWarp <= 32);
+constexpr int kMostRowBytes = 256;  // of a window; longer rows go to several
+constexpr int kRowsAtOnce = 4;      // of a lane
+// Some load while others store. Rows of 256 bytes leave shared memory for 3, shorter ones for 4.
+constexpr int kCtasPerSm = 4;
+static_assert(kThreads == kWindowRows, "thread i has row i, its warp the 32 rows around it");
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -42,7 +49,7 @@ __host__ __device__ constexpr int num_splits(int64_t head_dim, int element_bytes
 struct Window {
   int64_t b;
   int64_t kv_head;
-  int64_t begin;
+  int begin;
   int num_rows;
   int num_copied;
   int first_column;
@@ -55,13 +62,15 @@ __device__ Window window_of(const PermuteKVParams& params) {
   const Problem& problem = params.problem;
   const int splits = num_splits(problem.head_dim, sizeof(T));
   const auto num_windows = static_cast<int>(ceil_div(params.num_copied, kWindowRows));
+  const auto num_kv_heads = static_cast<int>(problem.num_kv_heads);
+  // Heads before windows: those of a (B, N, H, D) tensor have their rows side by side.
   const int part = static_cast<int>(blockIdx.x) % (2 * splits);
   const int item = static_cast<int>(blockIdx.x) / (2 * splits);
-  const int head = item / num_windows;
+  const int window_idx = item / num_kv_heads;
   Window window{};
-  window.begin = static_cast<int64_t>(item % num_windows) * kWindowRows;
-  window.b = head / static_cast<int>(problem.num_kv_heads);
-  window.kv_head = head % static_cast<int>(problem.num_kv_heads);
+  window.kv_head = item % num_kv_heads;
+  window.b = window_idx / num_windows;
+  window.begin = window_idx % num_windows * kWindowRows;
   window.num_rows = static_cast<int>(smaller(kWindowRows, problem.num_kv - window.begin));
   window.num_copied = static_cast<int>(smaller(kWindowRows, params.num_copied - window.begin));
   window.width = static_cast<int>(problem.head_dim) / splits;
@@ -70,145 +79,210 @@ __device__ Window window_of(const PermuteKVParams& params) {
   return window;
 }
 
-template <class T>
-__device__ void load_window(const T* src, int64_t row_stride, int width, int num_rows, T* rows) {
-  const int pieces = width / kPiece<T>;
-  for (int i = threadIdx.x; i < num_rows * pieces; i += kThreads) {
-    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(rows + i * kPiece<T>));
-    const T* from = src + i / pieces * row_stride + i % pieces * kPiece<T>;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  }
+// Of the first num_rows rows of a window, how many belong to this warp.
+__device__ int rows_of_warp(int num_rows) {
+  return max(0, min(32, num_rows - static_cast<int>(threadIdx.x) / 32 * 32));
 }
 
-// Where rows come from: global memory, and those of the window shared memory.
+// Where rows come from: those of a head, from the first column of the window on.
 template <class T>
 struct Source {
-  const T* rows;  // of the head, from the first column of the window on
+  const T* rows;
   int64_t row_stride;
-  const T* window;
-  int64_t window_begin;
-  int num_window_rows;
-  int64_t num_kv;
-  int width;
+  int num_rows;
+};
 
-  __device__ Piece<T> piece(int64_t row, int column) const {
-    const int64_t in_window = row - window_begin;
-    if (in_window >= 0 && in_window < num_window_rows) {
-      return *reinterpret_cast<const Piece<T>*>(window + in_window * width + column);
-    }
-    if (row >= 0 && row < num_kv) {
-      return *reinterpret_cast<const Piece<T>*>(rows + row * row_stride + column);
-    }
-    // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
-    Piece<T> piece;
-    piece.fill(T(std::numeric_limits<float>::quiet_NaN()));
-    return piece;
+// The rows in shared memory, and the barrier that counts the bytes loaded to them.
+template <class T>
+struct Slots {
+  T* data;  // (kWindowRows, width)
+  uint64_t* full;
+  int width;
+  uint32_t parity;
+
+  __device__ T* row(int slot) const { return data + slot * width; }
+  __device__ int bytes(int num_rows) const { return num_rows * width * int{sizeof(T)}; }
+
+  // Says how many rows this warp is about to load.
+  __device__ void expect(int num_rows) const {
+    if (threadIdx.x % 32 == 0) Barrier::arrive_and_expect_tx(full, bytes(num_rows));
+    __syncwarp();
+  }
+
+  __device__ void load(const T* from, int slot, int num_rows) const {
+    cute::SM90_BULK_COPY_G2S::copy(from, full, row(slot), bytes(num_rows));
+  }
+
+  __device__ void wait() {
+    Barrier::wait(full, parity);
+    parity ^= 1;
+  }
+
+  // Returns once no thread and no store reads what the slots hold, so that loads may replace it.
+  __device__ void release() const {
+    cute::tma_store_wait<0>();
+    __syncthreads();
   }
 };
 
-// Writes num_rows rows, row i from row `from[i]`, and their sum; by one warp, whose lanes hold
-// pieces of as many rows as they can.
+// Starts to load the window in its own order; each warp its share.
 template <class T>
-__device__ void gather_rows(const Source<T>& source, const int32_t* from, int num_rows, T* dst,
-                            int64_t dst_stride, float* sums) {
+__device__ void load_window(const Source<T>& source, const Window& window, const Slots<T>& slots) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int num_rows = rows_of_warp(window.num_rows);
+  const bool is_contiguous = source.row_stride == window.width;
+  slots.expect(num_rows);
+  if (thread % 32 < (is_contiguous ? min(1, num_rows) : num_rows)) {
+    slots.load(source.rows + (window.begin + thread) * source.row_stride, thread,
+               is_contiguous ? num_rows : 1);
+  }
+}
+
+// Starts to load row `row` to the slot of this thread, if it takes part.
+template <class T>
+__device__ void load_row(const Source<T>& source, int32_t row, bool takes_part,
+                         const Slots<T>& slots) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool is_valid = takes_part && row >= 0 && row < source.num_rows;
+  slots.expect(__popc(__ballot_sync(~0u, is_valid)));
+  if (is_valid) {
+    slots.load(source.rows + row * source.row_stride, thread, 1);
+  } else if (takes_part) {
+    // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
+    Piece<T> piece;
+    piece.fill(T(std::numeric_limits<float>::quiet_NaN()));
+    for (int column = 0; column < slots.width; column += kPiece<T>) {
+      *reinterpret_cast<Piece<T>*>(slots.row(thread) + column) = piece;
+    }
+    cutlass::arch::fence_view_async_shared();  // a bulk copy reads it next
+  }
+}
+
+// The sum of the num_rows output rows of this warp, lane i of which knows the slot of the i-th.
+// Lanes hold pieces of as many rows as they can. Slots of absent rows are read, too, so that no
+// branch keeps the reads apart, but not added.
+template <class T>
+__device__ void add_rows(const Slots<T>& slots, int slot, int num_rows, float* sums) {
   const cutlass::NumericArrayConverter<float, T, kPiece<T>> to_floats;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_pieces = source.width / kPiece<T>;
-  const int lanes_per_row = num_pieces <= 8 ? 8 : num_pieces <= 16 ? 16 : 32;
-  const int step = 32 / lanes_per_row;
-  for (int first = 0; first < num_pieces; first += lanes_per_row) {
-    const int piece = first + lane % lanes_per_row;
-    const int column = piece * kPiece<T>;
-    cutlass::Array<float, kPiece<T>> total;
-    total.clear();
-    if (piece < num_pieces) {
-      for (int row = lane / lanes_per_row; row < num_rows; row += kRowsAtOnce * step) {
-        Piece<T> pieces[kRowsAtOnce];
+  const int num_pieces = slots.width / kPiece<T>;
+  const bool is_narrow = num_pieces <= 8;
+  const int lanes_per_row = is_narrow ? 8 : 16;
+  const int step = is_narrow ? 4 : 2;
+  const int piece = lane & (lanes_per_row - 1);
+  const T* column = slots.data + min(piece, num_pieces - 1) * kPiece<T>;
+  cutlass::AlignedArray<float, kPiece<T>, 16> total;
+  total.clear();
+  __syncwarp();  // a lane may have filled its slot with NaN
+  for (int i = 0; i < lanes_per_row; i += kRowsAtOnce) {
+    const int row = (is_narrow ? lane / 8 : lane / 16) + i * step;
+    Piece<T> pieces[kRowsAtOnce];
 #pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (row + i * step < num_rows) pieces[i] = source.piece(from[row + i * step], column);
-        }
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          if (row + i * step >= num_rows) continue;
-          T* to = dst + (row + i * step) * dst_stride + column;
-          *reinterpret_cast<Piece<T>*>(to) = pieces[i];
-          const cutlass::Array<float, kPiece<T>> widened = to_floats(pieces[i]);
-#pragma unroll
-          for (int e = 0; e < kPiece<T>; ++e) total[e] += widened[e];
-        }
-      }
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const int from = __shfl_sync(~0u, slot, row + j * step);
+      pieces[j] = *reinterpret_cast<const Piece<T>*>(column + from * slots.width);
     }
 #pragma unroll
-    for (int e = 0; e < kPiece<T>; ++e) {
-      for (int lanes = lanes_per_row; lanes < 32; lanes *= 2) {
-        total[e] += __shfl_xor_sync(~0u, total[e], lanes);
-      }
-      if (piece < num_pieces && lane < lanes_per_row) sums[column + e] = total[e];
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const cutlass::Array<float, kPiece<T>> widened = to_floats(pieces[j]);
+      if (row + j * step >= num_rows) continue;
+#pragma unroll
+      for (int e = 0; e < kPiece<T>; ++e) total[e] += widened[e];
     }
+  }
+  for (int lanes = lanes_per_row; lanes < 32; lanes *= 2) {
+#pragma unroll
+    for (int e = 0; e < kPiece<T>; ++e) total[e] += __shfl_xor_sync(~0u, total[e], lanes);
+  }
+  if (lane < min(lanes_per_row, num_pieces)) {
+    *reinterpret_cast<decltype(total)*>(sums + piece * kPiece<T>) = total;
+  }
+}
+
+// Writes the means of the key blocks of the window, from the sums of its warps: a thread works for
+// the key block that its row is in.
+__device__ void write_means(const PermuteKVParams& params, const Window& window, int64_t head,
+                            const float* sums) {
+  const auto head_dim = static_cast<int>(params.problem.head_dim);
+  const auto kv_block_size = static_cast<int>(params.kv_block_size);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first_column = thread % kv_block_size;
+  const int first_row = thread - first_column;
+  const int num_rows = min(kv_block_size, window.num_copied - first_row);
+  if (num_rows <= 0) return;
+  const int num_kv_blocks = (static_cast<int>(params.problem.num_kv) - 1) / kv_block_size + 1;
+  const int64_t kv_block = head * num_kv_blocks + (window.begin + first_row) / kv_block_size;
+  float* means = params.k_mean + kv_block * head_dim + window.first_column;
+  sums += first_row / 32 * window.width;
+  for (int column = first_column; column < window.width; column += kv_block_size) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int w = 0; w < kv_block_size / 32; ++w) sum += sums[w * window.width + column];
+    means[column] = sum / static_cast<float>(num_rows);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) permute_kv_kernel(const PermuteKVParams params) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
+    permute_kv_kernel(const PermuteKVParams params) {
   extern __shared__ uint4 raw[];
-  __shared__ int32_t from[kWindowRows];
+  __shared__ uint64_t full;
   const Problem& problem = params.problem;
-  const auto head_dim = static_cast<int>(problem.head_dim);
-  const auto kv_block_size = static_cast<int>(params.kv_block_size);
   const Window window = window_of<T>(params);
-  T* window_data = reinterpret_cast<T*>(raw);  // (kWindowRows, width)
-  float* sums =
-      reinterpret_cast<float*>(window_data + kWindowRows * window.width);  // (kWarps, width)
-  const ConstRows& input = window.is_key ? params.k : params.v;
-  const T* src = static_cast<const T*>(input.data) + window.b * input.batch_stride +
-                 window.kv_head * input.head_stride + window.first_column;
-  load_window(src + window.begin * input.row_stride, input.row_stride, window.width,
-              window.num_rows, window_data);
-  const Source<T> source{src,          input.row_stride, window_data,
-                         window.begin, window.num_rows,  problem.num_kv,
-                         window.width};
-
-  const int64_t perms_per_kv = problem.num_perm_heads / problem.num_kv_heads;
-  const int64_t first_head = window.b * problem.num_perm_heads + window.kv_head * perms_per_kv;
   const int thread = static_cast<int>(threadIdx.x);
-  const int32_t* perm = params.perm + first_head * problem.num_kv + window.begin + thread;
-  static_assert(kThreads == kWindowRows);
-  int32_t next = thread < window.num_copied ? *perm : 0;
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  const int first_row = thread / 32 * kRowsPerWarp;
-  const int num_rows = max(0, min(kRowsPerWarp, window.num_copied - first_row));
-  for (int64_t p = 0; p < perms_per_kv; ++p) {
-    __syncthreads();
-    from[thread] = next;
-    perm += problem.num_kv;
-    if (thread < window.num_copied && p + 1 < perms_per_kv) next = *perm;
-    __syncthreads();
-    const int64_t head = first_head + p;
-    T* out = static_cast<T*>(window.is_key ? params.k_perm : params.v_perm);
-    gather_rows(
-        source, from + first_row, num_rows,
-        out + (head * problem.num_kv + window.begin + first_row) * head_dim + window.first_column,
-        head_dim, sums + thread / 32 * window.width);
-    if (!window.is_key) continue;
-    __syncthreads();
-    const int64_t num_kv_blocks = ceil_div(problem.num_kv, kv_block_size);
-    float* means = params.k_mean +
-                   (head * num_kv_blocks + window.begin / kv_block_size) * head_dim +
-                   window.first_column;
-    const int num_blocks = (window.num_copied + kv_block_size - 1) / kv_block_size;
-    const int warps_per_block = kv_block_size / kRowsPerWarp;
-    for (int i = thread; i < num_blocks * window.width; i += kThreads) {
-      const int block = i / window.width;
-      const int column = i % window.width;
-      float sum = 0.0f;
-      for (int w = 0; w < warps_per_block; ++w) {
-        sum += sums[(block * warps_per_block + w) * window.width + column];
-      }
-      means[block * head_dim + column] =
-          sum / static_cast<float>(min(kv_block_size, window.num_copied - block * kv_block_size));
-    }
+  Slots<T> slots{reinterpret_cast<T*>(raw), &full, window.width, 0};
+  float* sums = reinterpret_cast<float*>(slots.row(kWindowRows));  // (kWarps, width)
+  if (thread == 0) {
+    Barrier::init(&full, kWarps);
+    cutlass::arch::fence_barrier_init();
   }
+  __syncthreads();
+
+  const ConstRows& input = window.is_key ? params.k : params.v;
+  const Source<T> source{static_cast<const T*>(input.data) + window.b * input.batch_stride +
+                             window.kv_head * input.head_stride + window.first_column,
+                         input.row_stride, static_cast<int>(problem.num_kv)};
+  load_window(source, window, slots);
+  const int num_perms =
+      static_cast<int>(problem.num_perm_heads) / static_cast<int>(problem.num_kv_heads);
+  const int64_t first_head = window.b * problem.num_perm_heads + window.kv_head * num_perms;
+  const int64_t first_row = first_head * problem.num_kv + window.begin + thread;
+  const bool takes_part = thread < window.num_copied;
+  const int32_t* perm = params.perm + first_row;
+  T* out = static_cast<T*>(window.is_key ? params.k_perm : params.v_perm) +
+           first_row * problem.head_dim + window.first_column;
+  int32_t next = takes_part ? *perm : 0;
+  slots.wait();
+
+  bool holds_window = true;
+  for (int p = 0; p < num_perms; ++p) {
+    const int32_t row = next;
+    perm += problem.num_kv;
+    if (takes_part && p + 1 < num_perms) next = *perm;
+    // A row before the window, or a negative one, wraps around to a large number.
+    const uint32_t in_window = static_cast<uint32_t>(row) - static_cast<uint32_t>(window.begin);
+    const bool is_local =
+        __syncthreads_and(!takes_part || in_window < static_cast<uint32_t>(window.num_rows));
+    if (!is_local || !holds_window) {
+      slots.release();
+      if (is_local) {
+        load_window(source, window, slots);
+      } else {
+        load_row(source, row, takes_part, slots);
+      }
+      slots.wait();
+      holds_window = is_local;
+    }
+    const int slot = is_local && takes_part ? static_cast<int>(in_window) : thread;
+    if (takes_part) cute::SM90_BULK_COPY_S2G::copy(slots.row(slot), out, slots.bytes(1));
+    cute::tma_store_arrive();
+    out += problem.num_kv * problem.head_dim;
+    if (!window.is_key) continue;
+    add_rows(slots, slot, rows_of_warp(window.num_copied), sums + thread / 32 * window.width);
+    __syncthreads();
+    write_means(params, window, first_head + p, sums);
+  }
+  cute::tma_store_wait<0>();  // shared memory stays until the stores have read it
 }
 
 template <class T>

@@ -19,6 +19,17 @@ struct RingState {
   }
 };
 
+// The same where the number of stages is known at run time only.
+struct DynamicRingState {
+  int num_stages;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance(int steps) {
+    for (stage += steps; stage >= num_stages; stage -= num_stages) parity ^= 1;
+  }
+};
+
 // Tells a barrier that counts warps that this one is done.
 template <class Barrier>
 __device__ void release(Barrier& barrier) {

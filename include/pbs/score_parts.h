@@ -1,4 +1,4 @@
-// How score_keys deals out keys. Host and device.
+// How score_keys deals out keys and query heads. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -8,46 +8,85 @@
 
 namespace pbs {
 
-// A tile of the matrix unit: 128 queries by 128 keys.
-constexpr int kScoreRows = 128;
-constexpr int kScoreKeys = 128;
+// A product of the matrix unit: a block of 64 rows, one warpgroup's, by a tile of 128.
+constexpr int kScoreBlockRows = 64;
+constexpr int kScoreTileRows = 128;
+constexpr int kScoreWarpgroups = 4;  // that multiply
 
-constexpr int score_tile_bytes(int head_dim) { return 2 * kScoreRows * head_dim; }
-
-// Queries of as many heads in shared memory.
-constexpr int score_q_stages(int head_dim) { return head_dim == 256 ? 1 : 2; }
+constexpr int score_tile_bytes(int head_dim) { return 2 * kScoreTileRows * head_dim; }
 
 // With the barriers of as many.
-constexpr int kMaxScoreTilesPerChunk = 8;
-constexpr int kScoreBarrierBytes = 256;
+constexpr int kMostScoreHeads = 4;
+constexpr int kMostScoreStages = 8;
+constexpr int kScoreBarrierBytes = 384;
 
-// For every key tile in shared memory: sums so far.
-constexpr int kScoreTileTable = kScoreKeys * 4;
-// For every query head of a key head: maximum and sum of each query, from either half of the CTA.
-constexpr int kScoreHeadTable = 2 * kScoreRows * 8;
+// The first pass multiplies a tile of keys by the blocks of queries in turn, two blocks a head, and
+// its warpgroups take these products in turn: how many different blocks each of them meets. It
+// keeps a state for each.
+PBS_HOST_DEVICE constexpr int blocks_per_warpgroup(int num_heads) {
+  return num_heads <= 2 ? 1 : num_heads == 3 ? 3 : 2;
+}
 
-// The tiles of one key head go to parts, one a CTA; a part is worked on in chunks of tiles that are
-// in shared memory together, and a chunk by one query head after the other.
-struct ScoreParts {
+// One pass over the keys of all key heads. The query heads of a key head go to groups, whose
+// queries are in shared memory together, and its keys to parts; a CTA works on one part.
+struct ScorePlan {
+  int32_t heads_per_group;  // fewer in the last
+  int32_t num_groups;
+  int32_t keys_per_part;  // fewer in the last
   int32_t num_parts;
-  int32_t tiles_per_part;   // fewer in the last
-  int32_t tiles_per_chunk;  // 0 where the tables of the query heads leave no room
+  int32_t num_stages;  // of keys in shared memory; 0 where the tables leave no room
 };
 
-PBS_HOST_DEVICE constexpr ScoreParts score_parts(int64_t num_tiles, int64_t num_kv_heads,
-                                                 int64_t heads_per_kv, int64_t num_ctas,
-                                                 int head_dim) {
-  const int64_t most_parts = larger(1, smaller(num_tiles, num_ctas / larger(1, num_kv_heads)));
-  ScoreParts parts{};
-  parts.tiles_per_part = static_cast<int32_t>(ceil_div(num_tiles, most_parts));
-  parts.num_parts = static_cast<int32_t>(ceil_div(num_tiles, larger(1, parts.tiles_per_part)));
-  const int64_t tile_bytes = score_tile_bytes(head_dim);
-  const int64_t room = kSharedBytesPerCta - kSwizzleBytes - kScoreBarrierBytes -
-                       score_q_stages(head_dim) * tile_bytes - heads_per_kv * kScoreHeadTable;
-  const int64_t fitting = larger(0, room) / (tile_bytes + kScoreTileTable);
-  parts.tiles_per_chunk =
-      static_cast<int32_t>(smaller(parts.tiles_per_part, smaller(fitting, kMaxScoreTilesPerChunk)));
-  return parts;
+// Bytes that a CTA needs beside queries and keys.
+constexpr int64_t sums_table_bytes(int64_t num_heads) {
+  return blocks_per_warpgroup(static_cast<int>(num_heads)) * kScoreWarpgroups * 128 * 16;
+}
+constexpr int64_t importance_table_bytes(int64_t heads_per_kv) {
+  return heads_per_kv * kScoreTileRows * 4;
+}
+
+// stage_rows: keys that are loaded together. In the first pass the groups of a key head are CTAs of
+// their own, in the second one CTA adds them up.
+constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num_kv_heads,
+                               int64_t heads_per_kv, int64_t num_sms, int head_dim) {
+  const int64_t stage_rows = is_first_pass ? kScoreTileRows : kScoreBlockRows;
+  const int64_t stage_bytes = 2 * stage_rows * head_dim;
+  ScorePlan plan{};
+  // As many heads as leave room for 256 keys.
+  for (int64_t most = smaller(kMostScoreHeads, heads_per_kv); most > 0 && plan.num_stages == 0;
+       --most) {
+    const int64_t num_groups = ceil_div(heads_per_kv, most);
+    const int64_t num_heads = ceil_div(heads_per_kv, num_groups);
+    const int64_t table =
+        is_first_pass ? sums_table_bytes(num_heads) : importance_table_bytes(heads_per_kv);
+    const int64_t room = kSharedBytesPerCta - kSwizzleBytes - kScoreBarrierBytes - table -
+                         num_heads * score_tile_bytes(head_dim);
+    int64_t fitting = smaller(larger(0, room) / stage_bytes, kMostScoreStages);
+    // With one head, half of the warpgroups take the even tiles: from the same stages each time.
+    if (is_first_pass) fitting -= fitting % 2;
+    if (fitting * stage_rows < 256 && !(most == 1 && fitting > 0)) continue;
+    plan.heads_per_group = static_cast<int32_t>(num_heads);
+    plan.num_groups = static_cast<int32_t>(num_groups);
+    plan.num_stages = static_cast<int32_t>(fitting);
+  }
+  if (plan.num_stages == 0) return plan;
+  // A part is a multiple of what all warpgroups take at once. Each costs about one of these more.
+  constexpr int64_t kUnit = kScoreWarpgroups * kScoreBlockRows;
+  const int64_t num_walks = num_kv_heads * (is_first_pass ? plan.num_groups : 1);
+  const int64_t num_units = ceil_div(num_keys, kUnit);
+  int64_t best_time = INT64_MAX;
+  int64_t best = 1;
+  for (int64_t parts = 1; parts <= smaller(num_units, larger(1, 4 * num_sms / num_walks));
+       ++parts) {
+    const int64_t time = ceil_div(num_walks * parts, num_sms) * (ceil_div(num_units, parts) + 1);
+    if (time < best_time) {
+      best_time = time;
+      best = parts;
+    }
+  }
+  plan.keys_per_part = static_cast<int32_t>(ceil_div(num_units, best) * kUnit);
+  plan.num_parts = static_cast<int32_t>(ceil_div(num_keys, plan.keys_per_part));
+  return plan;
 }
 
 }  // namespace pbs

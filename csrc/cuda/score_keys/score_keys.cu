@@ -9,7 +9,8 @@
 #include "../device.h"
 #include "../launch.h"
 #include "../tma.h"
-#include "passes.cuh"
+#include "importance.cuh"
+#include "row_sums.cuh"
 
 namespace pbs::cuda {
 namespace {
@@ -21,20 +22,35 @@ constexpr int kMostMergedInPass = 256;
 constexpr int kScoreProducerRegisters = 32;
 constexpr int kScoreConsumerRegisters = 112;
 
-template <class Traits, bool kKeysAreRows, class Pass>
-__device__ void run_pass(const ScoreArgs& args) {
+constexpr int kWarpsPerGroup = 4;
+
+// Keys of a part that one group of heads after the other works on: what all CTAs have in work at
+// once stays in L2.
+constexpr int kChunkKeys = 1024;
+
+// How many warps free a stage of keys.
+template <class Traits>
+__device__ int readers_of_keys(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
+  return kWarpsPerGroup * min(kScoreWarpgroups, 2 * part.heads_in_group(args, part.first_group));
+}
+template <class Traits>
+__device__ int readers_of_keys(const ScoreArgs&, const ScorePart<Traits, true>&) {
+  return kWarpsPerGroup;
+}
+
+template <class Traits, bool kKeysAreRows, class Consume>
+__device__ void run_pass(const ScoreArgs& args, Consume consume) {
   extern __shared__ char raw[];
-  const ScorePart<Traits> part(args, raw);
-  ScoreBarriers& barriers = *part.barriers;
+  const ScorePart<Traits, kKeysAreRows> part(args, raw);
   if (threadIdx.x == 0) {
-    constexpr int kPairWarps = kScorePairThreads / 32;
-    for (int stage = 0; stage < Traits::kQStages; ++stage) {
-      barriers.q_full[stage].init(1);
-      barriers.q_empty[stage].init(kScorePairs * kPairWarps);
+    ScoreBarriers& barriers = *part.barriers;
+    for (int i = 0; i < args.plan.heads_per_group; ++i) {
+      barriers.q_full[i].init(1);
+      barriers.q_empty[i].init(kScoreConsumers / 32);
     }
-    for (int tile = 0; tile < args.parts.tiles_per_chunk; ++tile) {
-      barriers.k_full[tile].init(1);
-      barriers.k_empty[tile].init(kPairWarps);
+    for (int stage = 0; stage < args.plan.num_stages; ++stage) {
+      for (auto& full : barriers.k_full) full[stage].init(1);
+      barriers.k_empty[stage].init(readers_of_keys(args, part));
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -42,37 +58,34 @@ __device__ void run_pass(const ScoreArgs& args) {
   if (threadIdx.x >= kScoreConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<kScoreProducerRegisters>();
     if (threadIdx.x < kScoreConsumers + 32) load_operands(args, part);
-    return;
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kScoreConsumerRegisters>();
+    consume(part);
   }
-  cutlass::arch::warpgroup_reg_alloc<kScoreConsumerRegisters>();
-  Pass pass(args, part);
-  if constexpr (kKeysAreRows) {
-    cudaGridDependencySynchronize();  // the first pass is written
-    pass.prepare();
-  }
-  consume_products<kKeysAreRows>(part, pass);
-  pass.finish();
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(kScoreThreads, 1)
     row_sums_kernel(const __grid_constant__ ScoreArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // the second pass may start to load
-  run_pass<Traits, false, RowSums<Traits>>(args);
+  run_pass<Traits, false>(args, [&](const ScorePart<Traits, false>& part) {
+    sum_rows(args, part);
+    write_row_sums(args, part);
+  });
 }
 
 // One query head a CTA: merges the parts into the first, so that not every CTA of the second pass
 // has to.
 __global__ void __launch_bounds__(1024) merge_parts_kernel(const __grid_constant__ ScoreArgs args) {
-  constexpr int kSlices = 1024 / kScoreRows;
-  __shared__ float2 slices[kSlices][kScoreRows];
+  constexpr int kSlices = 1024 / kScoreTileRows;
+  __shared__ float2 slices[kSlices][kScoreTileRows];
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
-  const int row = static_cast<int>(threadIdx.x) % kScoreRows;
-  const int slice = static_cast<int>(threadIdx.x) / kScoreRows;
+  const int row = static_cast<int>(threadIdx.x) % kScoreTileRows;
+  const int slice = static_cast<int>(threadIdx.x) / kScoreTileRows;
   float2* states = row_states(args, blockIdx.x) + row;
   const RowState own =
-      merge_parts(states + slice * kScoreRows, args.parts.num_parts - slice, kSlices);
+      merge_parts(states + slice * kScoreTileRows, args.num_states - slice, kSlices);
   slices[slice][row] = float2{own.max, own.sum};
   __syncthreads();
   if (slice != 0) return;
@@ -83,64 +96,96 @@ __global__ void __launch_bounds__(1024) merge_parts_kernel(const __grid_constant
 template <class Traits>
 __global__ void __launch_bounds__(kScoreThreads, 1)
     importance_kernel(const __grid_constant__ ScoreArgs args) {
-  run_pass<Traits, true, Importance<Traits>>(args);
+  run_pass<Traits, true>(args, [&](const ScorePart<Traits, true>& part) {
+    Importance<Traits> importance(args, part);
+    cudaGridDependencySynchronize();  // the first pass is written
+    importance.prepare();
+    importance.run();
+    importance.clear_rest();
+  });
 }
 
-int shared_bytes(const ScoreArgs& args) {
+int64_t heads_per_kv(const Problem& problem) { return problem.num_q_heads / problem.num_kv_heads; }
+
+// Both passes, which differ in how they deal out the work and in what they load at once.
+struct Passes {
+  ScoreArgs sums;
+  ScoreArgs importance;
+};
+
+int64_t num_sums_ctas(const ScoreArgs& args) {
   const Problem& problem = args.params.problem;
-  const int head_dim = static_cast<int>(problem.head_dim);
-  return kSwizzleBytes + kScoreBarrierBytes +
-         (score_q_stages(head_dim) + args.parts.tiles_per_chunk) * score_tile_bytes(head_dim) +
-         static_cast<int>(problem.num_q_heads / problem.num_kv_heads) * kScoreHeadTable +
-         args.parts.tiles_per_chunk * kScoreTileTable;
+  return problem.batch * problem.num_kv_heads * args.plan.num_groups * args.plan.num_parts;
 }
 
-template <class Element, int kHeadDim>
-cudaError_t launch(const ScoreArgs& args, cudaStream_t stream) {
-  using Traits = ScoreTraits<Element, kHeadDim>;
+int64_t num_importance_ctas(const ScoreArgs& args) {
   const Problem& problem = args.params.problem;
-  const int bytes = shared_bytes(args);
+  return problem.batch * problem.num_kv_heads * args.plan.num_parts;
+}
+
+int shared_bytes(const ScoreArgs& args, int64_t stage_rows, int64_t table_bytes) {
+  const int64_t head_dim = args.params.problem.head_dim;
+  return kSwizzleBytes + kScoreBarrierBytes + static_cast<int>(table_bytes) +
+         args.plan.heads_per_group * score_tile_bytes(static_cast<int>(head_dim)) +
+         args.plan.num_stages * static_cast<int>(2 * stage_rows * head_dim);
+}
+
+// A launch of which the next one may start while it runs.
+template <class Kernel>
+cudaError_t launch_beside(Kernel kernel, const ScoreArgs& args, int64_t num_ctas, int num_threads,
+                          int bytes, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      static_cast<unsigned>(problem.batch * problem.num_kv_heads * args.parts.num_parts);
-  config.blockDim = kScoreThreads;
+  config.gridDim = static_cast<unsigned>(num_ctas);
+  config.blockDim = num_threads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  for (const auto kernel : {row_sums_kernel<Traits>, importance_kernel<Traits>}) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
-  cudaError_t error = cudaLaunchKernelEx(&config, row_sums_kernel<Traits>, args);
-  config.attrs = &attribute;  // what follows starts beside it
+  config.attrs = &attribute;
   config.numAttrs = 1;
-  if (error == cudaSuccess && args.num_merged == 1 && args.parts.num_parts > 1) {
-    cudaLaunchConfig_t merge = config;
-    merge.gridDim = static_cast<unsigned>(problem.batch * problem.num_q_heads);
-    merge.blockDim = 1024;
-    merge.dynamicSmemBytes = 0;
-    error = cudaLaunchKernelEx(&merge, merge_parts_kernel, args);
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch(const Passes& passes, cudaStream_t stream) {
+  using Traits = ScoreTraits<Element, kHeadDim>;
+  const Problem& problem = passes.sums.params.problem;
+  const int sums_bytes =
+      shared_bytes(passes.sums, kScoreTileRows, sums_table_bytes(passes.sums.plan.heads_per_group));
+  const int importance_bytes = shared_bytes(passes.importance, kScoreBlockRows,
+                                            importance_table_bytes(heads_per_kv(problem)));
+  cudaError_t error = cudaFuncSetAttribute(row_sums_kernel<Traits>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, sums_bytes);
+  if (error != cudaSuccess) return error;
+  row_sums_kernel<Traits>
+      <<<static_cast<unsigned>(num_sums_ctas(passes.sums)), kScoreThreads, sums_bytes, stream>>>(
+          passes.sums);
+  error = cudaGetLastError();
+  if (error == cudaSuccess && passes.importance.num_merged < passes.sums.num_states) {
+    error = launch_beside(merge_parts_kernel, passes.sums, problem.batch * problem.num_q_heads,
+                          1024, 0, stream);
   }
-  if (error == cudaSuccess) {
-    error = cudaLaunchKernelEx(&config, importance_kernel<Traits>, args);
-  }
-  return error;
+  if (error != cudaSuccess) return error;
+  return launch_beside(importance_kernel<Traits>, passes.importance,
+                       num_importance_ctas(passes.importance), kScoreThreads, importance_bytes,
+                       stream);
 }
 
 template <class Element>
-cudaError_t launch_head_dim(const ScoreArgs& args, cudaStream_t stream) {
-  switch (args.params.problem.head_dim) {
+cudaError_t launch_head_dim(const Passes& passes, cudaStream_t stream) {
+  switch (passes.sums.params.problem.head_dim) {
     case 64:
-      return launch<Element, 64>(args, stream);
+      return launch<Element, 64>(passes, stream);
     case 96:
-      return launch<Element, 96>(args, stream);
+      return launch<Element, 96>(passes, stream);
     case 128:
-      return launch<Element, 128>(args, stream);
+      return launch<Element, 128>(passes, stream);
     default:
-      return launch<Element, 256>(args, stream);
+      return launch<Element, 256>(passes, stream);
   }
 }
 
@@ -148,25 +193,52 @@ int64_t num_scored_keys(const ScoreKeysParams& params) {
   return round_down(params.problem.num_kv, params.blocking.segment_size);
 }
 
-ScoreParts parts_of(const ScoreKeysParams& params, int num_sms) {
+ScorePlan plan_of(const ScoreKeysParams& params, bool is_first_pass, int num_sms) {
   const Problem& problem = params.problem;
-  return score_parts(
-      ceil_div(num_scored_keys(params), kScoreKeys), problem.batch * problem.num_kv_heads,
-      problem.num_q_heads / problem.num_kv_heads, num_sms, static_cast<int>(problem.head_dim));
+  return score_plan(is_first_pass, num_scored_keys(params), problem.batch * problem.num_kv_heads,
+                    heads_per_kv(problem), num_sms, static_cast<int>(problem.head_dim));
 }
 
-const char* encode_all(ScoreArgs& args) {
+const char* encode_operands(ScoreArgs& args, int64_t q_box_rows, int64_t k_box_rows) {
   const ScoreKeysParams& params = args.params;
   const Problem& problem = params.problem;
   ConstRows last_q = params.q;
   last_q.data = static_cast<const char*>(params.q.data) +
                 2 * (problem.num_q - args.num_rows) * params.q.row_stride;
   if (const char* error = encode_rows(&args.q, last_q, problem, problem.num_q_heads, args.num_rows,
-                                      kScoreRows, true)) {
+                                      q_box_rows, true)) {
     return error;
   }
-  return encode_rows(&args.k, params.k, problem, problem.num_kv_heads, args.num_scored, kScoreKeys,
+  return encode_rows(&args.k, params.k, problem, problem.num_kv_heads, args.num_scored, k_box_rows,
                      true);
+}
+
+// Returns an error, or null.
+const char* plan_passes(const ScoreKeysParams& params, float* workspace, int num_sms,
+                        Passes& passes) {
+  ScoreArgs args{};
+  args.params = params;
+  args.state = reinterpret_cast<float2*>(workspace);
+  args.num_rows = static_cast<int>(num_score_rows(params.problem, params.blocking));
+  args.num_scored = static_cast<int>(num_scored_keys(params));
+  const ScorePlan first = plan_of(params, true, num_sms);
+  const ScorePlan second = plan_of(params, false, num_sms);
+  if (first.num_stages == 0 || second.num_stages == 0) return "too many query heads to a key head";
+  args.num_states = first.num_parts;
+  args.num_merged =
+      first.num_parts * heads_per_kv(params.problem) > kMostMergedInPass ? 1 : first.num_parts;
+  passes = Passes{args, args};
+  passes.sums.plan = first;
+  passes.sums.chunk_keys = first.keys_per_part;
+  passes.importance.plan = second;
+  passes.importance.chunk_keys = second.num_groups > 1 ? kChunkKeys : second.keys_per_part;
+  if (larger(num_sums_ctas(passes.sums), num_importance_ctas(passes.importance)) >
+      std::numeric_limits<int32_t>::max()) {
+    return "too many heads for one grid";
+  }
+  const char* error = encode_operands(passes.sums, kScoreBlockRows, kScoreTileRows);
+  return error != nullptr ? error
+                          : encode_operands(passes.importance, kScoreTileRows, kScoreBlockRows);
 }
 
 }  // namespace
@@ -175,7 +247,8 @@ int64_t score_workspace_floats(const ScoreKeysParams& params) {
   int num_sms = 0;
   if (count_sms(&num_sms) != cudaSuccess) num_sms = 1;  // the launch will say why
   const Problem& problem = params.problem;
-  return 2 * problem.batch * problem.num_q_heads * parts_of(params, num_sms).num_parts * kScoreRows;
+  return 2 * problem.batch * problem.num_q_heads * plan_of(params, true, num_sms).num_parts *
+         kScoreTileRows;
 }
 
 const char* launch_score_keys(const ScoreKeysParams& params, float* workspace, void* stream) {
@@ -186,30 +259,16 @@ const char* launch_score_keys(const ScoreKeysParams& params, float* workspace, v
   int num_sms = 0;
   cudaError_t error = count_sms(&num_sms);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  ScoreArgs args{};
-  args.params = params;
-  args.parts = parts_of(params, num_sms);
-  args.state = reinterpret_cast<float2*>(workspace);
-  args.num_merged =
-      args.parts.num_parts * (problem.num_q_heads / problem.num_kv_heads) > kMostMergedInPass
-          ? 1
-          : args.parts.num_parts;
-  args.num_rows = static_cast<int>(num_score_rows(problem, params.blocking));
-  args.num_scored = static_cast<int>(num_scored_keys(params));
-  if (args.num_scored == 0 || args.num_rows == 0) {
+  if (num_scored_keys(params) == 0 || problem.num_q == 0) {
     error = cudaMemsetAsync(params.importance, 0, num_heads * problem.num_kv * sizeof(float),
                             cuda_stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
-  if (args.parts.tiles_per_chunk == 0) return "too many query heads to a key head";
-  if (problem.batch * problem.num_kv_heads * args.parts.num_parts >
-      std::numeric_limits<int32_t>::max()) {
-    return "too many heads for one grid";
-  }
-  if (const char* encode_error = encode_all(args)) return encode_error;
+  Passes passes;
+  if (const char* plan_error = plan_passes(params, workspace, num_sms, passes)) return plan_error;
   error = problem.dtype == DType::kBFloat16
-              ? launch_head_dim<cutlass::bfloat16_t>(args, cuda_stream)
-              : launch_head_dim<cutlass::half_t>(args, cuda_stream);
+              ? launch_head_dim<cutlass::bfloat16_t>(passes, cuda_stream)
+              : launch_head_dim<cutlass::half_t>(passes, cuda_stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -33,13 +33,13 @@ __device__ inline void add_product(float (&sums)[4], const uint32_t (&a)[4],
 }
 
 // logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, of kLogitRows rows of
-// which the first num_rows are written. By all warps of the CTA, 32 keys at a time each. In a
-// product, dimensions may stand in any order that both sides share: a lane takes four that follow
-// each other, of one key and two queries, and these feed two products.
+// which the first num_rows are written. By the first num_warps warps of the CTA, 32 keys at a time
+// each. In a product, dimensions may stand in any order that both sides share: a lane takes four
+// that follow each other, of one key and two queries, and these feed two products.
 __device__ inline void compute_logits(const float* q_means, const float* k_means, int head_dim,
-                                      int num_keys, int num_rows, int stride, float* logits) {
+                                      int num_keys, int num_rows, int stride, int num_warps,
+                                      float* logits) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_warps = static_cast<int>(blockDim.x) / 32;
   constexpr int kKeys = kKeysPerTile * kTilesPerWarp;
   const float* queries = q_means + lane / 4 * query_stride(head_dim) + lane % 4 * 4;
   for (int first = static_cast<int>(threadIdx.x) / 32 * kKeys; first < num_keys;

@@ -1,44 +1,33 @@
-// select_blocks on CUDA: a CTA takes a few query blocks of one head, finds their mean queries and
-// their logits against all mean keys, and picks the smallest set of key blocks whose softmax mass
-// reaches the threshold, all in shared memory.
+// select_blocks on CUDA: the mean of each query block, its logits against all mean keys, and the
+// smallest set of key blocks whose softmax mass reaches the threshold, in one kernel that reads
+// every query once.
 #include <cuda_runtime.h>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <limits>
 
 #include "../device.h"
 #include "../launch.h"
-#include "logits.cuh"
-#include "mean_rows.cuh"
-#include "pbs/bitmask.h"
-#include "top_mass.cuh"
+#include "../tma.h"
+#include "query_means.cuh"
+#include "rows.cuh"
 
 namespace pbs::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMaxSharedBytes = 227 * 1024;
-constexpr int kReservedBytes = 1024;  // of each CTA, by the system
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kMeanKeysThreads = 256;
 
-struct SelectArgs {
-  SelectBlocksParams params;
-  float* own_means;  // (B, Hkv, num_kv_blocks, D) of keys in their own order; with causal mass
-  int num_q_blocks;
-  int num_kv_blocks;
-  int num_words;
-  int row_stride;  // floats from one row of logits to the next
-  int tile_rows;   // query blocks of a CTA
-};
+// 96 a thread are there at launch.
+constexpr int kRowRegisters = 104;
+constexpr int kMeanRegisters = 64;
 
 // One warp a key block.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) mean_keys_kernel(const SelectArgs args) {
+__global__ void __launch_bounds__(kMeanKeysThreads)
+    mean_keys_kernel(const __grid_constant__ SelectArgs args) {
   const Problem& problem = args.params.problem;
   const ConstRows& k = args.params.k;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kMeanKeysThreads + threadIdx.x) / 32;
   const int64_t head = item / args.num_kv_blocks;
   if (head >= problem.batch * problem.num_kv_heads) return;
   const int64_t begin = item % args.num_kv_blocks * args.params.blocking.kv_block_size;
@@ -49,206 +38,138 @@ __global__ void __launch_bounds__(kThreads, 2) mean_keys_kernel(const SelectArgs
             static_cast<int>(problem.head_dim), 1.0f, args.own_means + item * problem.head_dim);
 }
 
-// Sets the bits of a query block's row, and counts them, by one warp.
-__device__ void write_row(const SelectArgs& args, int64_t row, int num_candidates, int sink,
-                          const float* weights, const Cut& cut) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  uint32_t* words = args.params.block_mask + row * args.num_words;
-  int num_equal = 0;
-  int count = 0;
-  for (int first = 0; first < args.num_words; first += 32) {
-    uint32_t own_word = 0;  // of the lane's place
-    const int num_words = min(32, args.num_words - first);
-#pragma unroll 4
-    for (int w = 0; w < num_words; ++w) {
-      const int i = (first + w) * 32 + lane;
-      const uint32_t weight = i < num_candidates ? __float_as_uint(weights[i]) : 0;
-      bool is_selected = weight >= cut.weight;
-      if (!cut.takes_all_equal) {
-        const bool is_equal = i < num_candidates && weight == cut.weight;
-        const uint32_t equal = __ballot_sync(~0u, is_equal);
-        const int rank = num_equal + __popc(equal & ((1u << lane) - 1));
-        if (is_equal && rank >= cut.num_equal) is_selected = false;
-        num_equal += __popc(equal);
-      }
-      const uint32_t word = __ballot_sync(~0u, i < num_candidates && (is_selected || i == sink));
-      if (lane == w) own_word = word;
-    }
-    if (lane < num_words) words[first + lane] = own_word;
-    count += __popc(own_word);
-  }
-  count = __reduce_add_sync(~0u, count);
-  if (lane == 0) args.params.counts[row] = count;
+template <class Element>
+__device__ void write_means(const SelectArgs& args, const SelectShared& shared) {
+  QueryMeans<Element> means(args, shared, static_cast<int>(threadIdx.x) / 32 - kRowWarps);
+  for_each_tile(args, [&](const SelectTile& tile, int i) {
+    const int buffer = i % kMeanBuffers;
+    const uint32_t parity = i / kMeanBuffers & 1;
+    shared.barriers->means_empty[buffer].wait(parity ^ 1);
+    means.add_tile(tile, shared.means_of(buffer));
+    release(shared.barriers->means_full[buffer]);
+  });
 }
 
-// The permuted key block that holds token 0, by the whole CTA.
-__device__ int find_sink(const SelectArgs& args, int64_t b, int64_t hp) {
-  __shared__ int sink;
-  if (threadIdx.x == 0) sink = 0;
-  __syncthreads();
-  const int64_t size = smaller(args.params.blocking.segment_size, args.params.problem.num_kv);
-  if (args.params.perm != nullptr) {
-    const int32_t* perm = args.params.perm + (b * args.params.problem.num_perm_heads + hp) *
-                                                 args.params.problem.num_kv;
-    for (int i = threadIdx.x; i < size; i += kThreads) {
-      if (perm[i] == 0) sink = i / static_cast<int>(args.params.blocking.kv_block_size);
-    }
-  }
-  __syncthreads();
-  return sink;
-}
-
-// What a CTA works on: some query blocks of one head, the longest rows of all heads first.
-struct Tile {
-  int64_t b;
-  int64_t hq;
-  int first_block;
-  int num_blocks;
-};
-
-__device__ Tile tile_of(const SelectArgs& args) {
+__device__ void select_rows(const SelectArgs& args, const SelectShared& shared) {
   const Problem& problem = args.params.problem;
-  const auto num_heads = static_cast<int>(problem.batch * problem.num_q_heads);
-  const int head = static_cast<int>(blockIdx.x) % num_heads;
-  const int idx = static_cast<int>(blockIdx.x) / num_heads;
-  const int num_tiles = (args.num_q_blocks + args.tile_rows - 1) / args.tile_rows;
-  Tile tile{};
-  tile.b = head / static_cast<int>(problem.num_q_heads);
-  tile.hq = head % static_cast<int>(problem.num_q_heads);
-  tile.first_block = (num_tiles - 1 - idx) * args.tile_rows;
-  tile.num_blocks = min(args.tile_rows, args.num_q_blocks - tile.first_block);
-  return tile;
-}
-
-// Logits of the own segment's key blocks behind those of the candidates, by one warp. Returns how
-// many there are in all.
-__device__ int add_own_logits(const SelectArgs& args, const Tile& tile, const QueryBlock& block,
-                              const float* q_mean, float* logits) {
-  const Problem& problem = args.params.problem;
-  const int head_dim = static_cast<int>(problem.head_dim);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t hkv = tile.hq / (problem.num_q_heads / problem.num_kv_heads);
-  const float* own_means =
-      args.own_means + (tile.b * problem.num_kv_heads + hkv) * args.num_kv_blocks * head_dim;
-  const int64_t first = block.own_begin / args.params.blocking.kv_block_size;
-  const int64_t last = ceil_div(block.own_end, args.params.blocking.kv_block_size);
-  auto n = static_cast<int>(block.num_candidates);
-  for (int64_t j = first; j < last; ++j, ++n) {
-    float sum = 0.0f;
-    for (int d = lane; d < head_dim; d += 32) sum += q_mean[d] * own_means[j * head_dim + d];
-    sum = warp_sum(sum);
-    if (lane == 0) logits[n] = sum;
-  }
-  __syncwarp();
-  return n;
-}
-
-// The cut of one query block's row, by one warp. Leaves weights of candidates in `logits`.
-__device__ Cut cut_row(const SelectArgs& args, const Tile& tile, const QueryBlock& block,
-                       const float* q_mean, float* logits) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto num_candidates = static_cast<int>(block.num_candidates);
-  const int n = args.params.is_mass_causal ? add_own_logits(args, tile, block, q_mean, logits)
-                                           : num_candidates;
-  const float total = weigh(logits, n);
-  float own = 0.0f;
-  for (int i = num_candidates + lane; i < n; i += 32) {
-    own += logits[i];
-    logits[i] = 0.0f;
-  }
-  __syncwarp();
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
-  if (args.params.threshold >= 1.0 || !(total >= 0.0f)) return Cut{0, num_candidates, true};
-  const float needed = static_cast<float>(args.params.threshold) * total - warp_sum(own);
-  const float of_candidates =
-      n == num_candidates ? total : part_from(logits, num_candidates, 1).mass;
-  return find_cut(logits, num_candidates, of_candidates, needed);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) select_kernel(const SelectArgs args) {
-  extern __shared__ float4 raw[];
-  const SelectBlocksParams& params = args.params;
-  const Problem& problem = params.problem;
-  const Blocking& blocking = params.blocking;
-  const int head_dim = static_cast<int>(problem.head_dim);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  float* q_means = reinterpret_cast<float*>(raw);                 // (kLogitRows, query_stride)
-  float* logits = q_means + kLogitRows * query_stride(head_dim);  // (tile_rows, row_stride)
-  const Tile tile = tile_of(args);
-  const int64_t hp = tile.hq / (problem.num_q_heads / problem.num_perm_heads);
-  const auto describe = [&](int r) {
-    return query_block(tile.first_block + r, problem.num_q, problem.num_kv, blocking.block_size,
-                       blocking.kv_block_size, blocking.segment_size, params.is_causal);
-  };
+  const int64_t heads_per_perm = problem.num_q_heads / problem.num_perm_heads;
+  for_each_tile(args, [&](const SelectTile& tile, int i) {
+    const int buffer = i % kMeanBuffers;
+    const float* q_means = shared.means_of(buffer);
+    const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / heads_per_perm;
+    const int sink = find_sink(args, tile);
+    shared.barriers->means_full[buffer].wait(i / kMeanBuffers & 1);
+    compute_logits(q_means, args.params.k_mean + perm_head * args.num_kv_blocks * shared.head_dim,
+                   shared.head_dim,
+                   static_cast<int>(describe(args, tile, tile.num_blocks - 1).num_candidates),
+                   tile.num_blocks, args.row_stride, kRowWarps, shared.logits);
+    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);
+    for (int r = warp; r < tile.num_blocks; r += kRowWarps) {
+      const QueryBlock block = describe(args, tile, r);
+      float* row = shared.logits + r * args.row_stride;
+      const Cut cut = cut_row(args, tile, block, q_means + r * query_stride(shared.head_dim), row,
+                              shared.scratch + warp * kCutScratch);
+      write_row(args,
+                (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
+                static_cast<int>(block.num_candidates), sink, row, cut);
+    }
+    release(shared.barriers->means_empty[buffer]);
+    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
+  });
+}
 
-  const T* q = static_cast<const T*>(params.q.data) + tile.b * params.q.batch_stride +
-               tile.hq * params.q.head_stride;
-  for (int r = warp; r < tile.num_blocks; r += kWarps) {
-    const QueryBlock block = describe(r);
-    mean_rows(q, params.q.row_stride, block.first_row, block.first_row + block.num_rows, head_dim,
-              params.scale * kLog2e, q_means + r * query_stride(head_dim));
+template <class Element>
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    select_kernel(const __grid_constant__ SelectArgs args) {
+  extern __shared__ char raw[];
+  const SelectShared shared(args, raw);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < args.num_slots; ++slot) {
+      shared.barriers->slot_full[slot].init(1);
+      shared.barriers->slot_empty[slot].init(1);
+    }
+    for (int buffer = 0; buffer < kMeanBuffers; ++buffer) {
+      shared.barriers->means_full[buffer].init(kMeanWarps);
+      shared.barriers->means_empty[buffer].init(kRowWarps);
+    }
+    cutlass::arch::fence_barrier_init();
   }
-  const int sink = find_sink(args, tile.b, hp);  // its barriers are also those of q_means
-  compute_logits(
-      q_means,
-      params.k_mean + (tile.b * problem.num_perm_heads + hp) * args.num_kv_blocks * head_dim,
-      head_dim, static_cast<int>(describe(tile.num_blocks - 1).num_candidates), tile.num_blocks,
-      args.row_stride, logits);
   __syncthreads();
-
-  for (int r = warp; r < tile.num_blocks; r += kWarps) {
-    const QueryBlock block = describe(r);
-    float* row = logits + r * args.row_stride;
-    const Cut cut = cut_row(args, tile, block, q_means + r * query_stride(head_dim), row);
-    write_row(args,
-              (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
-              static_cast<int>(block.num_candidates), sink, row, cut);
+  if (warp < kRowWarps) {
+    cutlass::arch::warpgroup_reg_alloc<kRowRegisters>();
+    select_rows(args, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<kMeanRegisters>();
+    if (warp < kRowWarps + kMeanWarps) {
+      write_means<Element>(args, shared);
+    } else if constexpr (!std::is_same_v<Element, float>) {
+      load_queries<Element>(args, shared);
+    }
   }
 }
 
-int shared_bytes(const SelectArgs& args, int64_t num_rows) {
-  return static_cast<int>(sizeof(float)) *
-         (kLogitRows * query_stride(static_cast<int>(args.params.problem.head_dim)) +
-          static_cast<int>(num_rows) * args.row_stride);
+// As many rows as a product has; on a short sequence fewer, so that each CTA has several tiles, of
+// which one is loaded while the one before is in work.
+int64_t wanted_rows(const SelectArgs& args, int num_sms) {
+  constexpr int kTilesPerCta = 4;
+  const Problem& problem = args.params.problem;
+  const int64_t num_rows = problem.batch * problem.num_q_heads * args.num_q_blocks;
+  int64_t rows = kLogitRows;
+  while (rows > kLogitRows / 4 && num_rows < rows * num_sms * kTilesPerCta) rows /= 2;
+  return rows;
 }
 
-// As many rows as a product has, or as many as fit.
-int64_t fitting_rows(const SelectArgs& args, int64_t bytes) {
+// Returns the bytes of shared memory, or 0 where not one row fits.
+int64_t fit_shared(SelectArgs& args, int num_sms) {
+  const Problem& problem = args.params.problem;
+  const auto head_dim = static_cast<int>(problem.head_dim);
+  const bool has_slots = problem.dtype != DType::kFloat32;
   const int64_t row_bytes = args.row_stride * static_cast<int64_t>(sizeof(float));
-  return smaller(kLogitRows, (bytes - shared_bytes(args, 0)) / row_bytes);
+  const int64_t slot_bytes =
+      query_slot_bytes(head_dim, static_cast<int>(args.params.blocking.block_size));
+  const int64_t room = kSharedBytesPerCta - select_fixed_bytes(head_dim);
+  const int64_t rows_room = room - (has_slots ? kMeanWarps * slot_bytes : 0);
+  const int64_t rows = smaller(wanted_rows(args, num_sms), rows_room / row_bytes);
+  if (rows <= 0) return 0;
+  args.tile_rows = static_cast<int>(rows);
+  if (has_slots) {
+    // Each slot is always the same warp's.
+    const int64_t slots = smaller(kMaxQuerySlots, (room - rows * row_bytes) / slot_bytes);
+    args.num_slots = static_cast<int>(round_down(slots, kMeanWarps));
+  }
+  return select_fixed_bytes(head_dim) + rows * row_bytes + args.num_slots * slot_bytes;
 }
 
-// Two CTAs to an SM, unless rows are so long that products would be mostly empty; and on a short
-// sequence fewer rows, so that every SM has its two.
-int64_t tile_rows(const SelectArgs& args, int num_sms) {
-  const int64_t in_half = fitting_rows(args, kMaxSharedBytes / 2 - kReservedBytes);
-  if (in_half < kLogitRows / 2) return fitting_rows(args, kMaxSharedBytes);
-  const int64_t num_heads = args.params.problem.batch * args.params.problem.num_q_heads;
-  return larger(1, smaller(in_half, num_heads * args.num_q_blocks / (2 * num_sms)));
-}
-
-template <class T>
+template <class Element>
 const char* launch(SelectArgs& args, cudaStream_t stream) {
   const Problem& problem = args.params.problem;
   int num_sms = 0;
   cudaError_t error = count_sms(&num_sms);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t num_rows = tile_rows(args, num_sms);
-  if (num_rows <= 0) return "too many key blocks for shared memory";
-  args.tile_rows = static_cast<int>(num_rows);
+  const int64_t bytes = fit_shared(args, num_sms);
+  if (bytes == 0) return "too many key blocks for shared memory";
+  if (args.num_slots > 0) {
+    if (const char* encode_error =
+            encode_rows(&args.q, args.params.q, problem, problem.num_q_heads, problem.num_q,
+                        args.params.blocking.block_size, false)) {
+      return encode_error;
+    }
+  }
   if (args.params.is_mass_causal) {
     const int64_t num_key_blocks = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
-    mean_keys_kernel<T>
-        <<<static_cast<unsigned>(ceil_div(num_key_blocks, kWarps)), kThreads, 0, stream>>>(args);
+    const auto num_ctas = static_cast<unsigned>(ceil_div(32 * num_key_blocks, kMeanKeysThreads));
+    mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
   }
-  const int bytes = shared_bytes(args, num_rows);
-  const auto kernel = select_kernel<T>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto kernel = select_kernel<Element>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes));
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t num_ctas =
-      problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, num_rows);
-  kernel<<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(args);
+  const int64_t num_tiles =
+      problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tile_rows);
+  kernel<<<static_cast<unsigned>(smaller(num_sms, num_tiles)), kSelectThreads,
+           static_cast<size_t>(bytes), stream>>>(args);
   error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,0 +1,166 @@
+// Means of query blocks. Of 2-byte elements, TMA brings column groups into slots and the tensor
+// cores add up their rows, as the product with a matrix of ones: an instruction for 64 elements,
+// where conversions and sums would take more than memory does.
+#pragma once
+
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+#include "../exp2.cuh"
+#include "../ring.cuh"
+#include "../tma.cuh"
+#include "mean_rows.cuh"
+#include "walk.cuh"
+
+namespace pbs::cuda {
+
+constexpr int kRowsPerProduct = 16;
+constexpr int kColumnsPerLoad = 16;
+
+template <class Element>
+struct OnesMma;
+template <>
+struct OnesMma<cutlass::bfloat16_t> {
+  using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+  static constexpr uint32_t kOnes = 0x3f803f80;
+};
+template <>
+struct OnesMma<cutlass::half_t> {
+  using Mma = cute::SM80_16x8x16_F32F16F16F32_TN;
+  static constexpr uint32_t kOnes = 0x3c003c00;
+};
+
+// Loads every query block of every tile. By one warp.
+template <class Element>
+__device__ void load_queries(const SelectArgs& args, const SelectShared& shared) {
+  const int num_groups = shared.head_dim / group_columns(shared.head_dim);
+  const auto block_size = static_cast<int>(args.params.blocking.block_size);
+  DynamicRingState state{args.num_slots};
+  for_each_tile(args, [&](const SelectTile& tile, int) {
+    for (int i = 0; i < tile.num_blocks * num_groups; ++i) {
+      shared.barriers->slot_empty[state.stage].wait(state.parity ^ 1);
+      if (cute::elect_one_sync()) {
+        auto& full = shared.barriers->slot_full[state.stage];
+        full.arrive_and_expect_tx(shared.slot_bytes);
+        copy_box(args.q, full,
+                 reinterpret_cast<Element*>(shared.slots + state.stage * shared.slot_bytes),
+                 (tile.first_block + i / num_groups) * block_size, i % num_groups,
+                 static_cast<int>(tile.hq), static_cast<int>(tile.b));
+      }
+      __syncwarp();
+      state.advance(1);
+    }
+  });
+}
+
+// Sums of the columns of a slot times `share`, by one warp. Rows that do not exist are zero.
+template <class Element, int kGroupColumns>
+__device__ void sum_columns(uint32_t slot, int num_rows, float share, float* mean) {
+  using Ones = OnesMma<Element>;
+  constexpr int kPairs = kGroupColumns / kColumnsPerLoad;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane_row = lane % 16;
+  const int lane_column = lane / 16 * 8;
+  const uint32_t ones = Ones::kOnes;
+  float sums[kPairs][2][4] = {};
+#pragma unroll 1
+  for (int row = 0; row < num_rows; row += kRowsPerProduct) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      uint32_t x[4];
+      const uint32_t from = slot + tile_offset<kGroupColumns>(num_rows, row + lane_row,
+                                                              pair * kColumnsPerLoad + lane_column);
+      asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                   : "r"(from)
+                   : "memory");
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&sum)[4] = sums[pair][half];
+        Ones::Mma::fma(sum[0], sum[1], sum[2], sum[3], ones, ones, ones, ones, x[2 * half],
+                       x[2 * half + 1], sum[0], sum[1], sum[2], sum[3]);
+      }
+    }
+  }
+  // All rows of the products are alike.
+  if (lane >= 4) return;
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float (&sum)[4] = sums[pair][half];
+      float2& to = *reinterpret_cast<float2*>(mean + pair * kColumnsPerLoad + half * 8 + lane * 2);
+      to = float2{sum[0] * share, sum[1] * share};
+    }
+  }
+}
+
+// The mean queries of a tile, times what makes of their products logits in powers of two. By
+// kMeanWarps warps, which take slots in turn.
+template <class Element>
+class QueryMeans {
+ public:
+  __device__ QueryMeans(const SelectArgs& args, const SelectShared& shared, int warp)
+      : args_(args),
+        shared_(shared),
+        warp_(warp),
+        factor_(args.params.scale * kLog2e),
+        slot_{args.num_slots} {
+    slot_.advance(warp);
+  }
+
+  __device__ void add_tile(const SelectTile& tile, float* means) {
+    if constexpr (std::is_same_v<Element, float>) {
+      average_from_memory(tile, means);
+    } else {
+      average_slots(tile, means);
+    }
+  }
+
+ private:
+  __device__ void average_from_memory(const SelectTile& tile, float* means) {
+    const ConstRows& rows = args_.params.q;
+    const auto* q = static_cast<const float*>(rows.data) + tile.b * rows.batch_stride +
+                    tile.hq * rows.head_stride;
+    for (int r = warp_; r < tile.num_blocks; r += kMeanWarps) {
+      const QueryBlock block = describe(args_, tile, r);
+      mean_rows(q, rows.row_stride, block.first_row, block.first_row + block.num_rows,
+                shared_.head_dim, factor_, means + r * query_stride(shared_.head_dim));
+    }
+  }
+
+  __device__ void average_slots(const SelectTile& tile, float* means) {
+    const int columns = group_columns(shared_.head_dim);
+    const int num_groups = shared_.head_dim / columns;
+    const int num_loaded = tile.num_blocks * num_groups;
+    const auto block_size = static_cast<int>(args_.params.blocking.block_size);
+    for (; nth_ < num_loaded; nth_ += kMeanWarps, slot_.advance(kMeanWarps)) {
+      const int r = nth_ / num_groups;
+      const float share = factor_ / static_cast<float>(describe(args_, tile, r).num_rows);
+      float* mean = means + r * query_stride(shared_.head_dim) + nth_ % num_groups * columns;
+      const uint32_t slot =
+          cute::cast_smem_ptr_to_uint(shared_.slots) + slot_.stage * shared_.slot_bytes;
+      shared_.barriers->slot_full[slot_.stage].wait(slot_.parity);
+      if (columns == 64) {
+        sum_columns<Element, 64>(slot, block_size, share, mean);
+      } else {
+        sum_columns<Element, 32>(slot, block_size, share, mean);
+      }
+      release(shared_.barriers->slot_empty[slot_.stage]);
+    }
+    nth_ -= num_loaded;  // in the next tile
+  }
+
+  const SelectArgs& args_;
+  const SelectShared& shared_;
+  int warp_;
+  float factor_;
+  DynamicRingState slot_;
+  int nth_ = warp_;  // of the slots of the tile
+};
+
+}  // namespace pbs::cuda

@@ -1,0 +1,123 @@
+// What the CTAs of select_blocks work on, in which order, and their shared memory.
+//
+// A CTA takes one tile of query blocks of one head after the other. A warp loads the queries, other
+// warps average them, and the rest find and cut the rows of logits, each a tile ahead of the next.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/util.hpp>
+
+#include "../warpgroup.cuh"
+#include "logits.cuh"
+#include "pbs/params.h"
+#include "pbs/tile_shape.h"
+
+namespace pbs::cuda {
+
+constexpr int kRowWarps = 16;  // cut rows
+constexpr int kMeanWarps = 3;  // average queries; with one that loads, every scheduler has five
+constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps + 1);
+constexpr int kMeanBuffers = 2;
+constexpr int kMaxQuerySlots = 15;
+constexpr int kCutScratch = 32;  // words of a warp
+
+struct SelectArgs {
+  SelectBlocksParams params;
+  float* own_means;  // (B, Hkv, num_kv_blocks, D) of keys in their own order; with causal mass
+  int num_q_blocks;
+  int num_kv_blocks;
+  int num_words;
+  int row_stride;  // floats from one row of logits to the next
+  int tile_rows;   // query blocks of a tile
+  int num_slots;   // of queries in shared memory, each a column group of a query block
+  CUtensorMap q;   // not of float32
+};
+
+struct SelectBarriers {
+  cutlass::arch::ClusterTransactionBarrier slot_full[kMaxQuerySlots];
+  cutlass::arch::ClusterBarrier slot_empty[kMaxQuerySlots];
+  cutlass::arch::ClusterBarrier means_full[kMeanBuffers];
+  cutlass::arch::ClusterBarrier means_empty[kMeanBuffers];
+};
+
+__host__ __device__ constexpr int query_slot_bytes(int head_dim, int block_size) {
+  return 2 * block_size * group_columns(head_dim);
+}
+
+__host__ __device__ constexpr int query_means_floats(int head_dim) {
+  return kLogitRows * query_stride(head_dim);
+}
+
+// Shared memory beside slots and rows of logits.
+constexpr int select_fixed_bytes(int head_dim) {
+  return kSwizzleBytes + static_cast<int>(sizeof(SelectBarriers)) +
+         4 * (kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
+}
+
+struct SelectShared {
+  __device__ SelectShared(const SelectArgs& args, char* raw)
+      : head_dim(static_cast<int>(args.params.problem.head_dim)),
+        slot_bytes(query_slot_bytes(head_dim, static_cast<int>(args.params.blocking.block_size))) {
+    // By an offset: the compiler then knows that all of this is shared memory.
+    const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
+    slots = raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
+    means = reinterpret_cast<float*>(slots + args.num_slots * slot_bytes);
+    logits = means + kMeanBuffers * query_means_floats(head_dim);
+    scratch = reinterpret_cast<uint32_t*>(logits + args.tile_rows * args.row_stride);
+    barriers = reinterpret_cast<SelectBarriers*>(scratch + kRowWarps * kCutScratch);
+  }
+
+  __device__ float* means_of(int buffer) const {
+    return means + buffer * query_means_floats(head_dim);
+  }
+
+  int head_dim;
+  int slot_bytes;
+  char* slots;
+  float* means;       // (kMeanBuffers, kLogitRows, query_stride)
+  float* logits;      // (tile_rows, row_stride)
+  uint32_t* scratch;  // (kRowWarps, kCutScratch)
+  SelectBarriers* barriers;
+};
+
+// Some query blocks of one head.
+struct SelectTile {
+  int64_t b;
+  int64_t hq;
+  int first_block;
+  int num_blocks;
+};
+
+// Calls visit(tile, i) for the tiles of a CTA, i from 0 on. Tiles are numbered from the longest
+// rows to the shortest, across heads, and taken from both ends in turn: what is loaded for a short
+// one comes in while a long one is in work.
+template <class Visit>
+__device__ void for_each_tile(const SelectArgs& args, Visit visit) {
+  const Problem& problem = args.params.problem;
+  const auto num_heads = static_cast<int>(problem.batch * problem.num_q_heads);
+  const int tiles_per_head = (args.num_q_blocks + args.tile_rows - 1) / args.tile_rows;
+  const int num_tiles = num_heads * tiles_per_head;
+  const auto num_ctas = static_cast<int>(gridDim.x);
+  for (int i = 0, nth = blockIdx.x; nth < num_tiles; ++i, nth += num_ctas) {
+    const int from_end = i / 2 * num_ctas + static_cast<int>(blockIdx.x);
+    const int idx = i % 2 == 0 ? from_end : num_tiles - 1 - from_end;
+    const int head = idx % num_heads;
+    SelectTile tile{};
+    tile.b = head / static_cast<int>(problem.num_q_heads);
+    tile.hq = head % static_cast<int>(problem.num_q_heads);
+    tile.first_block = (tiles_per_head - 1 - idx / num_heads) * args.tile_rows;
+    tile.num_blocks = min(args.tile_rows, args.num_q_blocks - tile.first_block);
+    visit(tile, i);
+  }
+}
+
+__device__ inline QueryBlock describe(const SelectArgs& args, const SelectTile& tile, int row) {
+  const Problem& problem = args.params.problem;
+  const Blocking& blocking = args.params.blocking;
+  return query_block(tile.first_block + row, problem.num_q, problem.num_kv, blocking.block_size,
+                     blocking.kv_block_size, blocking.segment_size, args.params.is_causal);
+}
+
+}  // namespace pbs::cuda
