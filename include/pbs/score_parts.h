@@ -76,8 +76,8 @@ constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num
   const int64_t num_units = ceil_div(num_keys, kUnit);
   int64_t best_time = INT64_MAX;
   int64_t best = 1;
-  for (int64_t parts = 1; parts <= smaller(num_units, larger(1, 4 * num_sms / num_walks));
-       ++parts) {
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    const int64_t parts = larger(1, smaller(num_units, waves * num_sms / num_walks));
     const int64_t time = ceil_div(num_walks * parts, num_sms) * (ceil_div(num_units, parts) + 1);
     if (time < best_time) {
       best_time = time;

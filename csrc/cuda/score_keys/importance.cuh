@@ -69,7 +69,11 @@ class Importance {
         if (!is_per_query_head_) write(0, key, visit.group == 0, totals);
         k.advance(kScoreWarpgroups);
       }
-      for (int i = 0; i < args_.plan.heads_per_group; ++i) release(barriers.q_empty[i]);
+      for (int i = 0; i < args_.plan.heads_per_group; ++i) {
+        // A warpgroup without a block has not waited yet, and must not be a visit ahead.
+        barriers.q_full[i].wait(visit.idx & 1);
+        release(barriers.q_empty[i]);
+      }
       first.advance(visit.num_stages);
     });
   }
