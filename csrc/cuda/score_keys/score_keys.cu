@@ -57,7 +57,9 @@ __device__ void run_pass(const ScoreArgs& args, Consume consume) {
   __syncthreads();
   if (threadIdx.x >= kScoreConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<kScoreProducerRegisters>();
-    if (threadIdx.x < kScoreConsumers + 32) load_operands(args, part);
+    if (threadIdx.x < kScoreConsumers + 32) {
+      ScoreLoader<Traits, kKeysAreRows>(args, part).run();
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kScoreConsumerRegisters>();
     consume(part);

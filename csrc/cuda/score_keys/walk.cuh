@@ -146,46 +146,66 @@ __device__ void for_each_visit(const ScoreArgs& args, const ScorePart<Traits, kK
   }
 }
 
-// Loads what the products read, about in their order. By one warp.
+// Loads what the products read. By one warp.
 template <class Traits, bool kKeysAreRows>
-__device__ void load_operands(const ScoreArgs& args, const ScorePart<Traits, kKeysAreRows>& part) {
-  constexpr int kStageRows = ScorePart<Traits, kKeysAreRows>::kStageRows;
-  constexpr int kStageSize = kStageRows * Traits::kHeadDim;
-  ScoreBarriers& barriers = *part.barriers;
-  DynamicRingState k{args.plan.num_stages};
-  for_each_visit<Traits, kKeysAreRows>(args, part, [&](const ScoreVisit& visit) {
-    const int first_head =
-        part.kv_head * part.heads_per_kv + visit.group * args.plan.heads_per_group;
-    for (int i = 0; i < max(args.plan.heads_per_group, visit.num_stages); ++i) {
-      if (i < args.plan.heads_per_group) {
-        barriers.q_empty[i].wait((visit.idx & 1) ^ 1);
-        if (cute::elect_one_sync()) {
-          // The last group may have fewer heads; the barriers of the others pass with them.
-          const bool exists = i < visit.num_heads;
-          barriers.q_full[i].arrive_and_expect_tx(exists ? score_tile_bytes(Traits::kHeadDim) : 0);
-          constexpr int kBoxRows = kKeysAreRows ? kScoreTileRows : kScoreBlockRows;
-          for (int row = 0; exists && row < kScoreTileRows; row += kBoxRows) {
-            copy_box(args.q, barriers.q_full[i],
-                     part.queries + i * Traits::kTileSize + row * Traits::kHeadDim, row, 0,
-                     first_head + i, part.b);
-          }
-        }
-        __syncwarp();
+class ScoreLoader {
+ public:
+  using Part = ScorePart<Traits, kKeysAreRows>;
+
+  __device__ ScoreLoader(const ScoreArgs& args, const Part& part)
+      : args_(args), part_(part), k_{args.plan.num_stages} {}
+
+  // About in the order of the products. But no product ends before the queries of all heads are
+  // there, so that none of them may wait for a stage that a product has to free.
+  __device__ void run() {
+    for_each_visit<Traits, kKeysAreRows>(args_, part_, [&](const ScoreVisit& visit) {
+      int stage = 0;
+      for (int i = 0; i < args_.plan.heads_per_group; ++i) {
+        load_queries(visit, i);
+        if (stage < min(args_.plan.num_stages, visit.num_stages)) load_keys(visit, stage++);
       }
-      if (i < visit.num_stages) {
-        barriers.k_empty[k.stage].wait(k.parity ^ 1);
-        if (cute::elect_one_sync()) {
-          auto& full = barriers.k_full[kKeysAreRows ? i % kScoreWarpgroups : 0][k.stage];
-          full.arrive_and_expect_tx(2 * kStageSize);
-          copy_box(args.k, full, part.keys + k.stage * kStageSize, visit.first_key + i * kStageRows,
-                   0, part.kv_head, part.b);
-        }
-        __syncwarp();
-        k.advance(1);
+      while (stage < visit.num_stages) load_keys(visit, stage++);
+    });
+  }
+
+ private:
+  __device__ void load_queries(const ScoreVisit& visit, int i) {
+    constexpr int kBoxRows = kKeysAreRows ? kScoreTileRows : kScoreBlockRows;
+    ScoreBarriers& barriers = *part_.barriers;
+    barriers.q_empty[i].wait((visit.idx & 1) ^ 1);
+    if (cute::elect_one_sync()) {
+      // The last group may have fewer heads; the barriers of the others pass with them.
+      const bool exists = i < visit.num_heads;
+      barriers.q_full[i].arrive_and_expect_tx(exists ? score_tile_bytes(Traits::kHeadDim) : 0);
+      const int head =
+          part_.kv_head * part_.heads_per_kv + visit.group * args_.plan.heads_per_group + i;
+      for (int row = 0; exists && row < kScoreTileRows; row += kBoxRows) {
+        copy_box(args_.q, barriers.q_full[i],
+                 part_.queries + i * Traits::kTileSize + row * Traits::kHeadDim, row, 0, head,
+                 part_.b);
       }
     }
-  });
-}
+    __syncwarp();
+  }
+
+  __device__ void load_keys(const ScoreVisit& visit, int i) {
+    constexpr int kStageSize = Part::kStageRows * Traits::kHeadDim;
+    ScoreBarriers& barriers = *part_.barriers;
+    barriers.k_empty[k_.stage].wait(k_.parity ^ 1);
+    if (cute::elect_one_sync()) {
+      auto& full = barriers.k_full[kKeysAreRows ? i % kScoreWarpgroups : 0][k_.stage];
+      full.arrive_and_expect_tx(2 * kStageSize);
+      copy_box(args_.k, full, part_.keys + k_.stage * kStageSize,
+               visit.first_key + i * Part::kStageRows, 0, part_.kv_head, part_.b);
+    }
+    __syncwarp();
+    k_.advance(1);
+  }
+
+  const ScoreArgs& args_;
+  const Part& part_;
+  DynamicRingState k_;
+};
 
 // Products of a block by a tile, by one warpgroup: scores = rows . columns^T.
 template <class Traits>
