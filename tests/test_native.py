@@ -193,6 +193,53 @@ def test_order_layout_parts_do_not_overlap(native, num_heads):
     assert weights - group_at == size - weights == groups.num_groups()
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    is_first_pass=st.booleans(),
+    num_keys=st.one_of(st.integers(0, 3000), st.integers(0, 2**22)),
+    num_kv_heads=st.integers(1, 300),
+    heads_per_kv=st.integers(1, 64),
+    head_dim=st.sampled_from([64, 96, 128, 256]),
+)
+def test_score_plan_deals_out_everything(
+    native, is_first_pass, num_keys, num_kv_heads, heads_per_kv, head_dim
+):
+    shape = (num_keys, num_kv_heads, heads_per_kv, 132, head_dim)
+    plan = native.score_plan(is_first_pass, *shape)
+    # Groups and parts hold all heads and all keys, and none is empty.
+    assert 0 < plan.heads_per_group <= 4
+    assert 0 <= plan.heads_per_group * plan.num_groups - heads_per_kv < plan.heads_per_group
+    assert plan.keys_per_part % 256 == 0
+    unused = plan.keys_per_part * plan.num_parts - num_keys
+    assert 0 <= unused < plan.keys_per_part
+    used = native.score_shared_bytes(plan, is_first_pass, heads_per_kv, head_dim)
+    assert used <= native.shared_bytes_per_cta
+    assert plan.num_stages * native.score_stage_rows(is_first_pass) >= 256
+    if is_first_pass:
+        assert plan.num_stages % 2 == 0
+
+
+@pytest.mark.parametrize("is_first_pass", [True, False])
+def test_score_plan_fills_the_gpu_once(native, is_first_pass):
+    plan = native.score_plan(is_first_pass, 131072, 8, 4, 132, 128)
+    assert (plan.heads_per_group, plan.num_groups, plan.num_parts) == (4, 1, 16)
+
+
+def test_score_plan_refuses_what_does_not_fit(native):
+    assert native.score_plan(False, 4096, 1, 500, 132, 128).num_stages == 0
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 4])
+def test_a_warpgroup_meets_few_blocks(native, num_heads):
+    """Every fourth product, of all tiles by all blocks of the heads in turn."""
+    for warpgroup in range(native.score_warpgroups):
+        products = range(warpgroup, 48 * native.score_warpgroups, native.score_warpgroups)
+        blocks = [product % (2 * num_heads) for product in products]
+        met = native.blocks_per_warpgroup(num_heads)
+        assert len(set(blocks)) == met
+        assert blocks == blocks[:met] * (len(blocks) // met)
+
+
 def test_capability(native):
     assert native.capability_error(90) == ""
     for capability, text in ((80, "8.0"), (86, "8.6"), (100, "10.0"), (120, "12.0")):

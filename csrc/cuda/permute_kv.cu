@@ -1,7 +1,8 @@
 // permute_kv on CUDA: a CTA loads a window of K or V rows to shared memory and stores them in the
-// order of each permutation of that key head; means of permuted key blocks come from there, too.
-// The rows move by bulk copies: no registers limit how many bytes are in flight. A permutation that
-// leaves the window, as only segments longer than it do, loads its rows one by one, mostly from L2.
+// order of each permutation of that key head; means of permuted key blocks come from the same
+// registers. Loads are bulk copies: no registers limit how many bytes are in flight. A permutation
+// that leaves the window, as only segments longer than it do, loads its rows one by one, mostly
+// from L2.
 #include <cuda_runtime.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/array.h>
@@ -26,8 +27,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kWindowRows = 256;
 constexpr int kMostRowBytes = 256;  // of a window; longer rows go to several
 constexpr int kRowsAtOnce = 4;      // of a lane
-// Some load while others store. Rows of 256 bytes leave shared memory for 3, shorter ones for 4.
-constexpr int kCtasPerSm = 4;
+constexpr int kCtasPerSm = 3;       // some load while others store
 static_assert(kThreads == kWindowRows, "thread i has row i, its warp the 32 rows around it");
 
 const char* text_of(cudaError_t error) {
@@ -117,12 +117,6 @@ struct Slots {
     Barrier::wait(full, parity);
     parity ^= 1;
   }
-
-  // Returns once no thread and no store reads what the slots hold, so that loads may replace it.
-  __device__ void release() const {
-    cute::tma_store_wait<0>();
-    __syncthreads();
-  }
 };
 
 // Starts to load the window in its own order; each warp its share.
@@ -154,15 +148,16 @@ __device__ void load_row(const Source<T>& source, int32_t row, bool takes_part,
     for (int column = 0; column < slots.width; column += kPiece<T>) {
       *reinterpret_cast<Piece<T>*>(slots.row(thread) + column) = piece;
     }
-    cutlass::arch::fence_view_async_shared();  // a bulk copy reads it next
+    cutlass::arch::fence_view_async_shared();  // a bulk copy may write there next
   }
 }
 
-// The sum of the num_rows output rows of this warp, lane i of which knows the slot of the i-th.
-// Lanes hold pieces of as many rows as they can. Slots of absent rows are read, too, so that no
-// branch keeps the reads apart, but not added.
-template <class T>
-__device__ void add_rows(const Slots<T>& slots, int slot, int num_rows, float* sums) {
+// Stores the num_rows output rows of this warp, lane i of which knows the slot of the i-th, and
+// writes their sum where it is asked for. Lanes hold pieces of as many rows as they can. (A bulk
+// copy a row would be shorter, but takes about 25 cycles of an SM whatever its length.)
+template <bool kAdds, class T>
+__device__ void store_rows(const Slots<T>& slots, int slot, int num_rows, T* out, int out_stride,
+                           float* sums) {
   const cutlass::NumericArrayConverter<float, T, kPiece<T>> to_floats;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_pieces = slots.width / kPiece<T>;
@@ -170,13 +165,18 @@ __device__ void add_rows(const Slots<T>& slots, int slot, int num_rows, float* s
   const int lanes_per_row = is_narrow ? 8 : 16;
   const int step = is_narrow ? 4 : 2;
   const int piece = lane & (lanes_per_row - 1);
+  const int first_row = is_narrow ? lane / 8 : lane / 16;
   const T* column = slots.data + min(piece, num_pieces - 1) * kPiece<T>;
+  const int num_stored = piece < num_pieces ? num_rows : 0;
+  out += piece * kPiece<T>;
   cutlass::AlignedArray<float, kPiece<T>, 16> total;
   total.clear();
   __syncwarp();  // a lane may have filled its slot with NaN
+#pragma unroll 1
   for (int i = 0; i < lanes_per_row; i += kRowsAtOnce) {
-    const int row = (is_narrow ? lane / 8 : lane / 16) + i * step;
+    const int row = first_row + i * step;
     Piece<T> pieces[kRowsAtOnce];
+    // Slots of absent rows are read, too, so that no branch keeps the reads apart.
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
       const int from = __shfl_sync(~0u, slot, row + j * step);
@@ -184,18 +184,23 @@ __device__ void add_rows(const Slots<T>& slots, int slot, int num_rows, float* s
     }
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
-      const cutlass::Array<float, kPiece<T>> widened = to_floats(pieces[j]);
-      if (row + j * step >= num_rows) continue;
+      if (row + j * step >= num_stored) continue;
+      *reinterpret_cast<Piece<T>*>(out + (row + j * step) * out_stride) = pieces[j];
+      if constexpr (kAdds) {
+        const cutlass::Array<float, kPiece<T>> widened = to_floats(pieces[j]);
 #pragma unroll
-      for (int e = 0; e < kPiece<T>; ++e) total[e] += widened[e];
+        for (int e = 0; e < kPiece<T>; ++e) total[e] += widened[e];
+      }
     }
   }
-  for (int lanes = lanes_per_row; lanes < 32; lanes *= 2) {
+  if constexpr (kAdds) {
+    for (int lanes = lanes_per_row; lanes < 32; lanes *= 2) {
 #pragma unroll
-    for (int e = 0; e < kPiece<T>; ++e) total[e] += __shfl_xor_sync(~0u, total[e], lanes);
-  }
-  if (lane < min(lanes_per_row, num_pieces)) {
-    *reinterpret_cast<decltype(total)*>(sums + piece * kPiece<T>) = total;
+      for (int e = 0; e < kPiece<T>; ++e) total[e] += __shfl_xor_sync(~0u, total[e], lanes);
+    }
+    if (lane < min(lanes_per_row, num_pieces)) {
+      *reinterpret_cast<decltype(total)*>(sums + piece * kPiece<T>) = total;
+    }
   }
 }
 
@@ -246,11 +251,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const int num_perms =
       static_cast<int>(problem.num_perm_heads) / static_cast<int>(problem.num_kv_heads);
   const int64_t first_head = window.b * problem.num_perm_heads + window.kv_head * num_perms;
-  const int64_t first_row = first_head * problem.num_kv + window.begin + thread;
+  const auto head_dim = static_cast<int>(problem.head_dim);
+  const int64_t first_row = first_head * problem.num_kv + window.begin;
   const bool takes_part = thread < window.num_copied;
-  const int32_t* perm = params.perm + first_row;
+  const int32_t* perm = params.perm + first_row + thread;
+  const int first_of_warp = thread / 32 * 32;
   T* out = static_cast<T*>(window.is_key ? params.k_perm : params.v_perm) +
-           first_row * problem.head_dim + window.first_column;
+           (first_row + first_of_warp) * problem.head_dim + window.first_column;
+  float* sums_of_warp = sums + first_of_warp / 32 * window.width;
   int32_t next = takes_part ? *perm : 0;
   slots.wait();
 
@@ -261,10 +269,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     if (takes_part && p + 1 < num_perms) next = *perm;
     // A row before the window, or a negative one, wraps around to a large number.
     const uint32_t in_window = static_cast<uint32_t>(row) - static_cast<uint32_t>(window.begin);
+    // The vote is also the barrier behind which no thread reads what the slots hold.
     const bool is_local =
         __syncthreads_and(!takes_part || in_window < static_cast<uint32_t>(window.num_rows));
     if (!is_local || !holds_window) {
-      slots.release();
       if (is_local) {
         load_window(source, window, slots);
       } else {
@@ -274,15 +282,16 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       holds_window = is_local;
     }
     const int slot = is_local && takes_part ? static_cast<int>(in_window) : thread;
-    if (takes_part) cute::SM90_BULK_COPY_S2G::copy(slots.row(slot), out, slots.bytes(1));
-    cute::tma_store_arrive();
+    const int num_rows = rows_of_warp(window.num_copied);
+    if (window.is_key) {
+      store_rows<true>(slots, slot, num_rows, out, head_dim, sums_of_warp);
+      __syncthreads();
+      write_means(params, window, first_head + p, sums);
+    } else {
+      store_rows<false>(slots, slot, num_rows, out, head_dim, sums_of_warp);
+    }
     out += problem.num_kv * problem.head_dim;
-    if (!window.is_key) continue;
-    add_rows(slots, slot, rows_of_warp(window.num_copied), sums + thread / 32 * window.width);
-    __syncthreads();
-    write_means(params, window, first_head + p, sums);
   }
-  cute::tma_store_wait<0>();  // shared memory stays until the stores have read it
 }
 
 template <class T>

@@ -37,19 +37,32 @@ struct ScorePlan {
   int32_t num_stages;  // of keys in shared memory; 0 where the tables leave no room
 };
 
-// Bytes that a CTA needs beside queries and keys.
-constexpr int64_t sums_table_bytes(int64_t num_heads) {
-  return blocks_per_warpgroup(static_cast<int>(num_heads)) * kScoreWarpgroups * 128 * 16;
-}
-constexpr int64_t importance_table_bytes(int64_t heads_per_kv) {
-  return heads_per_kv * kScoreTileRows * 4;
+// Keys that are loaded together.
+constexpr int score_stage_rows(bool is_first_pass) {
+  return is_first_pass ? kScoreTileRows : kScoreBlockRows;
 }
 
-// stage_rows: keys that are loaded together. In the first pass the groups of a key head are CTAs of
-// their own, in the second one CTA adds them up.
+// Of a CTA, without its stages of keys: queries, barriers, and in the first pass the states of the
+// blocks, in the second a shift for each query of all heads.
+constexpr int64_t score_fixed_bytes(bool is_first_pass, int64_t heads_per_group,
+                                    int64_t heads_per_kv, int head_dim) {
+  const int64_t table = is_first_pass ? blocks_per_warpgroup(static_cast<int>(heads_per_group)) *
+                                            kScoreWarpgroups * 128 * 16
+                                      : heads_per_kv * kScoreTileRows * 4;
+  return kSwizzleBytes + kScoreBarrierBytes + table + heads_per_group * score_tile_bytes(head_dim);
+}
+
+constexpr int64_t score_shared_bytes(const ScorePlan& plan, bool is_first_pass,
+                                     int64_t heads_per_kv, int head_dim) {
+  return score_fixed_bytes(is_first_pass, plan.heads_per_group, heads_per_kv, head_dim) +
+         plan.num_stages * 2 * score_stage_rows(is_first_pass) * head_dim;
+}
+
+// In the first pass the groups of a key head are CTAs of their own, in the second one CTA adds them
+// up.
 constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num_kv_heads,
                                int64_t heads_per_kv, int64_t num_sms, int head_dim) {
-  const int64_t stage_rows = is_first_pass ? kScoreTileRows : kScoreBlockRows;
+  const int64_t stage_rows = score_stage_rows(is_first_pass);
   const int64_t stage_bytes = 2 * stage_rows * head_dim;
   ScorePlan plan{};
   // As many heads as leave room for 256 keys.
@@ -57,10 +70,8 @@ constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num
        --most) {
     const int64_t num_groups = ceil_div(heads_per_kv, most);
     const int64_t num_heads = ceil_div(heads_per_kv, num_groups);
-    const int64_t table =
-        is_first_pass ? sums_table_bytes(num_heads) : importance_table_bytes(heads_per_kv);
-    const int64_t room = kSharedBytesPerCta - kSwizzleBytes - kScoreBarrierBytes - table -
-                         num_heads * score_tile_bytes(head_dim);
+    const int64_t room =
+        kSharedBytesPerCta - score_fixed_bytes(is_first_pass, num_heads, heads_per_kv, head_dim);
     int64_t fitting = smaller(larger(0, room) / stage_bytes, kMostScoreStages);
     // With one head, half of the warpgroups take the even tiles: from the same stages each time.
     if (is_first_pass) fitting -= fitting % 2;
@@ -73,7 +84,7 @@ constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num
   // A part is a multiple of what all warpgroups take at once. Each costs about one of these more.
   constexpr int64_t kUnit = kScoreWarpgroups * kScoreBlockRows;
   const int64_t num_walks = num_kv_heads * (is_first_pass ? plan.num_groups : 1);
-  const int64_t num_units = ceil_div(num_keys, kUnit);
+  const int64_t num_units = larger(1, ceil_div(num_keys, kUnit));
   int64_t best_time = INT64_MAX;
   int64_t best = 1;
   for (int64_t waves = 1; waves <= 4; ++waves) {

@@ -9,6 +9,7 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
+#include "pbs/score_parts.h"
 #include "pbs/tile_shape.h"
 #include "pbs/work_order.h"
 #include "simd.h"
@@ -70,6 +71,17 @@ PYBIND11_MODULE(pbs_native, m) {
     return std::vector<int64_t>{layout.counter,  layout.sorted,  layout.unsorted,
                                 layout.group_at, layout.weights, layout.size};
   });
+  py::class_<pbs::ScorePlan>(m, "ScorePlan")
+      .def_readonly("heads_per_group", &pbs::ScorePlan::heads_per_group)
+      .def_readonly("num_groups", &pbs::ScorePlan::num_groups)
+      .def_readonly("keys_per_part", &pbs::ScorePlan::keys_per_part)
+      .def_readonly("num_parts", &pbs::ScorePlan::num_parts)
+      .def_readonly("num_stages", &pbs::ScorePlan::num_stages);
+  m.def("score_plan", &pbs::score_plan);
+  m.def("score_shared_bytes", &pbs::score_shared_bytes);
+  m.def("score_stage_rows", &pbs::score_stage_rows);
+  m.def("blocks_per_warpgroup", &pbs::blocks_per_warpgroup);
+  m.attr("score_warpgroups") = pbs::kScoreWarpgroups;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

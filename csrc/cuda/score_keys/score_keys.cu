@@ -125,11 +125,10 @@ int64_t num_importance_ctas(const ScoreArgs& args) {
   return problem.batch * problem.num_kv_heads * args.plan.num_parts;
 }
 
-int shared_bytes(const ScoreArgs& args, int64_t stage_rows, int64_t table_bytes) {
-  const int64_t head_dim = args.params.problem.head_dim;
-  return kSwizzleBytes + kScoreBarrierBytes + static_cast<int>(table_bytes) +
-         args.plan.heads_per_group * score_tile_bytes(static_cast<int>(head_dim)) +
-         args.plan.num_stages * static_cast<int>(2 * stage_rows * head_dim);
+int shared_bytes(const ScoreArgs& args, bool is_first_pass) {
+  const Problem& problem = args.params.problem;
+  return static_cast<int>(score_shared_bytes(args.plan, is_first_pass, heads_per_kv(problem),
+                                             static_cast<int>(problem.head_dim)));
 }
 
 // A launch of which the next one may start while it runs.
@@ -156,10 +155,7 @@ template <class Element, int kHeadDim>
 cudaError_t launch(const Passes& passes, cudaStream_t stream) {
   using Traits = ScoreTraits<Element, kHeadDim>;
   const Problem& problem = passes.sums.params.problem;
-  const int sums_bytes =
-      shared_bytes(passes.sums, kScoreTileRows, sums_table_bytes(passes.sums.plan.heads_per_group));
-  const int importance_bytes = shared_bytes(passes.importance, kScoreBlockRows,
-                                            importance_table_bytes(heads_per_kv(problem)));
+  const int sums_bytes = shared_bytes(passes.sums, true);
   cudaError_t error = cudaFuncSetAttribute(row_sums_kernel<Traits>,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, sums_bytes);
   if (error != cudaSuccess) return error;
@@ -173,8 +169,8 @@ cudaError_t launch(const Passes& passes, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
   return launch_beside(importance_kernel<Traits>, passes.importance,
-                       num_importance_ctas(passes.importance), kScoreThreads, importance_bytes,
-                       stream);
+                       num_importance_ctas(passes.importance), kScoreThreads,
+                       shared_bytes(passes.importance, false), stream);
 }
 
 template <class Element>

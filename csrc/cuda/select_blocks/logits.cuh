@@ -7,7 +7,8 @@ namespace pbs::cuda {
 
 constexpr int kLogitRows = 16;  // of one product
 constexpr int kKeysPerTile = 8;
-constexpr int kTilesPerWarp = 4;
+constexpr int kStepDims = 16;
+constexpr int kStepsAtOnce = 8;  // of loads in flight
 
 // Floats from one mean query to the next in shared memory: two rows fill all banks.
 __host__ __device__ constexpr int query_stride(int head_dim) { return head_dim + 16; }
@@ -24,73 +25,86 @@ __device__ inline Halves split(float x) {
   return Halves{high, __float_as_uint(x - __uint_as_float(high))};
 }
 
+// Mean queries as such halves, so that each is split once. Their sum is the float32 again.
+struct SplitQueries {
+  uint32_t* high;  // (kLogitRows, query_stride)
+  uint32_t* low;   // (kLogitRows, query_stride)
+
+  __device__ void write(int i, float x) const {
+    const Halves halves = split(x);
+    high[i] = halves.high;
+    low[i] = halves.low;
+  }
+  __device__ float read(int i) const { return __uint_as_float(high[i]) + __uint_as_float(low[i]); }
+};
+
 using LogitMma = cute::SM80_16x8x8_F32TF32TF32F32_TN;
 
-__device__ inline void add_product(float (&sums)[4], const uint32_t (&a)[4],
-                                   const uint32_t (&b)[2]) {
-  LogitMma::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3], b[0], b[1], sums[0],
+__device__ inline void add_product(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
+  LogitMma::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3], b0, b1, sums[0],
                 sums[1], sums[2], sums[3]);
 }
 
+// Adds 16 dimensions of a product. In it, dimensions may stand in any order that both sides share:
+// a lane takes four that follow each other, of one key and two queries, from `at` and `at` +
+// 8 * stride on, and these feed two products.
+__device__ inline void add_step(const SplitQueries& queries, int at, int stride, const float4& key,
+                                float (&sums)[4]) {
+  const auto four = [](const uint32_t* x) { return *reinterpret_cast<const uint4*>(x); };
+  const uint4 high[] = {four(queries.high + at), four(queries.high + at + 8 * stride)};
+  const uint4 low[] = {four(queries.low + at), four(queries.low + at + 8 * stride)};
+  const Halves b[] = {split(key.x), split(key.y), split(key.z), split(key.w)};
+  const uint32_t first_high[] = {high[0].x, high[1].x, high[0].y, high[1].y};
+  const uint32_t first_low[] = {low[0].x, low[1].x, low[0].y, low[1].y};
+  add_product(sums, first_low, b[0].high, b[1].high);
+  add_product(sums, first_high, b[0].low, b[1].low);
+  add_product(sums, first_high, b[0].high, b[1].high);
+  const uint32_t last_high[] = {high[0].z, high[1].z, high[0].w, high[1].w};
+  const uint32_t last_low[] = {low[0].z, low[1].z, low[0].w, low[1].w};
+  add_product(sums, last_low, b[2].high, b[3].high);
+  add_product(sums, last_high, b[2].low, b[3].low);
+  add_product(sums, last_high, b[2].high, b[3].high);
+}
+
 // logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, of kLogitRows rows of
-// which the first num_rows are written. By the first num_warps warps of the CTA, 32 keys at a time
-// each. In a product, dimensions may stand in any order that both sides share: a lane takes four
-// that follow each other, of one key and two queries, and these feed two products.
-__device__ inline void compute_logits(const float* q_means, const float* k_means, int head_dim,
-                                      int num_keys, int num_rows, int stride, int num_warps,
-                                      float* logits) {
+// which the first num_rows are written. By the first num_warps warps of the CTA, 8 keys at a time
+// each, which are on their way together: few keys a warp, so that they are spread evenly.
+__device__ inline void compute_logits(const SplitQueries& q_means, const float* k_means,
+                                      int head_dim, int num_keys, int num_rows, int stride,
+                                      int num_warps, float* logits) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  constexpr int kKeys = kKeysPerTile * kTilesPerWarp;
-  const float* queries = q_means + lane / 4 * query_stride(head_dim) + lane % 4 * 4;
-  for (int first = static_cast<int>(threadIdx.x) / 32 * kKeys; first < num_keys;
-       first += num_warps * kKeys) {
-    const float* keys[kTilesPerWarp];
+  const int first_query = lane / 4 * query_stride(head_dim) + lane % 4 * 4;
+  for (int first = static_cast<int>(threadIdx.x) / 32 * kKeysPerTile; first < num_keys;
+       first += num_warps * kKeysPerTile) {
+    // Those past the end repeat the last one.
+    const float* key = k_means +
+                       static_cast<int64_t>(min(first + lane / 4, num_keys - 1)) * head_dim +
+                       lane % 4 * 4;
+    float sums[4] = {};
+#pragma unroll 1
+    for (int begin = 0; begin < head_dim; begin += kStepsAtOnce * kStepDims) {
+      float4 loaded[kStepsAtOnce];
 #pragma unroll
-    for (int t = 0; t < kTilesPerWarp; ++t) {
-      // Those past the end repeat the last one.
-      const int key = min(first + t * kKeysPerTile + lane / 4, num_keys - 1);
-      keys[t] = k_means + static_cast<int64_t>(key) * head_dim + lane % 4 * 4;
-    }
-    float sums[kTilesPerWarp][4] = {};
-#pragma unroll 2
-    for (int d = 0; d < head_dim; d += 16) {
-      float4 key[kTilesPerWarp];
-#pragma unroll
-      for (int t = 0; t < kTilesPerWarp; ++t) {
-        key[t] = __ldg(reinterpret_cast<const float4*>(keys[t] + d));
+      for (int step = 0; step < kStepsAtOnce; ++step) {
+        const int d = begin + step * kStepDims;
+        loaded[step] = d < head_dim ? __ldg(reinterpret_cast<const float4*>(key + d)) : float4{};
       }
-      const float4 upper = *reinterpret_cast<const float4*>(queries + d);
-      const float4 lower =
-          *reinterpret_cast<const float4*>(queries + 8 * query_stride(head_dim) + d);
-      const auto multiply = [&](float upper0, float lower0, float upper1, float lower1,
-                                auto pair_of) {
-        const Halves a[] = {split(upper0), split(lower0), split(upper1), split(lower1)};
-        const uint32_t a_high[] = {a[0].high, a[1].high, a[2].high, a[3].high};
-        const uint32_t a_low[] = {a[0].low, a[1].low, a[2].low, a[3].low};
 #pragma unroll
-        for (int t = 0; t < kTilesPerWarp; ++t) {
-          const float2 pair = pair_of(key[t]);
-          const Halves b[] = {split(pair.x), split(pair.y)};
-          const uint32_t b_high[] = {b[0].high, b[1].high};
-          const uint32_t b_low[] = {b[0].low, b[1].low};
-          add_product(sums[t], a_low, b_high);
-          add_product(sums[t], a_high, b_low);
-          add_product(sums[t], a_high, b_high);
-        }
-      };
-      multiply(upper.x, lower.x, upper.y, lower.y, [](float4 x) { return float2{x.x, x.y}; });
-      multiply(upper.z, lower.z, upper.w, lower.w, [](float4 x) { return float2{x.z, x.w}; });
-    }
-#pragma unroll
-    for (int t = 0; t < kTilesPerWarp; ++t) {
-      const int key = first + t * kKeysPerTile + lane % 4 * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= num_rows) continue;
-        if (key < num_keys) logits[row * stride + key] = sums[t][2 * half];
-        if (key + 1 < num_keys) logits[row * stride + key + 1] = sums[t][2 * half + 1];
+      for (int step = 0; step < kStepsAtOnce; ++step) {
+        const int d = begin + step * kStepDims;
+        if (d >= head_dim) break;
+        add_step(q_means, first_query + d, query_stride(head_dim), loaded[step], sums);
       }
+    }
+    const int column = first + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      if (row >= num_rows) continue;
+      float* to = logits + row * stride + column;
+      if (column < num_keys) to[0] = sums[2 * half];
+      if (column + 1 < num_keys) to[1] = sums[2 * half + 1];
     }
   }
 }

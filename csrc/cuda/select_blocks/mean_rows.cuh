@@ -11,11 +11,11 @@ namespace pbs::cuda {
 template <class T>
 using Piece = cutlass::AlignedArray<T, 16 / sizeof(T), 16>;
 
-// The mean of rows [begin, end) of one head, times `factor`, by one warp: its lanes hold pieces of
-// as many rows as they can.
-template <class T>
+// Calls write(d, mean) with the mean of rows [begin, end) of one head, times `factor`, by one warp:
+// its lanes hold pieces of as many rows as they can.
+template <class T, class Write>
 __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int64_t end,
-                          int head_dim, float factor, float* mean) {
+                          int head_dim, float factor, Write write) {
   constexpr int kPiece = 16 / sizeof(T);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cutlass::NumericArrayConverter<float, T, kPiece> to_floats;
@@ -53,7 +53,7 @@ __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int6
       for (int step = lanes_per_row; step < 32; step *= 2) {
         total[i] += __shfl_xor_sync(~0u, total[i], step);
       }
-      if (piece < num_pieces && lane < lanes_per_row) mean[piece * kPiece + i] = total[i] * share;
+      if (piece < num_pieces && lane < lanes_per_row) write(piece * kPiece + i, total[i] * share);
     }
   }
 }

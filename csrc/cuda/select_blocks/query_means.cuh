@@ -57,9 +57,10 @@ __device__ void load_queries(const SelectArgs& args, const SelectShared& shared)
   });
 }
 
-// Sums of the columns of a slot times `share`, by one warp. Rows that do not exist are zero.
-template <class Element, int kGroupColumns>
-__device__ void sum_columns(uint32_t slot, int num_rows, float share, float* mean) {
+// Calls write(column, mean) for the columns of a slot, whose sums it takes times `share`, by one
+// warp. Rows that do not exist are zero.
+template <class Element, int kGroupColumns, class Write>
+__device__ void sum_columns(uint32_t slot, int num_rows, float share, Write write) {
   using Ones = OnesMma<Element>;
   constexpr int kPairs = kGroupColumns / kColumnsPerLoad;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -69,20 +70,23 @@ __device__ void sum_columns(uint32_t slot, int num_rows, float share, float* mea
   float sums[kPairs][2][4] = {};
 #pragma unroll 1
   for (int row = 0; row < num_rows; row += kRowsPerProduct) {
+    uint32_t x[kPairs][4];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      uint32_t x[4];
       const uint32_t from = slot + tile_offset<kGroupColumns>(num_rows, row + lane_row,
                                                               pair * kColumnsPerLoad + lane_column);
       asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                   : "=r"(x[pair][0]), "=r"(x[pair][1]), "=r"(x[pair][2]), "=r"(x[pair][3])
                    : "r"(from)
                    : "memory");
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float (&sum)[4] = sums[pair][half];
-        Ones::Mma::fma(sum[0], sum[1], sum[2], sum[3], ones, ones, ones, ones, x[2 * half],
-                       x[2 * half + 1], sum[0], sum[1], sum[2], sum[3]);
+        Ones::Mma::fma(sum[0], sum[1], sum[2], sum[3], ones, ones, ones, ones, x[pair][2 * half],
+                       x[pair][2 * half + 1], sum[0], sum[1], sum[2], sum[3]);
       }
     }
   }
@@ -92,9 +96,9 @@ __device__ void sum_columns(uint32_t slot, int num_rows, float share, float* mea
   for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float (&sum)[4] = sums[pair][half];
-      float2& to = *reinterpret_cast<float2*>(mean + pair * kColumnsPerLoad + half * 8 + lane * 2);
-      to = float2{sum[0] * share, sum[1] * share};
+      const int column = pair * kColumnsPerLoad + half * 8 + lane * 2;
+      write(column, sums[pair][half][0] * share);
+      write(column + 1, sums[pair][half][1] * share);
     }
   }
 }
@@ -113,7 +117,7 @@ class QueryMeans {
     slot_.advance(warp);
   }
 
-  __device__ void add_tile(const SelectTile& tile, float* means) {
+  __device__ void add_tile(const SelectTile& tile, const SplitQueries& means) {
     if constexpr (std::is_same_v<Element, float>) {
       average_from_memory(tile, means);
     } else {
@@ -122,18 +126,19 @@ class QueryMeans {
   }
 
  private:
-  __device__ void average_from_memory(const SelectTile& tile, float* means) {
+  __device__ void average_from_memory(const SelectTile& tile, const SplitQueries& means) {
     const ConstRows& rows = args_.params.q;
     const auto* q = static_cast<const float*>(rows.data) + tile.b * rows.batch_stride +
                     tile.hq * rows.head_stride;
     for (int r = warp_; r < tile.num_blocks; r += kMeanWarps) {
       const QueryBlock block = describe(args_, tile, r);
+      const int first = r * query_stride(shared_.head_dim);
       mean_rows(q, rows.row_stride, block.first_row, block.first_row + block.num_rows,
-                shared_.head_dim, factor_, means + r * query_stride(shared_.head_dim));
+                shared_.head_dim, factor_, [&](int d, float x) { means.write(first + d, x); });
     }
   }
 
-  __device__ void average_slots(const SelectTile& tile, float* means) {
+  __device__ void average_slots(const SelectTile& tile, const SplitQueries& means) {
     const int columns = group_columns(shared_.head_dim);
     const int num_groups = shared_.head_dim / columns;
     const int num_loaded = tile.num_blocks * num_groups;
@@ -141,14 +146,15 @@ class QueryMeans {
     for (; nth_ < num_loaded; nth_ += kMeanWarps, slot_.advance(kMeanWarps)) {
       const int r = nth_ / num_groups;
       const float share = factor_ / static_cast<float>(describe(args_, tile, r).num_rows);
-      float* mean = means + r * query_stride(shared_.head_dim) + nth_ % num_groups * columns;
+      const int first = r * query_stride(shared_.head_dim) + nth_ % num_groups * columns;
+      const auto write = [&](int column, float x) { means.write(first + column, x); };
       const uint32_t slot =
           cute::cast_smem_ptr_to_uint(shared_.slots) + slot_.stage * shared_.slot_bytes;
       shared_.barriers->slot_full[slot_.stage].wait(slot_.parity);
       if (columns == 64) {
-        sum_columns<Element, 64>(slot, block_size, share, mean);
+        sum_columns<Element, 64>(slot, block_size, share, write);
       } else {
-        sum_columns<Element, 32>(slot, block_size, share, mean);
+        sum_columns<Element, 32>(slot, block_size, share, write);
       }
       release(shared_.barriers->slot_empty[slot_.stage]);
     }

@@ -18,8 +18,8 @@ namespace {
 constexpr int kMeanKeysThreads = 256;
 
 // 96 a thread are there at launch.
-constexpr int kRowRegisters = 104;
-constexpr int kMeanRegisters = 64;
+constexpr int kRowRegisters = 96;
+constexpr int kMeanRegisters = 88;
 
 // One warp a key block.
 template <class T>
@@ -35,16 +35,20 @@ __global__ void __launch_bounds__(kMeanKeysThreads)
                   head % problem.num_kv_heads * k.head_stride;
   mean_rows(rows, k.row_stride, begin,
             smaller(begin + args.params.blocking.kv_block_size, problem.num_kv),
-            static_cast<int>(problem.head_dim), 1.0f, args.own_means + item * problem.head_dim);
+            static_cast<int>(problem.head_dim), 1.0f,
+            [to = args.own_means + item * problem.head_dim](int d, float x) { to[d] = x; });
 }
 
 template <class Element>
 __device__ void write_means(const SelectArgs& args, const SelectShared& shared) {
-  QueryMeans<Element> means(args, shared, static_cast<int>(threadIdx.x) / 32 - kRowWarps);
+  const int warp = static_cast<int>(threadIdx.x) / 32 - kRowWarps;
+  QueryMeans<Element> means(args, shared, warp);
   for_each_tile(args, [&](const SelectTile& tile, int i) {
     const int buffer = i % kMeanBuffers;
     const uint32_t parity = i / kMeanBuffers & 1;
+    const int sink = warp == 0 ? find_sink(args, tile) : 0;
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
+    if (warp == 0 && threadIdx.x % 32 == 0) shared.barriers->sinks[buffer] = sink;
     means.add_tile(tile, shared.means_of(buffer));
     release(shared.barriers->means_full[buffer]);
   });
@@ -56,10 +60,10 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared& shared) 
   const int64_t heads_per_perm = problem.num_q_heads / problem.num_perm_heads;
   for_each_tile(args, [&](const SelectTile& tile, int i) {
     const int buffer = i % kMeanBuffers;
-    const float* q_means = shared.means_of(buffer);
+    const SplitQueries q_means = shared.means_of(buffer);
     const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / heads_per_perm;
-    const int sink = find_sink(args, tile);
     shared.barriers->means_full[buffer].wait(i / kMeanBuffers & 1);
+    const int sink = shared.barriers->sinks[buffer];
     compute_logits(q_means, args.params.k_mean + perm_head * args.num_kv_blocks * shared.head_dim,
                    shared.head_dim,
                    static_cast<int>(describe(args, tile, tile.num_blocks - 1).num_candidates),
@@ -68,7 +72,7 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared& shared) 
     for (int r = warp; r < tile.num_blocks; r += kRowWarps) {
       const QueryBlock block = describe(args, tile, r);
       float* row = shared.logits + r * args.row_stride;
-      const Cut cut = cut_row(args, tile, block, q_means + r * query_stride(shared.head_dim), row,
+      const Cut cut = cut_row(args, tile, block, q_means, r * query_stride(shared.head_dim), row,
                               shared.scratch + warp * kCutScratch);
       write_row(args,
                 (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,

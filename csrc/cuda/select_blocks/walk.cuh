@@ -40,12 +40,14 @@ struct SelectBarriers {
   cutlass::arch::ClusterBarrier slot_empty[kMaxQuerySlots];
   cutlass::arch::ClusterBarrier means_full[kMeanBuffers];
   cutlass::arch::ClusterBarrier means_empty[kMeanBuffers];
+  int sinks[kMeanBuffers];  // beside the means
 };
 
 __host__ __device__ constexpr int query_slot_bytes(int head_dim, int block_size) {
   return 2 * block_size * group_columns(head_dim);
 }
 
+// Of one of the two halves.
 __host__ __device__ constexpr int query_means_floats(int head_dim) {
   return kLogitRows * query_stride(head_dim);
 }
@@ -53,7 +55,7 @@ __host__ __device__ constexpr int query_means_floats(int head_dim) {
 // Shared memory beside slots and rows of logits.
 constexpr int select_fixed_bytes(int head_dim) {
   return kSwizzleBytes + static_cast<int>(sizeof(SelectBarriers)) +
-         4 * (kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
+         4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
 }
 
 struct SelectShared {
@@ -63,20 +65,21 @@ struct SelectShared {
     // By an offset: the compiler then knows that all of this is shared memory.
     const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
     slots = raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
-    means = reinterpret_cast<float*>(slots + args.num_slots * slot_bytes);
-    logits = means + kMeanBuffers * query_means_floats(head_dim);
+    means = reinterpret_cast<uint32_t*>(slots + args.num_slots * slot_bytes);
+    logits = reinterpret_cast<float*>(means + 2 * kMeanBuffers * query_means_floats(head_dim));
     scratch = reinterpret_cast<uint32_t*>(logits + args.tile_rows * args.row_stride);
     barriers = reinterpret_cast<SelectBarriers*>(scratch + kRowWarps * kCutScratch);
   }
 
-  __device__ float* means_of(int buffer) const {
-    return means + buffer * query_means_floats(head_dim);
+  __device__ SplitQueries means_of(int buffer) const {
+    uint32_t* high = means + 2 * buffer * query_means_floats(head_dim);
+    return SplitQueries{high, high + query_means_floats(head_dim)};
   }
 
   int head_dim;
   int slot_bytes;
   char* slots;
-  float* means;       // (kMeanBuffers, kLogitRows, query_stride)
+  uint32_t* means;    // (kMeanBuffers, 2, kLogitRows, query_stride)
   float* logits;      // (tile_rows, row_stride)
   uint32_t* scratch;  // (kRowWarps, kCutScratch)
   SelectBarriers* barriers;
