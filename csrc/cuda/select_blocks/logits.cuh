@@ -46,25 +46,34 @@ __device__ inline void add_product(float (&sums)[4], const uint32_t (&a)[4], uin
                 sums[1], sums[2], sums[3]);
 }
 
+// A product in three parts, none of which waits for another: a tensor core takes its time.
+struct LogitSums {
+  float low_high[4] = {};
+  float high_low[4] = {};
+  float high_high[4] = {};
+
+  __device__ float total(int i) const { return high_high[i] + (low_high[i] + high_low[i]); }
+};
+
 // Adds 16 dimensions of a product. In it, dimensions may stand in any order that both sides share:
 // a lane takes four that follow each other, of one key and two queries, from `at` and `at` +
 // 8 * stride on, and these feed two products.
 __device__ inline void add_step(const SplitQueries& queries, int at, int stride, const float4& key,
-                                float (&sums)[4]) {
+                                LogitSums& sums) {
   const auto four = [](const uint32_t* x) { return *reinterpret_cast<const uint4*>(x); };
   const uint4 high[] = {four(queries.high + at), four(queries.high + at + 8 * stride)};
   const uint4 low[] = {four(queries.low + at), four(queries.low + at + 8 * stride)};
   const Halves b[] = {split(key.x), split(key.y), split(key.z), split(key.w)};
   const uint32_t first_high[] = {high[0].x, high[1].x, high[0].y, high[1].y};
   const uint32_t first_low[] = {low[0].x, low[1].x, low[0].y, low[1].y};
-  add_product(sums, first_low, b[0].high, b[1].high);
-  add_product(sums, first_high, b[0].low, b[1].low);
-  add_product(sums, first_high, b[0].high, b[1].high);
+  add_product(sums.low_high, first_low, b[0].high, b[1].high);
+  add_product(sums.high_low, first_high, b[0].low, b[1].low);
+  add_product(sums.high_high, first_high, b[0].high, b[1].high);
   const uint32_t last_high[] = {high[0].z, high[1].z, high[0].w, high[1].w};
   const uint32_t last_low[] = {low[0].z, low[1].z, low[0].w, low[1].w};
-  add_product(sums, last_low, b[2].high, b[3].high);
-  add_product(sums, last_high, b[2].low, b[3].low);
-  add_product(sums, last_high, b[2].high, b[3].high);
+  add_product(sums.low_high, last_low, b[2].high, b[3].high);
+  add_product(sums.high_low, last_high, b[2].low, b[3].low);
+  add_product(sums.high_high, last_high, b[2].high, b[3].high);
 }
 
 // logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, of kLogitRows rows of
@@ -81,7 +90,7 @@ __device__ inline void compute_logits(const SplitQueries& q_means, const float* 
     const float* key = k_means +
                        static_cast<int64_t>(min(first + lane / 4, num_keys - 1)) * head_dim +
                        lane % 4 * 4;
-    float sums[4] = {};
+    LogitSums sums;
 #pragma unroll 1
     for (int begin = 0; begin < head_dim; begin += kStepsAtOnce * kStepDims) {
       float4 loaded[kStepsAtOnce];
@@ -103,8 +112,8 @@ __device__ inline void compute_logits(const SplitQueries& q_means, const float* 
       const int row = lane / 4 + 8 * half;
       if (row >= num_rows) continue;
       float* to = logits + row * stride + column;
-      if (column < num_keys) to[0] = sums[2 * half];
-      if (column + 1 < num_keys) to[1] = sums[2 * half + 1];
+      if (column < num_keys) to[0] = sums.total(2 * half);
+      if (column + 1 < num_keys) to[1] = sums.total(2 * half + 1);
     }
   }
 }

@@ -67,17 +67,22 @@ __device__ void sum_columns(uint32_t slot, int num_rows, float share, Write writ
   const int lane_row = lane % 16;
   const int lane_column = lane / 16 * 8;
   const uint32_t ones = Ones::kOnes;
+  // 16 rows further on, the swizzle is the same.
+  uint32_t from[kPairs];
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) {
+    from[pair] =
+        slot + tile_offset<kGroupColumns>(num_rows, lane_row, pair * kColumnsPerLoad + lane_column);
+  }
   float sums[kPairs][2][4] = {};
-#pragma unroll 1
+#pragma unroll 2
   for (int row = 0; row < num_rows; row += kRowsPerProduct) {
     uint32_t x[kPairs][4];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const uint32_t from = slot + tile_offset<kGroupColumns>(num_rows, row + lane_row,
-                                                              pair * kColumnsPerLoad + lane_column);
       asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(x[pair][0]), "=r"(x[pair][1]), "=r"(x[pair][2]), "=r"(x[pair][3])
-                   : "r"(from)
+                   : "r"(from[pair] + row * 2 * kGroupColumns)
                    : "memory");
     }
 #pragma unroll
