@@ -217,6 +217,12 @@ def test_score_plan_deals_out_everything(
     assert plan.num_stages * native.score_stage_rows(is_first_pass) >= 256
     if is_first_pass:
         assert plan.num_stages % 2 == 0
+        # Behind queries, keys and barriers: a state of 16 bytes for each thread and block it meets.
+        tile = 256 * head_dim
+        rest = used - (plan.heads_per_group + plan.num_stages) * tile
+        in_last = heads_per_kv - (plan.num_groups - 1) * plan.heads_per_group
+        most = max(map(native.blocks_per_warpgroup, (plan.heads_per_group, in_last)))
+        assert rest >= most * native.score_warpgroups * 128 * 16 + native.swizzle_bytes
 
 
 @pytest.mark.parametrize("is_first_pass", [True, False])

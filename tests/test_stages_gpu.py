@@ -34,7 +34,7 @@ def random_case(seed):
     return Case(
         num_queries=rng.choice([num_keys, rng.randint(1, num_keys)]),
         num_keys=num_keys,
-        num_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 9]),
+        num_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 7, 9]),
         num_kv_heads=num_kv_heads,
         head_dim=rng.choice([64, 96, 128, 256]),
         batch=rng.randint(1, 2),

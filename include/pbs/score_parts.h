@@ -46,9 +46,12 @@ constexpr int score_stage_rows(bool is_first_pass) {
 // blocks, in the second a shift for each query of all heads.
 constexpr int64_t score_fixed_bytes(bool is_first_pass, int64_t heads_per_group,
                                     int64_t heads_per_kv, int head_dim) {
-  const int64_t table = is_first_pass ? blocks_per_warpgroup(static_cast<int>(heads_per_group)) *
-                                            kScoreWarpgroups * 128 * 16
-                                      : heads_per_kv * kScoreTileRows * 4;
+  const int64_t num_groups = ceil_div(heads_per_kv, heads_per_group);
+  const int64_t in_last = heads_per_kv - (num_groups - 1) * heads_per_group;
+  const int64_t num_states = larger(blocks_per_warpgroup(static_cast<int>(heads_per_group)),
+                                    blocks_per_warpgroup(static_cast<int>(in_last)));
+  const int64_t table =
+      is_first_pass ? num_states * kScoreWarpgroups * 128 * 16 : heads_per_kv * kScoreTileRows * 4;
   return kSwizzleBytes + kScoreBarrierBytes + table + heads_per_group * score_tile_bytes(head_dim);
 }
 
