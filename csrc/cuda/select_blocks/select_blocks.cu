@@ -50,7 +50,7 @@ __device__ void write_means(const SelectArgs& args, const SelectShared& shared) 
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
     if (warp == 0 && threadIdx.x % 32 == 0) shared.barriers->sinks[buffer] = sink;
     means.add_tile(tile, shared.means_of(buffer));
-    release(shared.barriers->means_full[buffer]);
+    shared.barriers->means_full[buffer].arrive();
   });
 }
 
@@ -78,7 +78,7 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared& shared) 
                 (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
                 static_cast<int>(block.num_candidates), sink, row, cut);
     }
-    release(shared.barriers->means_empty[buffer]);
+    shared.barriers->means_empty[buffer].arrive();
     cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
   });
 }
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
       shared.barriers->slot_empty[slot].init(1);
     }
     for (int buffer = 0; buffer < kMeanBuffers; ++buffer) {
-      shared.barriers->means_full[buffer].init(kMeanWarps);
-      shared.barriers->means_empty[buffer].init(kRowWarps);
+      shared.barriers->means_full[buffer].init(32 * kMeanWarps);
+      shared.barriers->means_empty[buffer].init(32 * kRowWarps);
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -38,6 +38,8 @@ struct SelectArgs {
 struct SelectBarriers {
   cutlass::arch::ClusterTransactionBarrier slot_full[kMaxQuerySlots];
   cutlass::arch::ClusterBarrier slot_empty[kMaxQuerySlots];
+  // Every thread arrives for itself: racecheck does not see that __syncwarp puts a whole warp
+  // before the one lane that would.
   cutlass::arch::ClusterBarrier means_full[kMeanBuffers];
   cutlass::arch::ClusterBarrier means_empty[kMeanBuffers];
   int sinks[kMeanBuffers];  // beside the means
