@@ -115,6 +115,16 @@ def test_score_keys_of_several_chunks(head_dim, dtype):
     assert_scores(case, q * 30, k, logits_dtype=dtype)
 
 
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 7])
+def test_score_keys_of_long_parts(group, head_dim):
+    """So many key heads that a CTA has much of one, and its keys pass all stages more than once."""
+    heads = {"num_heads": 70 * group, "num_kv_heads": 70}
+    case = Case(64, 1100, **heads, head_dim=head_dim, batch=1, block_size=64, segment_size=128)
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=0)
+    assert_scores(case, q, k)
+
+
 @cases_of([torch.float32])
 def test_sort_segments(case, dtype):
     scores = stages_of(case, dtype).scores.float()
@@ -219,9 +229,7 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
     assert_smallest_set(words, *masses, candidate, sink, 0.9, eps=1e-4)
 
 
-@some
-@given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
-def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype):
+def assert_selection(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
     scoring = case.options("block_size", "segment_size", "scale", "permute_per")
     perm = ops.sort_segments(ops.score_keys(q, k, **scoring), segment_size=case.segment_size)
@@ -235,6 +243,21 @@ def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype
     mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
     assert_smallest_set(mask, *masses, candidate, sink, case.threshold, eps=1e-4)
     assert torch.equal(counts.cpu().long(), mask.sum(-1))
+
+
+@some
+@given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype):
+    assert_selection(case, seed, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_select_blocks_of_many_tiles_takes_the_smallest_set(head_dim, mass, dtype):
+    """So many query blocks that a CTA works on several tiles of them, one loaded ahead."""
+    case = Case(4000, 4000, num_heads=8, head_dim=head_dim, mass=mass, permute_per="query_head")
+    assert_selection(case, 0, dtype)
 
 
 def test_nan_visits_everything():
