@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "launch.h"
+#include "launch_kernel.h"
 #include "pbs/geometry.h"
 
 namespace pbs::cuda {
@@ -304,12 +305,7 @@ const char* launch(const PermuteKVParams& params, cudaStream_t stream) {
   if (num_ctas > std::numeric_limits<int32_t>::max()) return "too many keys for one grid";
   const int width = static_cast<int>(problem.head_dim) / splits;
   const int bytes = width * static_cast<int>(kWindowRows * sizeof(T) + kWarps * sizeof(float));
-  const auto kernel = permute_kv_kernel<T>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return text_of(error);
-  kernel<<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(params);
-  return text_of(cudaGetLastError());
+  return text_of(launch_kernel(permute_kv_kernel<T>, params, num_ctas, kThreads, bytes, stream));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "../launch_kernel.h"
 #include "compute.cuh"
 #include "instances.h"
 #include "load.cuh"
@@ -64,22 +65,9 @@ template <class Element, int kHeadDim>
 cudaError_t launch_attend(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
   using Traits = AttendTraits<Element, kHeadDim>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + kSwizzleBytes;
-  const auto kernel = attend_kernel<Traits>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
   // Starts beside the kernel that orders the query blocks; the scheduler waits for its end.
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = num_ctas;
-  config.blockDim = Traits::kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return launch_kernel(attend_kernel<Traits>, args, num_ctas, Traits::kThreads, kSharedBytes,
+                       stream, true);
 }
 
 }  // namespace pbs::cuda

@@ -8,6 +8,7 @@
 
 #include "../device.h"
 #include "../launch.h"
+#include "../launch_kernel.h"
 #include "../tma.h"
 #include "importance.cuh"
 #include "row_sums.cuh"
@@ -125,52 +126,27 @@ int64_t num_importance_ctas(const ScoreArgs& args) {
   return problem.batch * problem.num_kv_heads * args.plan.num_parts;
 }
 
-int shared_bytes(const ScoreArgs& args, bool is_first_pass) {
+int64_t shared_bytes(const ScoreArgs& args, bool is_first_pass) {
   const Problem& problem = args.params.problem;
-  return static_cast<int>(score_shared_bytes(args.plan, is_first_pass, heads_per_kv(problem),
-                                             static_cast<int>(problem.head_dim)));
-}
-
-// A launch of which the next one may start while it runs.
-template <class Kernel>
-cudaError_t launch_beside(Kernel kernel, const ScoreArgs& args, int64_t num_ctas, int num_threads,
-                          int bytes, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(num_ctas);
-  config.blockDim = num_threads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return score_shared_bytes(args.plan, is_first_pass, heads_per_kv(problem),
+                            static_cast<int>(problem.head_dim));
 }
 
 template <class Element, int kHeadDim>
 cudaError_t launch(const Passes& passes, cudaStream_t stream) {
   using Traits = ScoreTraits<Element, kHeadDim>;
   const Problem& problem = passes.sums.params.problem;
-  const int sums_bytes = shared_bytes(passes.sums, true);
-  cudaError_t error = cudaFuncSetAttribute(row_sums_kernel<Traits>,
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, sums_bytes);
-  if (error != cudaSuccess) return error;
-  row_sums_kernel<Traits>
-      <<<static_cast<unsigned>(num_sums_ctas(passes.sums)), kScoreThreads, sums_bytes, stream>>>(
-          passes.sums);
-  error = cudaGetLastError();
+  cudaError_t error =
+      launch_kernel(row_sums_kernel<Traits>, passes.sums, num_sums_ctas(passes.sums), kScoreThreads,
+                    shared_bytes(passes.sums, true), stream);
   if (error == cudaSuccess && passes.importance.num_merged < passes.sums.num_states) {
-    error = launch_beside(merge_parts_kernel, passes.sums, problem.batch * problem.num_q_heads,
-                          1024, 0, stream);
+    error = launch_kernel(merge_parts_kernel, passes.sums, problem.batch * problem.num_q_heads,
+                          1024, 0, stream, true);
   }
   if (error != cudaSuccess) return error;
-  return launch_beside(importance_kernel<Traits>, passes.importance,
+  return launch_kernel(importance_kernel<Traits>, passes.importance,
                        num_importance_ctas(passes.importance), kScoreThreads,
-                       shared_bytes(passes.importance, false), stream);
+                       shared_bytes(passes.importance, false), stream, true);
 }
 
 template <class Element>

@@ -8,6 +8,7 @@
 
 #include "../device.h"
 #include "../launch.h"
+#include "../launch_kernel.h"
 #include "../tma.h"
 #include "query_means.cuh"
 #include "rows.cuh"
@@ -166,15 +167,10 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
     const auto num_ctas = static_cast<unsigned>(ceil_div(32 * num_key_blocks, kMeanKeysThreads));
     mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
   }
-  const auto kernel = select_kernel<Element>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t num_tiles =
       problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tile_rows);
-  kernel<<<static_cast<unsigned>(smaller(num_sms, num_tiles)), kSelectThreads,
-           static_cast<size_t>(bytes), stream>>>(args);
-  error = cudaGetLastError();
+  error = launch_kernel(select_kernel<Element>, args, smaller(num_sms, num_tiles), kSelectThreads,
+                        bytes, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
