@@ -231,7 +231,7 @@ struct StageOps {
     check_choice("mass", mass, "earlier", "causal");
     check_score(score);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
-    Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), segment_size);
+    Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
     const Tensor perm = sort_segments(scores, segment_size, num_heavy);

@@ -246,6 +246,38 @@ def test_a_warpgroup_meets_few_blocks(native, num_heads):
         assert blocks == blocks[:met] * (len(blocks) // met)
 
 
+SELECT_SIZES = {
+    "head_dim": st.sampled_from([64, 96, 128, 256]),
+    "is_float": st.booleans(),
+    "block_size": st.sampled_from([32, 64, 128]),
+    "kv_block_size": st.sampled_from([32, 64, 128]),
+    "segments": st.integers(1, 32),
+}
+
+
+@settings(deadline=None, max_examples=300)
+@given(num_heads=st.integers(1, 64), num_tokens=st.integers(1, 2**23), **SELECT_SIZES)
+def test_select_tiles_fit(
+    native, num_heads, num_tokens, head_dim, is_float, block_size, kv_block_size, segments
+):
+    sizes = (block_size, kv_block_size, 128 * segments)
+    tiles, most = native.select_tiles(num_heads, num_tokens, head_dim, is_float, *sizes)
+    assert tiles.shared_bytes <= native.shared_bytes_per_cta
+    assert (tiles.rows > 0) == (math.ceil(num_tokens / kv_block_size) <= most)
+    assert tiles.rows <= native.logit_rows
+    if tiles.rows > 0 and not is_float:
+        assert tiles.num_slots > 0
+    assert tiles.num_slots % native.mean_warps == 0
+    assert most >= 26000
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(8192, 4), (32768, 8), (131072, 16)])
+def test_select_tiles_keep_every_cta_busy(native, num_tokens, rows):
+    tiles, _ = native.select_tiles(32, num_tokens, 128, False, 128, 128, 256)
+    assert tiles.rows == rows
+    assert tiles.num_slots >= 2 * native.mean_warps
+
+
 def test_capability(native):
     assert native.capability_error(90) == ""
     for capability, text in ((80, "8.0"), (86, "8.6"), (100, "10.0"), (120, "12.0")):

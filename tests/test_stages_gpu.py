@@ -331,6 +331,31 @@ def test_other_device():
         assert torch.equal(x.cpu(), y.cpu())
 
 
+@pytest.mark.parametrize("permute_per", ["kv_head", "query_head"])
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+def test_extra_memory_is_what_the_docs_say(mass, permute_per):
+    """docs/ops.md, Memory; torch's allocator rounds every tensor up."""
+    num_tokens, heads, kv_heads, head_dim, block = 20000, 8, 2, 128, 128
+    q = torch.randn(1, heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, kv_heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+    perm_heads = heads if permute_per == "query_head" else kv_heads
+    blocks = -(-num_tokens // block)
+    documented = 8 * perm_heads * num_tokens
+    documented += 2 * 2 * perm_heads * num_tokens * head_dim
+    documented += 4 * (perm_heads + kv_heads * (mass == "causal")) * blocks * head_dim
+    documented += heads * blocks * (4 * -(-blocks // 32) + 16)
+    documented += 4 * heads * num_tokens
+    documented += 1024 * max(heads, 528 * heads // kv_heads)
+    ops.attention(q, k, k, mass=mass, permute_per=permute_per)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ops.attention(q, k, k, mass=mass, permute_per=permute_per)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    assert extra <= documented + 2**16
+
+
 def test_attention_does_not_wait_for_the_gpu():
     q = torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16)
     ops.attention(q, q, q)
@@ -360,5 +385,8 @@ def test_what_cuda_does_not_take():
         ops.attention(half, half, shifted)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
         ops.attention(half, half, half, segment_size=8192)
+    long = torch.empty(1, 1, 1_000_000, 256, dtype=half.dtype, device="cuda")
+    with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 31250"):
+        ops.attention(long[:, :, :64], long, long, kv_block_size=32)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
         ops.sort_segments(torch.zeros(1, 1, 300, device="cuda"), segment_size=8192)

@@ -7,6 +7,7 @@
 
 #include "launch.h"
 #include "pbs/arch.h"
+#include "pbs/select_tiles.h"
 #endif
 
 namespace pbs {
@@ -77,6 +78,15 @@ void check_segment_fits(int64_t segment_size) {
   }
 }
 
+void check_rows_fit(const Problem& problem, const Blocking& blocking) {
+  const int64_t num_blocks = ceil_div(problem.num_kv, blocking.kv_block_size);
+  const int64_t most = most_key_blocks(problem, blocking);
+  if (num_blocks > most) {
+    fail("k must have at most ", most, " key blocks of kv_block_size ", blocking.kv_block_size,
+         " with these sizes on CUDA, got ", num_blocks);
+  }
+}
+
 #endif
 
 struct CudaBackend {
@@ -97,15 +107,17 @@ struct CudaBackend {
 
   static void check_attention([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& k,
                               [[maybe_unused]] const Tensor& v, [[maybe_unused]] float scale,
-                              [[maybe_unused]] int64_t segment_size) {
+                              [[maybe_unused]] const Problem& problem,
+                              [[maybe_unused]] const Blocking& blocking) {
 #ifdef PBS_WITH_CUDA
-    const DType dtype = check_float_dtype("q", q);
+    const DType dtype = problem.dtype;
     check_half(dtype);
     check_aligned("q", const_rows(q), dtype);
     check_aligned("k", const_rows(k), dtype);
     check_aligned("v", const_rows(v), dtype);
     check_positive(scale);
-    check_segment_fits(segment_size);
+    check_segment_fits(blocking.segment_size);
+    check_rows_fit(problem, blocking);
 #endif
   }
 
@@ -146,6 +158,7 @@ struct CudaBackend {
 #ifdef PBS_WITH_CUDA
     check_aligned("q", params.q, params.problem.dtype);
     check_aligned("k", params.k, params.problem.dtype);
+    check_rows_fit(params.problem, params.blocking);
     run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
                               cuda::select_workspace_floats, cuda::launch_select_blocks);
 #endif

@@ -103,11 +103,15 @@ struct SelectBlocksParams {
   int32_t* counts;       // (B, Hq, num_q_blocks)
 };
 
-// Shares of one query block: of every key block, and of its own segment's in their own order.
+// Key blocks of an own segment, in their own order.
+constexpr int64_t num_own_entries(const Blocking& blocking) {
+  return ceil_div(blocking.segment_size + blocking.block_size, blocking.kv_block_size);
+}
+
+// Shares of one query block: of every key block, and of its own segment's.
 constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
-  const Blocking& blocking = params.blocking;
-  return ceil_div(params.problem.num_kv, blocking.kv_block_size) +
-         ceil_div(blocking.segment_size + blocking.block_size, blocking.kv_block_size);
+  return ceil_div(params.problem.num_kv, params.blocking.kv_block_size) +
+         num_own_entries(params.blocking);
 }
 
 struct AttendParams {

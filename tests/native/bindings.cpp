@@ -10,6 +10,7 @@
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
 #include "pbs/score_parts.h"
+#include "pbs/select_tiles.h"
 #include "pbs/tile_shape.h"
 #include "pbs/work_order.h"
 #include "simd.h"
@@ -82,6 +83,26 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("score_stage_rows", &pbs::score_stage_rows);
   m.def("blocks_per_warpgroup", &pbs::blocks_per_warpgroup);
   m.attr("score_warpgroups") = pbs::kScoreWarpgroups;
+  py::class_<pbs::SelectTiles>(m, "SelectTiles")
+      .def_readonly("rows", &pbs::SelectTiles::rows)
+      .def_readonly("num_slots", &pbs::SelectTiles::num_slots)
+      .def_readonly("shared_bytes", &pbs::SelectTiles::shared_bytes);
+  // Of `num_heads` heads, and the most key blocks that have room; as many queries as keys.
+  m.def("select_tiles", [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
+                           int64_t block_size, int64_t kv_block_size, int64_t segment_size) {
+    pbs::SelectBlocksParams params{};
+    params.problem.batch = 1;
+    params.problem.num_q_heads = num_heads;
+    params.problem.num_q = num_tokens;
+    params.problem.num_kv = num_tokens;
+    params.problem.head_dim = head_dim;
+    params.problem.dtype = is_float ? pbs::DType::kFloat32 : pbs::DType::kFloat16;
+    params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
+    return std::make_pair(pbs::select_tiles(params, 132),
+                          pbs::most_key_blocks(params.problem, params.blocking));
+  });
+  m.attr("mean_warps") = pbs::kMeanWarps;
+  m.attr("logit_rows") = pbs::kLogitRows;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

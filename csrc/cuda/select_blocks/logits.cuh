@@ -3,15 +3,13 @@
 
 #include <cute/arch/mma_sm80.hpp>
 
+#include "pbs/select_tiles.h"
+
 namespace pbs::cuda {
 
-constexpr int kLogitRows = 16;  // of one product
 constexpr int kKeysPerTile = 8;
 constexpr int kStepDims = 16;
 constexpr int kStepsAtOnce = 8;  // of loads in flight
-
-// Floats from one mean query to the next in shared memory: two rows fill all banks.
-__host__ __device__ constexpr int query_stride(int head_dim) { return head_dim + 16; }
 
 // A float32 as two TF32s, of which the tensor core ignores the last 13 bits: all but 2^-21 of it. A
 // NaN is one in `low`.

@@ -39,7 +39,7 @@ template <class Element>
 __device__ void load_queries(const SelectArgs& args, const SelectShared& shared) {
   const int num_groups = shared.head_dim / group_columns(shared.head_dim);
   const auto block_size = static_cast<int>(args.params.blocking.block_size);
-  DynamicRingState state{args.num_slots};
+  DynamicRingState state{args.tiles.num_slots};
   for_each_tile(args, [&](const SelectTile& tile, int) {
     for (int i = 0; i < tile.num_blocks * num_groups; ++i) {
       shared.barriers->slot_empty[state.stage].wait(state.parity ^ 1);
@@ -118,7 +118,7 @@ class QueryMeans {
         shared_(shared),
         warp_(warp),
         factor_(args.params.scale * kLog2e),
-        slot_{args.num_slots} {
+        slot_{args.tiles.num_slots} {
     slot_.advance(warp);
   }
 

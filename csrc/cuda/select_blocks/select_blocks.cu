@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   const SelectShared shared(args, raw);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
-    for (int slot = 0; slot < args.num_slots; ++slot) {
+    for (int slot = 0; slot < args.tiles.num_slots; ++slot) {
       shared.barriers->slot_full[slot].init(1);
       shared.barriers->slot_empty[slot].init(1);
     }
@@ -115,47 +115,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   }
 }
 
-// As many rows as a product has; on a short sequence fewer, so that each CTA has several tiles, of
-// which one is loaded while the one before is in work.
-int64_t wanted_rows(const SelectArgs& args, int num_sms) {
-  constexpr int kTilesPerCta = 4;
-  const Problem& problem = args.params.problem;
-  const int64_t num_rows = problem.batch * problem.num_q_heads * args.num_q_blocks;
-  int64_t rows = kLogitRows;
-  while (rows > kLogitRows / 4 && num_rows < rows * num_sms * kTilesPerCta) rows /= 2;
-  return rows;
-}
-
-// Returns the bytes of shared memory, or 0 where not one row fits.
-int64_t fit_shared(SelectArgs& args, int num_sms) {
-  const Problem& problem = args.params.problem;
-  const auto head_dim = static_cast<int>(problem.head_dim);
-  const bool has_slots = problem.dtype != DType::kFloat32;
-  const int64_t row_bytes = args.row_stride * static_cast<int64_t>(sizeof(float));
-  const int64_t slot_bytes =
-      query_slot_bytes(head_dim, static_cast<int>(args.params.blocking.block_size));
-  const int64_t room = kSharedBytesPerCta - select_fixed_bytes(head_dim);
-  const int64_t rows_room = room - (has_slots ? kMeanWarps * slot_bytes : 0);
-  const int64_t rows = smaller(wanted_rows(args, num_sms), rows_room / row_bytes);
-  if (rows <= 0) return 0;
-  args.tile_rows = static_cast<int>(rows);
-  if (has_slots) {
-    // Each slot is always the same warp's.
-    const int64_t slots = smaller(kMaxQuerySlots, (room - rows * row_bytes) / slot_bytes);
-    args.num_slots = static_cast<int>(round_down(slots, kMeanWarps));
-  }
-  return select_fixed_bytes(head_dim) + rows * row_bytes + args.num_slots * slot_bytes;
-}
-
 template <class Element>
 const char* launch(SelectArgs& args, cudaStream_t stream) {
   const Problem& problem = args.params.problem;
   int num_sms = 0;
   cudaError_t error = count_sms(&num_sms);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t bytes = fit_shared(args, num_sms);
-  if (bytes == 0) return "too many key blocks for shared memory";
-  if (args.num_slots > 0) {
+  args.tiles = select_tiles(args.params, num_sms);
+  if (args.tiles.rows == 0) return "too many key blocks for shared memory";
+  if (args.tiles.num_slots > 0) {
     if (const char* encode_error =
             encode_rows(&args.q, args.params.q, problem, problem.num_q_heads, problem.num_q,
                         args.params.blocking.block_size, false)) {
@@ -168,9 +136,9 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
     mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
   }
   const int64_t num_tiles =
-      problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tile_rows);
+      problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tiles.rows);
   error = launch_kernel(select_kernel<Element>, args, smaller(num_sms, num_tiles), kSelectThreads,
-                        bytes, stream);
+                        args.tiles.shared_bytes, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -192,8 +160,7 @@ const char* launch_select_blocks(const SelectBlocksParams& params, float* worksp
   args.num_q_blocks = static_cast<int>(ceil_div(problem.num_q, blocking.block_size));
   args.num_kv_blocks = static_cast<int>(ceil_div(problem.num_kv, blocking.kv_block_size));
   args.num_words = static_cast<int>(num_mask_words(args.num_kv_blocks));
-  // Rows start 8 banks apart, and have room for three zeros at the end.
-  args.row_stride = static_cast<int>(ceil_div(num_mass_entries(params) + 3, 32) * 32 + 8);
+  args.row_stride = static_cast<int>(logit_stride(num_mass_entries(params)));
   const int64_t num_rows = problem.batch * problem.num_q_heads * args.num_q_blocks;
   if (num_rows == 0) return nullptr;
   if (num_rows > std::numeric_limits<int32_t>::max()) return "too many query blocks for one grid";

@@ -12,16 +12,11 @@
 #include "../warpgroup.cuh"
 #include "logits.cuh"
 #include "pbs/params.h"
-#include "pbs/tile_shape.h"
+#include "pbs/select_tiles.h"
 
 namespace pbs::cuda {
 
-constexpr int kRowWarps = 16;  // cut rows
-constexpr int kMeanWarps = 3;  // average queries; with one that loads, every scheduler has five
 constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps + 1);
-constexpr int kMeanBuffers = 2;
-constexpr int kMaxQuerySlots = 15;
-constexpr int kCutScratch = 32;  // words of a warp
 
 struct SelectArgs {
   SelectBlocksParams params;
@@ -30,9 +25,8 @@ struct SelectArgs {
   int num_kv_blocks;
   int num_words;
   int row_stride;  // floats from one row of logits to the next
-  int tile_rows;   // query blocks of a tile
-  int num_slots;   // of queries in shared memory, each a column group of a query block
-  CUtensorMap q;   // not of float32
+  SelectTiles tiles;
+  CUtensorMap q;  // not of float32
 };
 
 struct SelectBarriers {
@@ -45,20 +39,7 @@ struct SelectBarriers {
   int sinks[kMeanBuffers];  // beside the means
 };
 
-__host__ __device__ constexpr int query_slot_bytes(int head_dim, int block_size) {
-  return 2 * block_size * group_columns(head_dim);
-}
-
-// Of one of the two halves.
-__host__ __device__ constexpr int query_means_floats(int head_dim) {
-  return kLogitRows * query_stride(head_dim);
-}
-
-// Shared memory beside slots and rows of logits.
-constexpr int select_fixed_bytes(int head_dim) {
-  return kSwizzleBytes + static_cast<int>(sizeof(SelectBarriers)) +
-         4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
-}
+static_assert(sizeof(SelectBarriers) <= kSelectBarrierBytes);
 
 struct SelectShared {
   __device__ SelectShared(const SelectArgs& args, char* raw)
@@ -67,9 +48,9 @@ struct SelectShared {
     // By an offset: the compiler then knows that all of this is shared memory.
     const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
     slots = raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
-    means = reinterpret_cast<uint32_t*>(slots + args.num_slots * slot_bytes);
+    means = reinterpret_cast<uint32_t*>(slots + args.tiles.num_slots * slot_bytes);
     logits = reinterpret_cast<float*>(means + 2 * kMeanBuffers * query_means_floats(head_dim));
-    scratch = reinterpret_cast<uint32_t*>(logits + args.tile_rows * args.row_stride);
+    scratch = reinterpret_cast<uint32_t*>(logits + args.tiles.rows * args.row_stride);
     barriers = reinterpret_cast<SelectBarriers*>(scratch + kRowWarps * kCutScratch);
   }
 
@@ -102,7 +83,7 @@ template <class Visit>
 __device__ void for_each_tile(const SelectArgs& args, Visit visit) {
   const Problem& problem = args.params.problem;
   const auto num_heads = static_cast<int>(problem.batch * problem.num_q_heads);
-  const int tiles_per_head = (args.num_q_blocks + args.tile_rows - 1) / args.tile_rows;
+  const int tiles_per_head = (args.num_q_blocks + args.tiles.rows - 1) / args.tiles.rows;
   const int num_tiles = num_heads * tiles_per_head;
   const auto num_ctas = static_cast<int>(gridDim.x);
   for (int i = 0, nth = blockIdx.x; nth < num_tiles; ++i, nth += num_ctas) {
@@ -112,8 +93,8 @@ __device__ void for_each_tile(const SelectArgs& args, Visit visit) {
     SelectTile tile{};
     tile.b = head / static_cast<int>(problem.num_q_heads);
     tile.hq = head % static_cast<int>(problem.num_q_heads);
-    tile.first_block = (tiles_per_head - 1 - idx / num_heads) * args.tile_rows;
-    tile.num_blocks = min(args.tile_rows, args.num_q_blocks - tile.first_block);
+    tile.first_block = (tiles_per_head - 1 - idx / num_heads) * args.tiles.rows;
+    tile.num_blocks = min(args.tiles.rows, args.num_q_blocks - tile.first_block);
     visit(tile, i);
   }
 }
