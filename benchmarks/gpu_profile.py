@@ -39,8 +39,9 @@ class Interval(NamedTuple):
 class Profile(NamedTuple):
     """One call, on average."""
 
-    launches: float
+    launches: int
     busy_ms: float  # while anything ran
+    gaps_ms: float  # while nothing ran, from its first kernel to its last
     stage_ms: dict[str, float]
 
 
@@ -68,11 +69,15 @@ def union_ms(intervals: Iterable[Interval]) -> float:
 
 
 def summarize(intervals: list[Interval], calls: int) -> Profile:
-    """One call of `calls` that were recorded.
+    """One call of `calls` that were recorded, each of which launched the same.
 
     Raises:
-        ValueError: if a stage has no kernel, or a kernel of the library no stage.
+        ValueError: if a stage has no kernel, a kernel of the library no stage, or the launches are
+            no multiple of the calls.
     """
+    launches, rest = divmod(len(intervals), calls)
+    if rest:
+        raise ValueError(f"launches must be a multiple of {calls} calls, got {len(intervals)}")
     by_stage = {stage: [] for stage in (*STAGE_OF_KERNEL.values(), OTHER)}
     for interval in intervals:
         by_stage[stage_of(interval.name)].append(interval)
@@ -81,7 +86,17 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
             names = sorted({interval.name for interval in intervals})
             raise ValueError(f"the profile must hold kernels of {stage}, got {names}")
     stage_ms = {stage: union_ms(found) / calls for stage, found in by_stage.items()}
-    return Profile(len(intervals) / calls, union_ms(intervals) / calls, stage_ms)
+    in_order = sorted(intervals, key=lambda interval: interval.start)
+    by_call = [in_order[i : i + launches] for i in range(0, len(in_order), launches)]
+    gaps_ms = sum(map(gaps_between_ms, by_call)) / calls
+    return Profile(launches, union_ms(intervals) / calls, gaps_ms, stage_ms)
+
+
+def gaps_between_ms(intervals: list[Interval]) -> float:
+    """Milliseconds between the first start and the last end in which none of them ran."""
+    start = min(interval.start for interval in intervals)
+    end = max(interval.end for interval in intervals)
+    return (end - start) / 1e3 - union_ms(intervals)
 
 
 def profile_call(call: Callable[[], object], calls: int = 10) -> Profile:

@@ -8,8 +8,9 @@ All contestants of a row run in one process, in turn; rates of dense kernels are
 
 A stage has three columns: `<stage>_ms`, the op called alone; `<stage>_kernel_ms`, its kernels
 within the one call; `<stage>_floor_ms`, what bytes and operations take at the card's rates.
-`gaps_ms` is what the one call takes beyond the time in which the GPU ran anything. The columns
-`eager_*` belong to eager.py at the same threshold, one permutation a query head in every row.
+`gaps_ms` is the time within the one call, between its kernels, in which the GPU ran nothing. The
+columns `eager_*` belong to eager.py at the same threshold, one permutation a query head in every
+row.
 
     python benchmarks/pipeline.py --output benchmarks/results/pipeline_h200.csv
 """
@@ -194,7 +195,7 @@ def times_of(pipeline: Pipeline, dense: dict, args) -> dict[str, float]:
     values = by_stage(times, "ms") | by_stage(profile.stage_ms, "kernel_ms")
     values |= by_stage(eager_times, "ms", BEFORE_ATTEND, "eager_")
     values |= {f"{call}_ms": times[call] for call in (*dense, "attention")}
-    values["gaps_ms"] = times["attention"] - profile.busy_ms
+    values["gaps_ms"] = profile.gaps_ms
     values["launches"] = profile.launches
     if dense:
         values["speedup"] = min(times[call] for call in dense) / times["attention"]
@@ -223,8 +224,6 @@ def as_row(values: dict[str, object]) -> dict[str, str]:
 def as_text(column: str, value: object) -> str:
     if not isinstance(value, float):
         return str(value)
-    if column == "launches":
-        return f"{value:g}"
     return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"
 
 
