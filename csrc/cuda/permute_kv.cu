@@ -10,7 +10,6 @@
 #include <cutlass/half.h>
 #include <cutlass/numeric_conversion.h>
 
-#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <limits>
 

@@ -6,7 +6,10 @@
 #pragma once
 
 #include <cute/algorithm/gemm.hpp>
+#include <cute/arch/util.hpp>
 #include <cute/tensor.hpp>
+
+#include "pbs/tile_shape.h"
 
 namespace pbs::cuda {
 
@@ -30,6 +33,13 @@ __device__ inline float quad_max(float x) {
 __device__ inline float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Where in a CTA's dynamic shared memory swizzled tiles may start. By an offset: the compiler then
+// knows that all of it is shared memory.
+__device__ inline char* first_swizzled(char* raw) {
+  const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
+  return raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
 }
 
 // Bytes from the start of a swizzled tile of `num_rows` rows of 2-byte elements, in groups of

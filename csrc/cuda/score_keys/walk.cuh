@@ -39,7 +39,6 @@ struct ScoreTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileSize = kScoreTileRows * kHeadDim;
-  static constexpr int kBlockSize = kScoreBlockRows * kHeadDim;
   using Mma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<
           Element, Element, float,
@@ -88,9 +87,7 @@ struct ScorePart {
     kv_head = walk % num_kv_heads;
     first_key = idx * plan.keys_per_part;
     num_keys = min(plan.keys_per_part, args.num_scored - first_key);
-    // By an offset: the compiler then knows that all of this is shared memory.
-    const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
-    queries = reinterpret_cast<Element*>(raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced));
+    queries = reinterpret_cast<Element*>(first_swizzled(raw));
     keys = queries + plan.heads_per_group * Traits::kTileSize;
     barriers =
         reinterpret_cast<ScoreBarriers*>(keys + plan.num_stages * kStageRows * Traits::kHeadDim);

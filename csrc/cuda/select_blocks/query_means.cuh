@@ -6,7 +6,6 @@
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
-#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 

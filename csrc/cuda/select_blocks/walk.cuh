@@ -7,8 +7,6 @@
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 
-#include <cute/arch/util.hpp>
-
 #include "../warpgroup.cuh"
 #include "logits.cuh"
 #include "pbs/params.h"
@@ -38,16 +36,13 @@ struct SelectBarriers {
   cutlass::arch::ClusterBarrier means_empty[kMeanBuffers];
   int sinks[kMeanBuffers];  // beside the means
 };
-
 static_assert(sizeof(SelectBarriers) <= kSelectBarrierBytes);
 
 struct SelectShared {
   __device__ SelectShared(const SelectArgs& args, char* raw)
       : head_dim(static_cast<int>(args.params.problem.head_dim)),
         slot_bytes(query_slot_bytes(head_dim, static_cast<int>(args.params.blocking.block_size))) {
-    // By an offset: the compiler then knows that all of this is shared memory.
-    const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
-    slots = raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
+    slots = first_swizzled(raw);
     means = reinterpret_cast<uint32_t*>(slots + args.tiles.num_slots * slot_bytes);
     logits = reinterpret_cast<float*>(means + 2 * kMeanBuffers * query_means_floats(head_dim));
     scratch = reinterpret_cast<uint32_t*>(logits + args.tiles.rows * args.row_stride);
