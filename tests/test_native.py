@@ -265,17 +265,18 @@ def test_select_tiles_fit(
     assert tiles.shared_bytes <= native.shared_bytes_per_cta
     assert (tiles.rows > 0) == (math.ceil(num_tokens / kv_block_size) <= most)
     assert tiles.rows <= native.logit_rows
-    if tiles.rows > 0 and not is_float:
-        assert tiles.num_slots > 0
-    assert tiles.num_slots % native.mean_warps == 0
+    if is_float:
+        assert tiles.num_slots == 0
+    elif tiles.rows > 0:
+        assert tiles.num_slots >= 1
     assert most >= 26000
 
 
-@pytest.mark.parametrize(("num_tokens", "rows"), [(8192, 4), (32768, 8), (131072, 16)])
+@pytest.mark.parametrize(("num_tokens", "rows"), [(8192, 4), (16384, 8), (32768, 16), (131072, 16)])
 def test_select_tiles_keep_every_cta_busy(native, num_tokens, rows):
     tiles, _ = native.select_tiles(32, num_tokens, 128, False, 128, 128, 256)
     assert tiles.rows == rows
-    assert tiles.num_slots >= 2 * native.mean_warps
+    assert tiles.num_slots >= 3  # 96 KiB
 
 
 def test_capability(native):

@@ -334,7 +334,7 @@ def test_other_device():
 @pytest.mark.parametrize("permute_per", ["kv_head", "query_head"])
 @pytest.mark.parametrize("mass", ["earlier", "causal"])
 def test_extra_memory_is_what_the_docs_say(mass, permute_per):
-    """docs/ops.md, Memory; torch's allocator rounds every tensor up."""
+    """docs/ops.md, Memory."""
     num_tokens, heads, kv_heads, head_dim, block = 20000, 8, 2, 128, 128
     q = torch.randn(1, heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(1, kv_heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -349,11 +349,13 @@ def test_extra_memory_is_what_the_docs_say(mass, permute_per):
     ops.attention(q, k, k, mass=mass, permute_per=permute_per)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: the allocator hands out up to a MiB more a tensor.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     out = ops.attention(q, k, k, mass=mass, permute_per=permute_per)
     torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-    assert extra <= documented + 2**16
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    extra = peak - before - out.numel() * out.element_size()
+    assert documented / 2 < extra <= documented
 
 
 def test_attention_does_not_wait_for_the_gpu():
@@ -385,8 +387,8 @@ def test_what_cuda_does_not_take():
         ops.attention(half, half, shifted)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
         ops.attention(half, half, half, segment_size=8192)
-    long = torch.empty(1, 1, 1_000_000, 256, dtype=half.dtype, device="cuda")
-    with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 31250"):
+    long = torch.empty(1, 1, 1_050_000, 256, dtype=half.dtype, device="cuda")
+    with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 32813"):
         ops.attention(long[:, :, :64], long, long, kv_block_size=32)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
         ops.sort_segments(torch.zeros(1, 1, 300, device="cuda"), segment_size=8192)

@@ -27,7 +27,8 @@ Encode find_encode() {
 }  // namespace
 
 const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& problem,
-                        int64_t num_heads, int64_t num_rows, int64_t box_rows, bool fills_tile) {
+                        int64_t num_heads, int64_t num_rows, int64_t box_rows,
+                        int64_t box_columns) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
@@ -43,7 +44,7 @@ const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& 
                                 stride(rows.head_stride, num_heads),
                                 stride(rows.batch_stride, problem.batch)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(box_rows),
-                            static_cast<cuuint32_t>(fills_tile ? num_groups : 1), 1, 1};
+                            static_cast<cuuint32_t>(box_columns / columns), 1, 1};
   const cuuint32_t element_strides[] = {1, 1, 1, 1, 1};
   const auto type = problem.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

@@ -7,10 +7,9 @@
 
 namespace pbs::cuda {
 
-// Boxes of `box_rows` rows of a (B, H, N, D) tensor, its columns taken as groups that fill one
-// swizzle span each: all groups in a box that fills a tile, one group otherwise. Rows past the end
-// read as 0. Returns an error, or null.
+// Boxes of `box_rows` rows and `box_columns` columns of a (B, H, N, D) tensor, in groups that fill
+// one swizzle span each. Rows past the end read as 0. Returns an error, or null.
 const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& problem,
-                        int64_t num_heads, int64_t num_rows, int64_t box_rows, bool fills_tile);
+                        int64_t num_heads, int64_t num_rows, int64_t box_rows, int64_t box_columns);
 
 }  // namespace pbs::cuda

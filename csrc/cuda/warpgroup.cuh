@@ -51,6 +51,20 @@ __device__ uint32_t tile_offset(int num_rows, int row, int column) {
   return linear ^ (linear >> 3 & (kGroupColumns == 64 ? 0x70 : 0x30));
 }
 
+// A descriptor of an operand in shared memory. Its neighbours' differ in the address only, which
+// the first word holds in units of 16 bytes.
+struct OperandDescriptor {
+  uint32_t first;
+  uint32_t second;
+
+  __device__ explicit OperandDescriptor(const cute::GmmaDescriptor& whole)
+      : first(uniform(static_cast<int>(whole.reg32_[0]))), second(whole.reg32_[1]) {}
+
+  __device__ uint64_t at(uint32_t bytes) const {
+    return static_cast<uint64_t>(second) << 32 | (first + bytes / 16);
+  }
+};
+
 // Starts acc (+)= a . b on the tensor cores and returns at once.
 template <bool kClears, class Mma, class A, class B, class Acc>
 __device__ void start_gemm(Mma& mma, const A& a, const B& b, Acc& acc) {

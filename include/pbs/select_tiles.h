@@ -10,24 +10,23 @@
 namespace pbs {
 
 constexpr int kLogitRows = 16;  // of one product: query blocks of a tile at most
-constexpr int kRowWarps = 16;   // cut rows of logits
-constexpr int kMeanWarps = 3;   // average queries; with one that loads, every scheduler has five
+constexpr int kRowWarps = 16;   // compute rows of logits and cut them
+constexpr int kMeanWarps = 4;   // average queries
 constexpr int kMeanBuffers = 2;
-constexpr int kMaxQuerySlots = 15;
-constexpr int kCutScratch = 32;  // words of a warp
+constexpr int kMaxQuerySlots = 8;
+constexpr int kCutScratch = 128;  // words of a warp: weights that it cuts in registers
+constexpr int kOnesBytes = 256;   // of 16 x 8 elements
 constexpr int kSelectBarrierBytes = 288;
 
-// Floats from one mean query to the next in shared memory: two rows fill all banks.
-PBS_HOST_DEVICE constexpr int query_stride(int head_dim) { return head_dim + 16; }
-
 // Of one of the two halves of a tile's mean queries.
-PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) {
-  return kLogitRows * query_stride(head_dim);
-}
+PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) { return kLogitRows * head_dim; }
 
-// Queries that are loaded together: a column group of a query block.
+// Queries that are loaded together: so many columns of a query block.
+PBS_HOST_DEVICE constexpr int query_slot_columns(int head_dim) {
+  return head_dim == 256 ? 128 : head_dim;
+}
 PBS_HOST_DEVICE constexpr int query_slot_bytes(int head_dim, int block_size) {
-  return 2 * block_size * group_columns(head_dim);
+  return 2 * block_size * query_slot_columns(head_dim);
 }
 
 // Floats from one row of logits to the next. Rows start 8 banks apart, and have room for three
@@ -44,23 +43,21 @@ struct SelectTiles {
 
 // Beside slots and rows of logits.
 constexpr int64_t select_fixed_bytes(int head_dim) {
-  return kSwizzleBytes + kSelectBarrierBytes +
+  return kSwizzleBytes + kOnesBytes + kSelectBarrierBytes +
          4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
 }
 
-// Float32 queries are averaged as they are read, without slots. Otherwise each slot is always the
-// same warp's.
-constexpr int64_t fewest_slot_bytes(const Problem& problem, const Blocking& blocking) {
-  return problem.dtype == DType::kFloat32
-             ? 0
-             : kMeanWarps * query_slot_bytes(static_cast<int>(problem.head_dim),
-                                             static_cast<int>(blocking.block_size));
+// Float32 queries are averaged as they are read, without slots.
+constexpr int64_t slot_bytes_of(const Problem& problem, const Blocking& blocking) {
+  return problem.dtype == DType::kFloat32 ? 0
+                                          : query_slot_bytes(static_cast<int>(problem.head_dim),
+                                                             static_cast<int>(blocking.block_size));
 }
 
 // As many rows as a product has; on a short sequence fewer, so that each CTA has several tiles, of
 // which one is loaded while the one before is in work.
 constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num_sms) {
-  constexpr int64_t kTilesPerCta = 4;
+  constexpr int64_t kTilesPerCta = 3;
   const Problem& problem = params.problem;
   const auto head_dim = static_cast<int>(problem.head_dim);
   const int64_t num_rows =
@@ -68,14 +65,13 @@ constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num
   int64_t wanted = kLogitRows;
   while (wanted > kLogitRows / 4 && num_rows < wanted * num_sms * kTilesPerCta) wanted /= 2;
   const int64_t row_bytes = 4 * logit_stride(num_mass_entries(params));
-  const int64_t fewest = fewest_slot_bytes(problem, params.blocking);
+  const int64_t slot_bytes = slot_bytes_of(problem, params.blocking);
   const int64_t room = kSharedBytesPerCta - select_fixed_bytes(head_dim);
   SelectTiles tiles{};
-  tiles.rows = static_cast<int32_t>(smaller(wanted, larger(0, room - fewest) / row_bytes));
-  if (tiles.rows > 0 && fewest > 0) {
-    const int64_t slot_bytes = fewest / kMeanWarps;
-    const int64_t fitting = smaller(kMaxQuerySlots, (room - tiles.rows * row_bytes) / slot_bytes);
-    tiles.num_slots = static_cast<int32_t>(round_down(fitting, kMeanWarps));
+  tiles.rows = static_cast<int32_t>(smaller(wanted, larger(0, room - slot_bytes) / row_bytes));
+  if (tiles.rows > 0 && slot_bytes > 0) {
+    tiles.num_slots =
+        static_cast<int32_t>(smaller(kMaxQuerySlots, (room - tiles.rows * row_bytes) / slot_bytes));
     tiles.shared_bytes = tiles.num_slots * slot_bytes;
   }
   tiles.shared_bytes += select_fixed_bytes(head_dim) + tiles.rows * row_bytes;
@@ -85,7 +81,7 @@ constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num
 // The key blocks that a row of logits has room for.
 constexpr int64_t most_key_blocks(const Problem& problem, const Blocking& blocking) {
   const int64_t room = kSharedBytesPerCta - select_fixed_bytes(static_cast<int>(problem.head_dim)) -
-                       fewest_slot_bytes(problem, blocking);
+                       slot_bytes_of(problem, blocking);
   return round_down(room / 4 - 8, 32) - 3 - num_own_entries(blocking);
 }
 

@@ -101,7 +101,6 @@ PYBIND11_MODULE(pbs_native, m) {
     return std::make_pair(pbs::select_tiles(params, 132),
                           pbs::most_key_blocks(params.problem, params.blocking));
   });
-  m.attr("mean_warps") = pbs::kMeanWarps;
   m.attr("logit_rows") = pbs::kLogitRows;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {

@@ -38,24 +38,27 @@ const char* encode_all(AttendArgs& args) {
   const Problem& problem = params.problem;
   const int64_t keys = tile_keys(static_cast<int>(problem.head_dim));
   const int64_t chunk = smaller(params.blocking.kv_block_size, keys);
+  const int64_t all = problem.head_dim;
+  // Less than a tile is put together from column groups.
+  const int64_t chunk_columns = chunk == keys ? all : group_columns(static_cast<int>(all));
   struct Input {
     CUtensorMap* map;
     const ConstRows* rows;
     int64_t num_heads;
     int64_t num_rows;
     int64_t box_rows;
-    bool fills_tile;
+    int64_t box_columns;
   };
   const Input inputs[] = {
-      {&args.q, &params.q, problem.num_q_heads, problem.num_q, kTileRows, true},
-      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys, true},
-      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys, true},
-      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk == keys},
-      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk == keys},
+      {&args.q, &params.q, problem.num_q_heads, problem.num_q, kTileRows, all},
+      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys, all},
+      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys, all},
+      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk_columns},
+      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk_columns},
   };
   for (const Input& input : inputs) {
     const char* error = encode_rows(input.map, *input.rows, problem, input.num_heads,
-                                    input.num_rows, input.box_rows, input.fills_tile);
+                                    input.num_rows, input.box_rows, input.box_columns);
     if (error != nullptr) return error;
   }
   return nullptr;

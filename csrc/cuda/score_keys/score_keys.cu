@@ -180,11 +180,11 @@ const char* encode_operands(ScoreArgs& args, int64_t q_box_rows, int64_t k_box_r
   last_q.data = static_cast<const char*>(params.q.data) +
                 2 * (problem.num_q - args.num_rows) * params.q.row_stride;
   if (const char* error = encode_rows(&args.q, last_q, problem, problem.num_q_heads, args.num_rows,
-                                      q_box_rows, true)) {
+                                      q_box_rows, problem.head_dim)) {
     return error;
   }
   return encode_rows(&args.k, params.k, problem, problem.num_kv_heads, args.num_scored, k_box_rows,
-                     true);
+                     problem.head_dim);
 }
 
 // Returns an error, or null.

@@ -29,7 +29,7 @@ __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int6
     total.clear();
     if (piece < num_pieces) {
       const T* src = rows + piece * kPiece;
-      constexpr int kAtOnce = 16;  // loads in flight
+      constexpr int kAtOnce = 8;  // loads in flight
       const int step = 32 / lanes_per_row;
       for (int64_t row = begin + lane / lanes_per_row; row < end; row += kAtOnce * step) {
         Piece<T> values[kAtOnce];

@@ -25,8 +25,8 @@ __device__ inline int find_sink(const SelectArgs& args, const SelectTile& tile) 
 // Logits of the own segment's key blocks behind those of the candidates. Returns how many there are
 // in all.
 __device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& tile,
-                                     const QueryBlock& block, const SplitQueries& q_means,
-                                     int first_query, float* logits) {
+                                     const QueryBlock& block, const SplitQueries& q_means, int row,
+                                     float* logits) {
   const Problem& problem = args.params.problem;
   const int head_dim = static_cast<int>(problem.head_dim);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -39,7 +39,7 @@ __device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& t
   for (int64_t j = first; j < last; ++j, ++n) {
     float sum = 0.0f;
     for (int d = lane; d < head_dim; d += 32) {
-      sum += q_means.read(first_query + d) * own_means[j * head_dim + d];
+      sum += q_means.read(row, d) * own_means[j * head_dim + d];
     }
     sum = warp_sum(sum);
     if (lane == 0) logits[n] = sum;
@@ -50,13 +50,12 @@ __device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& t
 
 // The cut of a row. Leaves weights of candidates in `logits`.
 __device__ inline Cut cut_row(const SelectArgs& args, const SelectTile& tile,
-                              const QueryBlock& block, const SplitQueries& q_means, int first_query,
+                              const QueryBlock& block, const SplitQueries& q_means, int row,
                               float* logits, uint32_t* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto num_candidates = static_cast<int>(block.num_candidates);
-  const int n = args.params.is_mass_causal
-                    ? add_own_logits(args, tile, block, q_means, first_query, logits)
-                    : num_candidates;
+  const int n = args.params.is_mass_causal ? add_own_logits(args, tile, block, q_means, row, logits)
+                                           : num_candidates;
   const float total = weigh(logits, n);
   float own = 0.0f;
   for (int i = num_candidates + lane; i < n; i += 32) {
@@ -68,7 +67,7 @@ __device__ inline Cut cut_row(const SelectArgs& args, const SelectTile& tile,
   if (args.params.threshold >= 1.0 || !(total >= 0.0f)) return Cut{0, num_candidates, true};
   const float needed = static_cast<float>(args.params.threshold) * total - warp_sum(own);
   const float of_candidates =
-      n == num_candidates ? total : part_from(logits, num_candidates, 1).mass;
+      n == num_candidates ? total : lane_part_from(logits, num_candidates, 1).over_lanes().mass;
   return find_cut(logits, num_candidates, of_candidates, needed, scratch);
 }
 

@@ -18,9 +18,11 @@ namespace {
 
 constexpr int kMeanKeysThreads = 256;
 
-// 96 a thread are there at launch.
-constexpr int kRowRegisters = 96;
-constexpr int kMeanRegisters = 88;
+// 96 a thread are there at launch (65536 / 640, in steps of 8).
+constexpr int kRowRegisters = 104;
+constexpr int kMeanRegisters = 64;
+static_assert(kRowWarps * kRowRegisters + kMeanWarps * kMeanRegisters ==
+              (kRowWarps + kMeanWarps) * 96);
 
 // One warp a key block.
 template <class T>
@@ -40,60 +42,64 @@ __global__ void __launch_bounds__(kMeanKeysThreads)
             [to = args.own_means + item * problem.head_dim](int d, float x) { to[d] = x; });
 }
 
-template <class Element>
-__device__ void write_means(const SelectArgs& args, const SelectShared& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / 32 - kRowWarps;
-  QueryMeans<Element> means(args, shared, warp);
-  for_each_tile(args, [&](const SelectTile& tile, int i) {
-    const int buffer = i % kMeanBuffers;
-    const uint32_t parity = i / kMeanBuffers & 1;
-    const int sink = warp == 0 ? find_sink(args, tile) : 0;
+template <class Element, int kHeadDim>
+__device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
+  const int thread = static_cast<int>(threadIdx.x) - 32 * kRowWarps;
+  QueryMeans<Element, kHeadDim> means(args, shared);
+  for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
+    const SelectTile tile = walk.tile();
+    const int buffer = walk.nth() % kMeanBuffers;
+    const uint32_t parity = walk.nth() / kMeanBuffers & 1;
+    const int sink = thread < 32 ? find_sink(args, tile) : 0;
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
-    if (warp == 0 && threadIdx.x % 32 == 0) shared.barriers->sinks[buffer] = sink;
+    if (thread == 0) shared.barriers->sinks[buffer] = sink;
     means.add_tile(tile, shared.means_of(buffer));
+    cutlass::arch::fence_view_async_shared();  // read by the tensor cores
     shared.barriers->means_full[buffer].arrive();
-  });
+  }
 }
 
-__device__ void select_rows(const SelectArgs& args, const SelectShared& shared) {
+template <int kHeadDim>
+__device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
   const Problem& problem = args.params.problem;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t heads_per_perm = problem.num_q_heads / problem.num_perm_heads;
-  for_each_tile(args, [&](const SelectTile& tile, int i) {
-    const int buffer = i % kMeanBuffers;
+  for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
+    const SelectTile tile = walk.tile();
+    const int buffer = walk.nth() % kMeanBuffers;
     const SplitQueries q_means = shared.means_of(buffer);
     const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / heads_per_perm;
-    shared.barriers->means_full[buffer].wait(i / kMeanBuffers & 1);
+    compute_logits<kHeadDim>(
+        q_means, args.params.k_mean + perm_head * args.num_kv_blocks * kHeadDim,
+        static_cast<int>(describe(args, tile, tile.num_blocks - 1).num_candidates), tile.num_blocks,
+        args.row_stride, shared.logits,
+        [&] { shared.barriers->means_full[buffer].wait(walk.nth() / kMeanBuffers & 1); });
     const int sink = shared.barriers->sinks[buffer];
-    compute_logits(q_means, args.params.k_mean + perm_head * args.num_kv_blocks * shared.head_dim,
-                   shared.head_dim,
-                   static_cast<int>(describe(args, tile, tile.num_blocks - 1).num_candidates),
-                   tile.num_blocks, args.row_stride, kRowWarps, shared.logits);
     cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);
     for (int r = warp; r < tile.num_blocks; r += kRowWarps) {
       const QueryBlock block = describe(args, tile, r);
       float* row = shared.logits + r * args.row_stride;
-      const Cut cut = cut_row(args, tile, block, q_means, r * query_stride(shared.head_dim), row,
-                              shared.scratch + warp * kCutScratch);
+      const Cut cut =
+          cut_row(args, tile, block, q_means, r, row, shared.scratch + warp * kCutScratch);
       write_row(args,
                 (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
                 static_cast<int>(block.num_candidates), sink, row, cut);
     }
     shared.barriers->means_empty[buffer].arrive();
     cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
-  });
+  }
 }
 
-template <class Element>
+template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     select_kernel(const __grid_constant__ SelectArgs args) {
   extern __shared__ char raw[];
-  const SelectShared shared(args, raw);
+  const SelectShared<kHeadDim> shared(args, raw);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < args.tiles.num_slots; ++slot) {
       shared.barriers->slot_full[slot].init(1);
-      shared.barriers->slot_empty[slot].init(1);
+      shared.barriers->slot_empty[slot].init(kMeanWarps);
     }
     for (int buffer = 0; buffer < kMeanBuffers; ++buffer) {
       shared.barriers->means_full[buffer].init(32 * kMeanWarps);
@@ -101,17 +107,33 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     }
     cutlass::arch::fence_barrier_init();
   }
+  if constexpr (!std::is_same_v<Element, float>) {
+    for (int i = threadIdx.x; i < kOnesBytes / 2; i += kSelectThreads) {
+      static_cast<Element*>(shared.ones)[i] = Element(1.0f);
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
   __syncthreads();
   if (warp < kRowWarps) {
     cutlass::arch::warpgroup_reg_alloc<kRowRegisters>();
     select_rows(args, shared);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kMeanRegisters>();
-    if (warp < kRowWarps + kMeanWarps) {
-      write_means<Element>(args, shared);
-    } else if constexpr (!std::is_same_v<Element, float>) {
-      load_queries<Element>(args, shared);
-    }
+    write_means<Element>(args, shared);
+  }
+}
+
+template <class Element>
+auto kernel_of(int64_t head_dim) {
+  switch (head_dim) {
+    case 64:
+      return select_kernel<Element, 64>;
+    case 96:
+      return select_kernel<Element, 96>;
+    case 128:
+      return select_kernel<Element, 128>;
+    default:
+      return select_kernel<Element, 256>;
   }
 }
 
@@ -126,7 +148,8 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
   if (args.tiles.num_slots > 0) {
     if (const char* encode_error =
             encode_rows(&args.q, args.params.q, problem, problem.num_q_heads, problem.num_q,
-                        args.params.blocking.block_size, false)) {
+                        args.params.blocking.block_size,
+                        query_slot_columns(static_cast<int>(problem.head_dim)))) {
       return encode_error;
     }
   }
@@ -137,8 +160,8 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
   }
   const int64_t num_tiles =
       problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tiles.rows);
-  error = launch_kernel(select_kernel<Element>, args, smaller(num_sms, num_tiles), kSelectThreads,
-                        args.tiles.shared_bytes, stream);
+  error = launch_kernel(kernel_of<Element>(problem.head_dim), args, smaller(num_sms, num_tiles),
+                        kSelectThreads, args.tiles.shared_bytes, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../exp2.cuh"
+#include "pbs/select_tiles.h"
 
 namespace pbs::cuda {
 
@@ -56,30 +57,128 @@ struct Cut {
   bool takes_all_equal;
 };
 
-// Weights at or above one.
+// Weights at or above one, of a lane or of a warp.
 struct Part {
-  float mass;
-  int count;
+  float mass = 0.0f;
+  int count = 0;
+
+  // As three instructions; the compiler makes five of it.
+  __device__ void add(float x, uint32_t least) {
+    asm("{\n"
+        ".reg .pred is_in;\n"
+        "setp.ge.u32 is_in, %2, %3;\n"
+        "@is_in add.f32 %0, %0, %4;\n"
+        "@is_in add.s32 %1, %1, 1;\n"
+        "}"
+        : "+f"(mass), "+r"(count)
+        : "r"(__float_as_uint(x)), "r"(least), "f"(x));
+  }
+  __device__ void add(const Part& other) {
+    mass += other.mass;
+    count += other.count;
+  }
+  __device__ Part over_lanes() const { return Part{warp_sum(mass), __reduce_add_sync(~0u, count)}; }
 };
 
-// least > 0.
-__device__ inline Part part_from(float* weights, int n, uint32_t least) {
-  float mass[2] = {};
-  int count = 0;
-  const auto add = [&](float x, float& sum) {
-    if (__float_as_uint(x) >= least) {
-      sum += x;
-      ++count;
-    }
-  };
+// This lane's share. Zeros that follow the row count where `least` is 0.
+__device__ inline Part lane_part_from(float* weights, int n, uint32_t least) {
+  Part parts[2];
   for_each_four(weights, n, [&](const float4& x, int) {
-    add(x.x, mass[0]);
-    add(x.y, mass[1]);
-    add(x.z, mass[0]);
-    add(x.w, mass[1]);
+    parts[0].add(x.x, least);
+    parts[1].add(x.y, least);
+    parts[0].add(x.z, least);
+    parts[1].add(x.w, least);
   });
-  return Part{warp_sum(mass[0] + mass[1]), __reduce_add_sync(~0u, count)};
+  parts[0].add(parts[1]);
+  return parts[0];
 }
+
+// A range of weights, in which the cut is: at or above `low` there is enough, at or above `high`
+// there is not.
+class CutRange {
+ public:
+  __device__ explicit CutRange(const Part& all) : from_low_(all) {}
+
+  __device__ uint32_t low() const { return low_; }
+  __device__ uint32_t high() const { return high_; }
+  __device__ const Part& from_low() const { return from_low_; }
+  __device__ const Part& from_high() const { return from_high_; }
+  __device__ int num_between() const { return from_low_.count - from_high_.count; }
+  __device__ bool holds_one_value() const { return high_ - low_ <= 1; }
+
+  // Where to divide it: at the mean, which few weights of the usual long tail exceed. From the
+  // seventh time on in turn with the middle, so that it comes to an end whatever the weights are.
+  __device__ uint32_t middle() {
+    const float mean =
+        __fdividef(from_low_.mass - from_high_.mass, static_cast<float>(num_between()));
+    const uint32_t bits = __float_as_uint(mean);
+    const bool is_usable =
+        bits > low_ && bits < high_ && (++num_divided_ <= 6 || num_divided_ % 2 == 0);
+    return is_usable ? bits : low_ + (high_ - low_) / 2;
+  }
+
+  // Returns whether there is enough from `middle` on.
+  __device__ bool divide(uint32_t middle, const Part& from_middle, float needed) {
+    const bool is_enough = from_middle.mass >= needed;
+    if (is_enough) {
+      low_ = middle;
+      from_low_ = from_middle;
+    } else {
+      high_ = middle;
+      from_high_ = from_middle;
+    }
+    return is_enough;
+  }
+
+ private:
+  uint32_t low_ = 0;
+  uint32_t high_ = 0x3f800001;  // just above 1, the largest weight
+  Part from_low_;
+  Part from_high_;
+  int num_divided_ = 0;
+};
+
+constexpr int kKeptPerLane = kCutScratch / 32;
+
+// Weights in a range, at most kCutScratch of them, without those that follow: weight i of them is
+// kept[i / 32] of lane i % 32.
+struct KeptWeights {
+  float kept[kKeptPerLane];
+  int count;
+
+  // `before` of them are lower lanes'.
+  __device__ KeptWeights(float* weights, int n, const CutRange& range, int before,
+                         uint32_t* scratch)
+      : count(range.num_between()) {
+    const uint32_t low = range.low();
+    const uint32_t size = range.high() - low;
+    int place = before;
+    const auto keep = [&](float x) {
+      if (__float_as_uint(x) - low < size) scratch[place++] = __float_as_uint(x);
+    };
+    __syncwarp();
+    for_each_four(weights, n, [&](const float4& x, int) {
+      keep(x.x);
+      keep(x.y);
+      keep(x.z);
+      keep(x.w);
+    });
+    __syncwarp();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int i = 0; i < kKeptPerLane; ++i) {
+      kept[i] = lane + 32 * i < count ? __uint_as_float(scratch[lane + 32 * i]) : 0.0f;
+    }
+  }
+
+  // least > 0.
+  __device__ Part lane_part_from(uint32_t least) const {
+    Part part;
+#pragma unroll
+    for (float x : kept) part.add(x, least);
+    return part;
+  }
+};
 
 // The values of the lanes in descending order.
 __device__ inline uint32_t sort_lanes(uint32_t x) {
@@ -96,34 +195,26 @@ __device__ inline uint32_t sort_lanes(uint32_t x) {
   return x;
 }
 
-// Where the cut lies among the weights in [low, high), of which there are `count`, at most 32, when
-// those from `high` on weigh `mass`.
-__device__ inline Cut cut_few(float* weights, int n, uint32_t low, uint32_t high, int count,
-                              float mass, float needed, uint32_t* scratch) {
+// Where the cut lies in a range of at most 32 weights.
+__device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range, float needed,
+                              uint32_t* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t lanes_before = (1u << lane) - 1;
+  const int count = range.num_between();
   int num_found = 0;
-  const auto keep = [&](float x, bool exists) {
-    const uint32_t bits = __float_as_uint(x);
-    const bool is_between = exists && bits >= low && bits < high;
-    const uint32_t votes = __ballot_sync(~0u, is_between);
-    const int place = num_found + __popc(votes & lanes_before);
-    if (is_between && place < 32) scratch[place] = bits;
-    num_found += __popc(votes);
-  };
   __syncwarp();
-  for (int first = 0; first < n; first += 128) {  // all lanes vote
-    const int i = first + 4 * lane;
-    float4 x{};
-    if (i < n) x = *reinterpret_cast<const float4*>(weights + i);
-    keep(x.x, i < n);
-    keep(x.y, i + 1 < n);
-    keep(x.z, i + 2 < n);
-    keep(x.w, i + 3 < n);
+#pragma unroll
+  for (int i = 0; i < kKeptPerLane; ++i) {
+    const uint32_t bits = __float_as_uint(weights.kept[i]);
+    const bool is_between =
+        lane + 32 * i < weights.count && bits - range.low() < range.high() - range.low();
+    const uint32_t votes = __ballot_sync(~0u, is_between);
+    if (is_between) scratch[num_found + __popc(votes & ((1u << lane) - 1))] = bits;
+    num_found += __popc(votes);
   }
   __syncwarp();
   const uint32_t sorted = sort_lanes(lane < count ? scratch[lane] : 0);
-  float reached = lane == 0 ? mass + __uint_as_float(sorted) : __uint_as_float(sorted);
+  float reached =
+      lane == 0 ? range.from_high().mass + __uint_as_float(sorted) : __uint_as_float(sorted);
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const float before = __shfl_up_sync(~0u, reached, step);
@@ -138,45 +229,55 @@ __device__ inline Cut cut_few(float* weights, int n, uint32_t low, uint32_t high
   return Cut{weight, num_equal, num_equal == __popc(equal)};
 }
 
-// The smallest set of n weights, of sum `total`, with a mass of at least `needed`: bisection over
-// the bits of a weight until a lane can hold each of those between the bounds, without a sort of
-// them all. By one warp with 32 words of shared memory.
+// How many of a range's weights are lower lanes'.
+__device__ inline int count_before(int own) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int up_to = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(~0u, up_to, step);
+    if (lane >= step) up_to += before;
+  }
+  return up_to - own;
+}
+
+// The smallest set of n weights, of sum `total`, with a mass of at least `needed`, without a sort
+// of them all: the range of the cut is divided until its weights fit into registers, and there
+// until a lane can hold each. By one warp with kCutScratch words of shared memory.
 __device__ inline Cut find_cut(float* weights, int n, float total, float needed,
                                uint32_t* scratch) {
   constexpr uint32_t kAboveAll = 0x7f800000;
   if (needed <= 0.0f) return Cut{kAboveAll, 0, true};
   if (total < needed) return Cut{0, n, true};
-  // At or above `low` there is enough, at or above `high` there is not.
-  uint32_t low = 0;
-  uint32_t high = __float_as_uint(1.0f) + 1;  // the largest weight is 1
-  Part from_low{total, n};
-  Part from_high{0.0f, 0};
-  // All weights below this one could be left out, but for rounding.
-  uint32_t middle = __float_as_uint((total - needed) / static_cast<float>(n));
-  while (high - low > 1) {
-    const int num_between = from_low.count - from_high.count;
-    if (num_between == 0) return Cut{low, 0, true};  // two sums of the same, rounded differently
-    if (num_between <= 32) {
-      return cut_few(weights, n, low, high, num_between, from_high.mass, needed, scratch);
-    }
-    if (middle <= low || middle >= high) middle = low + (high - low) / 2;
-    const Part from_middle = part_from(weights, n, middle);
-    if (from_middle.mass >= needed) {
-      low = middle;
-      from_low = from_middle;
-    } else {
-      high = middle;
-      from_high = from_middle;
-    }
-    middle = low;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  CutRange range(Part{total, (n + 3) / 4 * 4});
+  int lane_low = (n - 4 * lane + 127) / 128 * 4;
+  int lane_high = 0;
+  while (range.num_between() > kCutScratch && !range.holds_one_value()) {
+    const uint32_t middle = range.middle();
+    const Part own = lane_part_from(weights, n, middle);
+    (range.divide(middle, own.over_lanes(), needed) ? lane_low : lane_high) = own.count;
   }
-  float reached = from_high.mass;
+  if (!range.holds_one_value()) {
+    const KeptWeights kept(weights, n, range, count_before(lane_low - lane_high), scratch);
+    const Part above = range.from_high();
+    while (range.num_between() > 32 && !range.holds_one_value()) {
+      const uint32_t middle = range.middle();
+      Part from_middle = kept.lane_part_from(middle).over_lanes();
+      from_middle.add(above);
+      range.divide(middle, from_middle, needed);
+    }
+    // Two sums of the same weights, rounded differently.
+    if (range.num_between() == 0) return Cut{range.low(), 0, true};
+    if (range.num_between() <= 32) return cut_few(kept, range, needed, scratch);
+  }
+  float reached = range.from_high().mass;
   int num_equal = 0;
   while (reached < needed && num_equal < n) {
-    reached += __uint_as_float(low);
+    reached += __uint_as_float(range.low());
     ++num_equal;
   }
-  return Cut{low, num_equal, num_equal == from_low.count - from_high.count};
+  return Cut{range.low(), num_equal, num_equal == range.num_between()};
 }
 
 }  // namespace pbs::cuda

@@ -1,7 +1,7 @@
 // What the CTAs of select_blocks work on, in which order, and their shared memory.
 //
-// A CTA takes one tile of query blocks of one head after the other. A warp loads the queries, other
-// warps average them, and the rest find and cut the rows of logits, each a tile ahead of the next.
+// A CTA takes one tile of query blocks of one head after the other. A warpgroup loads and averages
+// the queries, a tile ahead of those that find and cut the rows of logits.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,7 @@
 
 namespace pbs::cuda {
 
-constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps + 1);
+constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps);
 
 struct SelectArgs {
   SelectBlocksParams params;
@@ -38,28 +38,31 @@ struct SelectBarriers {
 };
 static_assert(sizeof(SelectBarriers) <= kSelectBarrierBytes);
 
+template <int kHeadDim>
 struct SelectShared {
+  static constexpr int kMeansFloats = query_means_floats(kHeadDim);
+
   __device__ SelectShared(const SelectArgs& args, char* raw)
-      : head_dim(static_cast<int>(args.params.problem.head_dim)),
-        slot_bytes(query_slot_bytes(head_dim, static_cast<int>(args.params.blocking.block_size))) {
+      : slot_bytes(query_slot_bytes(kHeadDim, static_cast<int>(args.params.blocking.block_size))) {
     slots = first_swizzled(raw);
     means = reinterpret_cast<uint32_t*>(slots + args.tiles.num_slots * slot_bytes);
-    logits = reinterpret_cast<float*>(means + 2 * kMeanBuffers * query_means_floats(head_dim));
+    logits = reinterpret_cast<float*>(means + 2 * kMeanBuffers * kMeansFloats);
     scratch = reinterpret_cast<uint32_t*>(logits + args.tiles.rows * args.row_stride);
-    barriers = reinterpret_cast<SelectBarriers*>(scratch + kRowWarps * kCutScratch);
+    ones = scratch + kRowWarps * kCutScratch;
+    barriers = reinterpret_cast<SelectBarriers*>(static_cast<char*>(ones) + kOnesBytes);
   }
 
   __device__ SplitQueries means_of(int buffer) const {
-    uint32_t* high = means + 2 * buffer * query_means_floats(head_dim);
-    return SplitQueries{high, high + query_means_floats(head_dim)};
+    uint32_t* high = means + 2 * buffer * kMeansFloats;
+    return SplitQueries{high, high + kMeansFloats};
   }
 
-  int head_dim;
   int slot_bytes;
   char* slots;
-  uint32_t* means;    // (kMeanBuffers, 2, kLogitRows, query_stride)
+  uint32_t* means;    // (kMeanBuffers, 2, kHeadDim / 4, kLogitRows, 4)
   float* logits;      // (tile_rows, row_stride)
   uint32_t* scratch;  // (kRowWarps, kCutScratch)
+  void* ones;         // the matrix that sums up queries
   SelectBarriers* barriers;
 };
 
@@ -71,28 +74,43 @@ struct SelectTile {
   int num_blocks;
 };
 
-// Calls visit(tile, i) for the tiles of a CTA, i from 0 on. Tiles are numbered from the longest
-// rows to the shortest, across heads, and taken from both ends in turn: what is loaded for a short
-// one comes in while a long one is in work.
-template <class Visit>
-__device__ void for_each_tile(const SelectArgs& args, Visit visit) {
-  const Problem& problem = args.params.problem;
-  const auto num_heads = static_cast<int>(problem.batch * problem.num_q_heads);
-  const int tiles_per_head = (args.num_q_blocks + args.tiles.rows - 1) / args.tiles.rows;
-  const int num_tiles = num_heads * tiles_per_head;
-  const auto num_ctas = static_cast<int>(gridDim.x);
-  for (int i = 0, nth = blockIdx.x; nth < num_tiles; ++i, nth += num_ctas) {
-    const int from_end = i / 2 * num_ctas + static_cast<int>(blockIdx.x);
-    const int idx = i % 2 == 0 ? from_end : num_tiles - 1 - from_end;
-    const int head = idx % num_heads;
-    SelectTile tile{};
-    tile.b = head / static_cast<int>(problem.num_q_heads);
-    tile.hq = head % static_cast<int>(problem.num_q_heads);
-    tile.first_block = (tiles_per_head - 1 - idx / num_heads) * args.tiles.rows;
-    tile.num_blocks = min(args.tiles.rows, args.num_q_blocks - tile.first_block);
-    visit(tile, i);
+// The tiles of a CTA. Tiles are numbered from the longest rows to the shortest, across heads, and
+// taken from both ends in turn: what is loaded for a short one comes in while a long one is in
+// work.
+class TileWalk {
+ public:
+  __device__ explicit TileWalk(const SelectArgs& args) : args_(args) {
+    const Problem& problem = args.params.problem;
+    num_heads_ = static_cast<int>(problem.batch * problem.num_q_heads);
+    tiles_per_head_ = (args.num_q_blocks + args.tiles.rows - 1) / args.tiles.rows;
   }
-}
+
+  __device__ bool is_done() const {
+    return nth_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x) >=
+           num_heads_ * tiles_per_head_;
+  }
+  __device__ void advance() { ++nth_; }
+  __device__ int nth() const { return nth_; }
+
+  __device__ SelectTile tile() const {
+    const auto num_q_heads = static_cast<int>(args_.params.problem.num_q_heads);
+    const int from_end = nth_ / 2 * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    const int idx = nth_ % 2 == 0 ? from_end : num_heads_ * tiles_per_head_ - 1 - from_end;
+    const int head = idx % num_heads_;
+    SelectTile tile{};
+    tile.b = head / num_q_heads;
+    tile.hq = head % num_q_heads;
+    tile.first_block = (tiles_per_head_ - 1 - idx / num_heads_) * args_.tiles.rows;
+    tile.num_blocks = min(args_.tiles.rows, args_.num_q_blocks - tile.first_block);
+    return tile;
+  }
+
+ private:
+  const SelectArgs& args_;
+  int num_heads_;
+  int tiles_per_head_;
+  int nth_ = 0;
+};
 
 __device__ inline QueryBlock describe(const SelectArgs& args, const SelectTile& tile, int row) {
   const Problem& problem = args.params.problem;
