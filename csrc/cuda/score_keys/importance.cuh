@@ -37,7 +37,7 @@ class Importance {
                                        args_.num_merged, 1);
       // A query that sees nothing but -inf weighs nothing, as one that does not exist.
       const bool weighs = row < args_.num_rows && all.sum != 0.0f;
-      shifts_[i] = weighs ? -(all.max + log2f(all.sum)) : -INFINITY;
+      shifts_[i - row + place_of_shift(row)] = weighs ? -(all.max + log2f(all.sum)) : -INFINITY;
     }
     cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   }
@@ -48,6 +48,7 @@ class Importance {
     ScoreBarriers& barriers = *part_.barriers;
     const ScoreProduct<Traits> multiply(part_.keys, part_.queries);
     const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
+    const ScoreTurns turns(warpgroup);
     DynamicRingState first{args_.plan.num_stages};
     uint32_t passed = 0;  // parities of the warpgroup's barriers
     for_each_visit<Traits, true>(args_, part_, [&](const ScoreVisit& visit) {
@@ -60,7 +61,7 @@ class Importance {
         passed ^= 1u << k.stage;
         for (int head = 0; head < visit.num_heads; ++head) {
           if (block == warpgroup) barriers.q_full[head].wait(visit.idx & 1);
-          const cute::Tensor scores = multiply(k.stage, head);
+          const cute::Tensor scores = multiply(k.stage, head, turns);
           if (head == visit.num_heads - 1) release(barriers.k_empty[k.stage]);
           const int head_of_kv = visit.group * args_.plan.heads_per_group + head;
           add(scores, shifts_ + head_of_kv * kScoreTileRows, totals);
@@ -68,6 +69,12 @@ class Importance {
         }
         if (!is_per_query_head_) write(0, key, visit.group == 0, totals);
         k.advance(kScoreWarpgroups);
+      }
+      // Those without a block in the last round have turns like the others.
+      const int num_in_last = (visit.num_stages - 1) % kScoreWarpgroups + 1;
+      for (int head = 0; warpgroup >= num_in_last && head < visit.num_heads; ++head) {
+        turns.await();
+        turns.pass_on();
       }
       for (int i = 0; i < args_.plan.heads_per_group; ++i) {
         // A warpgroup without a block has not waited yet, and must not be a visit ahead.
@@ -90,16 +97,24 @@ class Importance {
   }
 
  private:
+  // Where the shift of a query is among those of its head: a thread's columns of two products of 8
+  // follow each other.
+  __device__ static int place_of_shift(int query) {
+    return query / 16 * 16 + query % 8 / 2 * 4 + query % 16 / 8 * 2 + query % 2;
+  }
+
   template <class Scores>
   __device__ void add(const Scores& scores, const float* shifts, float (&totals)[kThreadRows]) {
     float sums[kThreadRows][2] = {};
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(scores); i += 4) {
-      const float2 two = *reinterpret_cast<const float2*>(shifts + column_of(i, lane_));
+    for (int i = 0; i < cute::size(scores); i += 8) {
+      const float4 four = *reinterpret_cast<const float4*>(shifts + i * 2 + lane_ % 4 * 4);
       CUTE_UNROLL
       for (int r = 0; r < kThreadRows; ++r) {
-        sums[r][0] += exp2_approx(scores(i + 2 * r) * factor_ + two.x);
-        sums[r][1] += exp2_approx(scores(i + 2 * r + 1) * factor_ + two.y);
+        sums[r][0] += exp2_approx(scores(i + 2 * r) * factor_ + four.x);
+        sums[r][1] += exp2_approx(scores(i + 2 * r + 1) * factor_ + four.y);
+        sums[r][0] += exp2_approx(scores(i + 4 + 2 * r) * factor_ + four.z);
+        sums[r][1] += exp2_approx(scores(i + 4 + 2 * r + 1) * factor_ + four.w);
       }
     }
     CUTE_UNROLL
@@ -128,7 +143,7 @@ class Importance {
   bool is_per_query_head_;
   float share_;
   float* importance_;  // of the first permutation that the part's heads belong to
-  float* shifts_;      // (heads_per_kv, kScoreTileRows)
+  float* shifts_;      // (heads_per_kv, kScoreTileRows), in the order of place_of_shift
 };
 
 }  // namespace pbs::cuda

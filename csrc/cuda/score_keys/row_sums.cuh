@@ -94,6 +94,7 @@ __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& 
   }
   DynamicRingState k{args.plan.num_stages};
   int block = uniform(thread / 128);
+  const ScoreTurns turns(block);
   int nth = 0;  // of its states
   bool is_first = true;
   for (int tile = 0; tile * kScoreTileRows < part.num_keys; ++tile) {
@@ -102,7 +103,7 @@ __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& 
     for (; block < num_blocks; block += kScoreWarpgroups) {
       if (is_first) barriers.q_full[block / 2].wait(0);
       ThreadState state = thread_state(part, nth, thread);
-      cute::Tensor scores = multiply(block, k.stage);
+      cute::Tensor scores = multiply(block, k.stage, turns);
       if (block + kScoreWarpgroups >= num_blocks) release(barriers.k_empty[k.stage]);
       if (num_left < kScoreTileRows) {
         CUTE_UNROLL

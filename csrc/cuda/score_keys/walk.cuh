@@ -204,6 +204,22 @@ class ScoreLoader {
   DynamicRingState k_;
 };
 
+// The warpgroups start their products one after the other. Products that were in work at once would
+// all end late, and leave the tensor cores to wait for exponentials.
+class ScoreTurns {
+ public:
+  __device__ explicit ScoreTurns(int warpgroup) : warpgroup_(warpgroup) {
+    if (warpgroup == kScoreWarpgroups - 1) pass_on();
+  }
+  __device__ void await() const { cutlass::arch::NamedBarrier::sync(256, 1 + warpgroup_); }
+  __device__ void pass_on() const {
+    cutlass::arch::NamedBarrier::arrive(256, 1 + (warpgroup_ + 1) % kScoreWarpgroups);
+  }
+
+ private:
+  int warpgroup_;
+};
+
 // Products of a block by a tile, by one warpgroup: scores = rows . columns^T.
 template <class Traits>
 class ScoreProduct {
@@ -211,7 +227,7 @@ class ScoreProduct {
   __device__ ScoreProduct(typename Traits::Element* blocks, typename Traits::Element* tiles)
       : blocks_(blocks), tiles_(tiles) {}
 
-  __device__ __forceinline__ auto operator()(int block, int tile) const {
+  __device__ __forceinline__ auto operator()(int block, int tile, const ScoreTurns& turns) const {
     typename Traits::Mma mma;
     auto thread = mma.get_thread_slice(0);
     const cute::Tensor rows = thread.partition_fragment_A(
@@ -220,8 +236,10 @@ class ScoreProduct {
         cute::make_tensor(cute::make_smem_ptr(tiles_), typename Traits::Tiles{}));
     cute::Tensor scores =
         cute::partition_fragment_C(mma, Shape<Int<kScoreBlockRows>, Int<kScoreTileRows>>{});
+    turns.await();
     start_gemm<true>(mma, rows(cute::_, cute::_, cute::_, uniform(block)),
                      columns(cute::_, cute::_, cute::_, uniform(tile)), scores);
+    turns.pass_on();
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     return scores;
