@@ -51,6 +51,12 @@ __device__ uint32_t tile_offset(int num_rows, int row, int column) {
   return linear ^ (linear >> 3 & (kGroupColumns == 64 ? 0x70 : 0x30));
 }
 
+template <class T, int kSize>
+__device__ void fence_operands(T (&operands)[kSize]) {
+#pragma unroll
+  for (T& operand : operands) cute::warpgroup_fence_operand(operand);
+}
+
 // A descriptor of an operand in shared memory. Its neighbours' differ in the address only, which
 // the first word holds in units of 16 bytes.
 struct OperandDescriptor {

@@ -101,9 +101,9 @@ struct KeyOperands {
       const Halves halves = split(x[i]);
       high[i] = halves.high;
       low[i] = halves.low;
-      cute::warpgroup_fence_operand(high[i]);
-      cute::warpgroup_fence_operand(low[i]);
     }
+    fence_operands(high);
+    fence_operands(low);
   }
 };
 
@@ -126,8 +126,7 @@ __device__ inline void add_part(const KeyPart& part, int nth, const QueryOperand
   const float4& x = part.first;
   const float4& y = part.second;
   const KeyOperands operands[kProducts] = {{x.x, y.x, x.y, y.y}, {x.z, y.z, x.w, y.w}};
-#pragma unroll
-  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+  fence_operands(sums);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) {
@@ -138,8 +137,7 @@ __device__ inline void add_part(const KeyPart& part, int nth, const QueryOperand
   }
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<0>();
-#pragma unroll
-  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+  fence_operands(sums);
 }
 
 // logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, of kLogitRows rows of

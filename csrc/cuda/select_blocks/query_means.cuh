@@ -72,12 +72,43 @@ class QueryLoads {
 
 // How the columns of a slot are summed up: 64 of them are the rows of a product.
 template <class Element, int kHeadDim>
-struct ColumnSums {
+class ColumnSums {
+ public:
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   static constexpr int kGroups = query_slot_columns(kHeadDim) / kGroupColumns;
+  static constexpr int kSums = 4;  // of a thread: two columns, twice
+
+  __device__ explicit ColumnSums(const SelectShared<kHeadDim>& shared)
+      : slots_(cute::GMMA::make_gmma_desc<cute::GMMA::Major::MN>(
+            tensor_of(reinterpret_cast<const Element*>(shared.slots), layout()))),
+        ones_(cute::GMMA::make_gmma_desc<cute::GMMA::Major::K>(
+            tensor_of(static_cast<const Element*>(shared.ones), Ones{}))) {}
+
+  // Of a slot that starts so many bytes behind the first.
+  __device__ void compute(uint32_t slot, int num_rows, float (&sums)[kGroups][kSums]) const {
+    constexpr uint32_t kRowBytes = 2 * kGroupColumns;
+    for (int row = 0; row < num_rows; row += kAtOnce * kRows) {
+      fence(sums);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          float (&sum)[kSums] = sums[group];
+          Op::fma(slots_.at(slot + (group * num_rows + row + i * kRows) * kRowBytes), ones_.at(0),
+                  sum[0], sum[1], sum[2], sum[3],
+                  row + i == 0 ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One);
+        }
+      }
+      cute::warpgroup_commit_batch();
+    }
+    cute::warpgroup_wait<0>();
+    fence(sums);
+  }
+
+ private:
   static constexpr int kRows = 16;   // of the slot, in a product
   static constexpr int kAtOnce = 2;  // products; a query block has 32 rows at least
-  static constexpr int kSums = 4;    // of a thread: two columns, twice
   using Op = decltype(cute::GMMA::ss_op_selector<Element, Element, float,
                                                  cute::Shape<cute::_64, cute::_8, cute::Int<kRows>>,
                                                  cute::GMMA::Major::MN, cute::GMMA::Major::K>());
@@ -100,35 +131,6 @@ struct ColumnSums {
             cute::get<1>(plain)));
   }
 
-  __device__ ColumnSums(const SelectShared<kHeadDim>& shared)
-      : slots(cute::GMMA::make_gmma_desc<cute::GMMA::Major::MN>(
-            tensor_of(reinterpret_cast<const Element*>(shared.slots), layout()))),
-        ones(cute::GMMA::make_gmma_desc<cute::GMMA::Major::K>(
-            tensor_of(static_cast<const Element*>(shared.ones), Ones{}))) {}
-
-  // Of a slot that starts so many bytes behind the first.
-  __device__ void compute(uint32_t slot, int num_rows, float (&sums)[kGroups][kSums]) const {
-    constexpr uint32_t kRowBytes = 2 * kGroupColumns;
-    for (int row = 0; row < num_rows; row += kAtOnce * kRows) {
-      fence(sums);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          float (&sum)[kSums] = sums[group];
-          Op::fma(slots.at(slot + (group * num_rows + row + i * kRows) * kRowBytes), ones.at(0),
-                  sum[0], sum[1], sum[2], sum[3],
-                  row + i == 0 ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One);
-        }
-      }
-      cute::warpgroup_commit_batch();
-    }
-    cute::warpgroup_wait<0>();
-    fence(sums);
-  }
-
- private:
   template <class Layout>
   __device__ static auto tensor_of(const Element* first, const Layout& layout) {
     return cute::make_tensor(cute::make_smem_ptr(first), layout);
@@ -136,13 +138,11 @@ struct ColumnSums {
 
   __device__ static void fence(float (&sums)[kGroups][kSums]) {
 #pragma unroll
-    for (int i = 0; i < kGroups * kSums; ++i) {
-      cute::warpgroup_fence_operand(sums[i / kSums][i % kSums]);
-    }
+    for (float (&sum)[kSums] : sums) fence_operands(sum);
   }
 
-  OperandDescriptor slots;
-  OperandDescriptor ones;
+  OperandDescriptor slots_;
+  OperandDescriptor ones_;
 };
 
 // The mean queries of a tile, times what makes of their products logits in powers of two. By a
