@@ -38,7 +38,7 @@ from pbs_attn import PBSConfig, _environment, mask_to_bool
 
 CHECKS = ("output", "importance", "selection")
 COLUMNS = (
-    *("tokens", "q_heads", "kv_heads", "permute_per", "threshold", "density"),
+    *("tokens", "q_heads", "kv_heads", "permute_per", "kv_block_size", "threshold", "density"),
     *stage_columns("ms"),
     *("attention_ms", "extra_gib", "sampled_rows"),
     *(f"{check}_error" for check in CHECKS),
@@ -212,15 +212,18 @@ def warm_up(args: argparse.Namespace) -> None:
             getattr(pipeline, name)()
 
 
-def measure(args: argparse.Namespace, tensors, permute_per: str) -> dict[str, str]:
+def measure(
+    args: argparse.Namespace, tensors, permute_per: str, kv_block_size: int
+) -> dict[str, str]:
     """A row; prints its times before the checks, which may end the run."""
-    pipeline = Pipeline(*tensors, PBSConfig(), permute_per)
+    pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
     density = reach(pipeline, args.density)
     values = {
         "tokens": args.tokens,
         "q_heads": args.q_heads,
         "kv_heads": args.kv_heads,
         "permute_per": permute_per,
+        "kv_block_size": kv_block_size,
         "threshold": pipeline.threshold,
         "density": density,
         "sampled_rows": args.samples,
@@ -238,7 +241,8 @@ def measure(args: argparse.Namespace, tensors, permute_per: str) -> dict[str, st
     print({name: f"{error:.3f} at {place}" for name, (place, error) in found.items()}, flush=True)
     failed = [name for name, (_, error) in found.items() if not error <= 1]
     if failed:
-        raise SystemExit(f"FAILED with permute_per={permute_per}: {', '.join(failed)}")
+        case = f"permute_per={permute_per}, kv_block_size={kv_block_size}"
+        raise SystemExit(f"FAILED with {case}: {', '.join(failed)}")
     values |= {f"{name}_error": error for name, (_, error) in found.items()}
     return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
 
@@ -255,6 +259,7 @@ def main() -> None:
         default=["kv_head", "query_head"],
         choices=["kv_head", "query_head"],
     )
+    parser.add_argument("--kv-block-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--samples", type=int, default=24, help="rows to check, at least 8")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, help="CSV file to write")
@@ -262,7 +267,11 @@ def main() -> None:
 
     warm_up(args)
     tensors = heavy_hitters(args.tokens, args.q_heads, args.kv_heads, args.device)
-    rows = [measure(args, tensors, permute_per) for permute_per in args.permute_per]
+    rows = [
+        measure(args, tensors, permute_per, kv_block_size)
+        for permute_per in args.permute_per
+        for kv_block_size in args.kv_block_sizes
+    ]
     if args.output:
         where = _environment.describe(args.device)
         _environment.write_csv(args.output, [row | where for row in rows])

@@ -189,10 +189,15 @@ def long_run(monkeypatch, *options):
 
 
 def test_long_run(monkeypatch, tmp_path):
-    long_run(monkeypatch, "--output", tmp_path / "long.csv")
+    long_run(monkeypatch, "--output", tmp_path / "long.csv", "--kv-block-sizes", 128, 32)
     with (tmp_path / "long.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["permute_per"] for row in rows] == ["kv_head", "query_head"]
+    assert [(row["permute_per"], row["kv_block_size"]) for row in rows] == [
+        ("kv_head", "128"),
+        ("kv_head", "32"),
+        ("query_head", "128"),
+        ("query_head", "32"),
+    ]
     for row in rows:
         assert list(row)[: len(long.COLUMNS)] == list(long.COLUMNS)
         assert all(float(row[f"{check}_error"]) <= 1 for check in long.CHECKS)
@@ -225,5 +230,5 @@ def spoil_words(words_and_counts):
 def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check):
     right = getattr(pipeline.Pipeline, method)
     monkeypatch.setattr(pipeline.Pipeline, method, lambda self: spoil(right(self)))
-    with pytest.raises(SystemExit, match=f"FAILED with permute_per=kv_head: .*{check}"):
+    with pytest.raises(SystemExit, match=f"FAILED with permute_per=kv_head, .*: .*{check}"):
         long_run(monkeypatch, "--permute-per", "kv_head")
