@@ -269,7 +269,7 @@ def test_select_tiles_fit(
         assert tiles.num_slots == 0
     elif tiles.rows > 0:
         assert tiles.num_slots >= 1
-    assert most >= 26000
+    assert most >= (30900 if head_dim == 256 else 39100)  # docs/ops.md, Errors
 
 
 @pytest.mark.parametrize(("num_tokens", "rows"), [(8192, 4), (16384, 8), (32768, 16), (131072, 16)])
