@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import cuda_clock, interleaved_medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
+from pbs_attn.bench.timing import cuda_clock, interleaved_medians
 from pbs_attn.masks import candidate_blocks
 
 ROWS = 128

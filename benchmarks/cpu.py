@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import interleaved_medians, wall_clock
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
+from pbs_attn.bench.timing import interleaved_medians, wall_clock
 
 TARGET = 1.3  # whole op <= TARGET * density * dense
 

@@ -22,19 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pipeline import (
-    STAGES,
-    Pipeline,
-    as_text,
-    by_stage,
-    extra_gib,
-    heavy_hitters,
-    reach,
-    stage_columns,
-)
-from timing import cuda_events, wall_clock
+from pipeline import as_text, by_stage, extra_gib, stage_columns
 
 from pbs_attn import PBSConfig, _environment, mask_to_bool
+from pbs_attn.bench.stages import STAGES, Pipeline, heavy_hitters, reach
+from pbs_attn.bench.timing import cuda_events, wall_clock
 
 CHECKS = ("output", "importance", "selection")
 COLUMNS = (

@@ -1,9 +1,13 @@
 """The command `pbs-attn`."""
 
 import argparse
+import dataclasses
 import sys
 
 from pbs_attn import PBSConfig, demo
+from pbs_attn.bench import prefill
+from pbs_attn.bench.report import BenchError
+from pbs_attn.bench.shapes import SHAPES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,10 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_bench(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except demo.DemoError as error:
+    except (demo.DemoError, BenchError) as error:
         print(f"pbs-attn {args.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -46,6 +51,61 @@ def _add_demo(commands):
     _add_choice(parser, "--device", ("auto", "cpu", "cuda"), "auto", "where to run")
     _add_config(parser.add_argument_group("what is visited"))
     parser.set_defaults(run=_run_demo)
+
+
+def _add_bench(commands):
+    parser = commands.add_parser("bench", help="measure what PBS gains on this machine")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    _add_prefill(benches)
+
+
+def _add_prefill(benches):
+    default = prefill.Options()
+    parser = benches.add_parser(
+        "prefill",
+        help="time to the first token of a language model",
+        description="Times the whole prefill of a transformers model with the best dense backend "
+        "of torch's SDPA, with PBS, and with attention that costs nothing, in turn. The weights "
+        "are random; the attention layers work on synthetic activations of a stated density.",
+    )
+    _add_choice(parser, "--preset", tuple(SHAPES), default.preset, "sizes of the model")
+    parser.add_argument(
+        "--tokens", metavar="N", type=int, nargs="+", default=default.tokens, help="prompt lengths"
+    )
+    parser.add_argument(
+        "--densities",
+        metavar="D",
+        type=float,
+        nargs="+",
+        help="one a length: share of the causal block pairs to visit (default: the paper's)",
+    )
+    parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
+    _add_choice(
+        parser,
+        "--permute-per",
+        ("kv_head", "query_head"),
+        default.permute_per,
+        "which heads have an order of their own",
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=default.rounds,
+        help="runs of each, in turn, of which medians count: one number, or one a length",
+    )
+    _add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
+    parser.add_argument("--picture", metavar="FILE", help="draw speed-up against length there")
+    parser.set_defaults(run=_run_prefill)
+
+
+def _run_prefill(args):
+    names = [field.name for field in dataclasses.fields(prefill.Options)]
+    values = {name: getattr(args, name) for name in names}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    prefill.run(prefill.Options(**values))
 
 
 def _add_config(group):

@@ -14,10 +14,11 @@ import pipeline
 import pytest
 import torch
 from cases import Case, clustered_qkv
-from timing import wall_clock
 
 import pbs_attn
 from pbs_attn import PBSConfig
+from pbs_attn.bench import stages
+from pbs_attn.bench.timing import wall_clock
 
 ops = torch.ops.pbs
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
@@ -55,7 +56,7 @@ def test_eager_stages_one_by_one_are_the_pipeline():
     q, k, v = clustered_qkv(case, torch.float32, seed=0)
     config = PBSConfig(block_size=32, segment_size=64)
     calls = eager.stage_calls(q, k, v, 0.9, config)
-    assert tuple(calls) == eager.STAGES == pipeline.BEFORE_ATTEND
+    assert tuple(calls) == eager.STAGES == stages.BEFORE_ATTEND
     mask = eager.before_attend(q, k, v, 0.9, config)[2]
     assert torch.equal(calls["select_blocks"](), mask)
 
@@ -83,7 +84,7 @@ def test_floors_by_hand():
         # Own pairs: 1, 2 and 1; candidates: 2 for the last query block.
         "attend": (2 * q + 4 * k, 4 * 128 * 128 * 64 * (0.8 * 4 * 6)),
     }
-    assert list(expected) == list(pipeline.STAGES) == [stage.__name__ for stage in floors.STAGES]
+    assert list(expected) == list(stages.STAGES) == [stage.__name__ for stage in floors.STAGES]
     for stage in floors.STAGES:
         assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
     times = floors.floors_ms(problem)
@@ -98,7 +99,7 @@ def test_every_kernel_has_a_stage():
     kernels = re.findall(declared, text)
     assert len(kernels) == len(re.findall(r"^[^/\n]*__global__", text, re.MULTILINE)) > 0
     assert set(kernels) <= gpu_profile.STAGE_OF_KERNEL.keys()
-    assert set(gpu_profile.STAGE_OF_KERNEL.values()) == set(pipeline.STAGES)
+    assert set(gpu_profile.STAGE_OF_KERNEL.values()) == set(stages.STAGES)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_profile_of_several_calls():
     assert found.launches == 8
     assert found.busy_ms == pytest.approx(0.095)
     assert found.gaps_ms == pytest.approx(0.008)  # the pause between the calls is none of it
-    of_stage = dict(zip(pipeline.STAGES, (0.018, 0.004, 0.004, 0.009, 0.059), strict=True))
+    of_stage = dict(zip(stages.STAGES, (0.018, 0.004, 0.004, 0.009, 0.059), strict=True))
     assert found.stage_ms == pytest.approx(of_stage | {gpu_profile.OTHER: 0.001})
     without = [work for work in gpu_calls() if "permute" not in work.name]
     with pytest.raises(ValueError, match="must hold kernels of permute_kv"):
@@ -168,7 +169,7 @@ def test_row_of_the_pipeline(monkeypatch):
     )
     monkeypatch.setattr(pipeline._environment, "describe", lambda device: {"device": device})
     args = Namespace(permute_per=["kv_head"], kv_block_sizes=[64], rounds=1, budget_ms=1)
-    tensors = pipeline.heavy_hitters(1024, 4, 2, "cpu")
+    tensors = stages.heavy_hitters(1024, 4, 2, "cpu")
     dense = {"cudnn_dense": lambda: tensors[0].clone()}
     (row,) = pipeline.measure(args, "random", tensors, 0.8, dense)
     assert tuple(row) == (*pipeline.COLUMNS, "device")
@@ -228,7 +229,7 @@ def spoil_words(words_and_counts):
     ],
 )
 def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check):
-    right = getattr(pipeline.Pipeline, method)
-    monkeypatch.setattr(pipeline.Pipeline, method, lambda self: spoil(right(self)))
+    right = getattr(stages.Pipeline, method)
+    monkeypatch.setattr(stages.Pipeline, method, lambda self: spoil(right(self)))
     with pytest.raises(SystemExit, match=f"FAILED with permute_per=kv_head, .*: .*{check}"):
         long_run(monkeypatch, "--permute-per", "kv_head")

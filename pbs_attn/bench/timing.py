@@ -12,15 +12,15 @@ Call = Callable[[], object]
 
 
 def interleaved_medians(
-    calls: dict[str, Call], rounds: int, clock: Callable[[Call], float]
+    calls: dict[str, Call], rounds: int, clock: Callable[[Call], float], warm_ups: int = 1
 ) -> dict[str, float]:
-    """Milliseconds of each call by `clock`, from rounds that run every one of them in turn; the
-    first round warms up."""
+    """Milliseconds of each call by `clock`, from rounds that run every one of them in turn, after
+    `warm_ups` that do not count."""
     times = {name: [] for name in calls}
-    for round_idx in range(rounds + 1):
+    for round_idx in range(warm_ups + rounds):
         for name, call in calls.items():
             milliseconds = clock(call)
-            if round_idx > 0:
+            if round_idx >= warm_ups:
                 times[name].append(milliseconds)
     return {name: statistics.median(values) for name, values in times.items()}
 

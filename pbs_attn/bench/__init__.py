@@ -1,0 +1,1 @@
+"""Measurements behind `pbs-attn bench`: every contestant of a row runs in one process, in turn."""

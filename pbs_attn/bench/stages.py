@@ -1,0 +1,113 @@
+"""Inputs of a density asked for, and the stages of the operator on them."""
+
+from __future__ import annotations
+
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig
+
+ops = torch.ops.pbs
+STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
+BEFORE_ATTEND = STAGES[:-1]
+# Tokens and density of Table 5 of arXiv 2510.21270.
+PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
+
+
+def heavy_hitters(
+    num_tokens: int,
+    q_heads: int,
+    kv_heads: int,
+    device: torch.device | str = "cuda",
+    head_dim: int = 128,
+) -> list[torch.Tensor]:
+    """q (1, q_heads, num_tokens, head_dim), k and v (1, kv_heads, num_tokens, head_dim), bfloat16.
+
+    A twentieth of the keys, and all queries, lean towards one direction a head. Made one KV head at
+    a time to keep float32 copies small.
+    """
+    generator = torch.Generator(device).manual_seed(num_tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    q, k, v = (
+        torch.empty(1, heads, num_tokens, head_dim, device=device, dtype=torch.bfloat16)
+        for heads in (q_heads, kv_heads, kv_heads)
+    )
+    for head, group in enumerate(q[0].tensor_split(kv_heads)):
+        direction = normal(head_dim)
+        heavy = torch.rand(num_tokens, 1, generator=generator, device=device) < 0.05
+        k[0, head] = normal(num_tokens, head_dim) + heavy * direction
+        group.copy_(normal(*group.shape) + direction)
+        v[0, head] = normal(num_tokens, head_dim)
+    return [q, k, v]
+
+
+class Pipeline:
+    """One input and one configuration; each stage on the outputs of those before."""
+
+    def __init__(self, q, k, v, config: PBSConfig, permute_per: str):
+        self.q, self.k, self.v = q, k, v
+        self.config, self.permute_per = config, permute_per
+        self.blocks = {
+            "block_size": config.block_size,
+            "kv_block_size": config.key_block_size,
+            "segment_size": config.segment_size,
+        }
+        self.scores = self.score_keys()
+        self.perm = self.sort_segments()
+        self.k_perm, self.v_perm, self.k_mean = self.permute_kv()
+
+    def set_threshold(self, threshold: float) -> float:
+        """The density that it gives."""
+        self.threshold = threshold
+        self.words, _ = self.select_blocks()
+        num_tokens = self.q.shape[2]
+        densities = [
+            pbs_attn.density(words, num_tokens, num_tokens, config=self.config)
+            for words in self.words.split(4, 1)  # all heads unpacked would fill a GPU at 1M tokens
+        ]
+        return torch.cat(densities, 1).mean().item()
+
+    def score_keys(self):
+        sizes = {"block_size": self.config.block_size, "segment_size": self.config.segment_size}
+        return ops.score_keys(self.q, self.k, **sizes, permute_per=self.permute_per)
+
+    def sort_segments(self):
+        return ops.sort_segments(self.scores, segment_size=self.config.segment_size)
+
+    def permute_kv(self):
+        return ops.permute_kv(self.k, self.v, self.perm, kv_block_size=self.config.key_block_size)
+
+    def select_blocks(self):
+        return ops.select_blocks(
+            self.q, self.k, self.k_mean, self.perm, threshold=self.threshold, **self.blocks
+        )
+
+    def attend(self):
+        return ops.attend(
+            self.q, self.k, self.v, self.k_perm, self.v_perm, self.words, **self.blocks
+        )
+
+    def attention(self):
+        return ops.attention(
+            self.q,
+            self.k,
+            self.v,
+            threshold=self.threshold,
+            permute_per=self.permute_per,
+            **self.blocks,
+        )
+
+
+def reach(pipeline: Pipeline, density: float) -> float:
+    """The density reached, as near as bisection over the threshold comes."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        if pipeline.set_threshold(middle) < density:
+            low = middle
+        else:
+            high = middle
+    return pipeline.set_threshold(high)
