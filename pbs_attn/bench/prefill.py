@@ -180,12 +180,13 @@ class _Contest:
     ):
         self.options, self.shape, self.model, self.substitute = options, shape, model, substitute
         self.ids = torch.randint(shape.vocab_size, (1, num_tokens), device=model.device)
-        tensors = heavy_hitters(
+        q, k, v = heavy_hitters(
             num_tokens, shape.num_q_heads, shape.num_kv_heads, model.device, shape.head_dim
         )
-        # As projections leave them: the heads of a token beside each other.
-        self.tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-        del tensors
+        # As the layers get them: the projection leaves a token's heads beside each other, the cache
+        # does not.
+        self.tensors = [q.transpose(1, 2).contiguous().transpose(1, 2), k, v]
+        del q
         pipeline = Pipeline(*self.tensors, PBSConfig(), options.permute_per)
         self.density = reach(pipeline, density)
         self.threshold = pipeline.threshold

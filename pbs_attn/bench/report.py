@@ -32,7 +32,12 @@ def _driver_version(device: torch.device | str) -> str:
     path = Path("/proc/driver/nvidia/version")
     if torch.device(device).type != "cuda" or not path.exists():
         return ""
-    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", path.read_text())
+    return find_driver_version(path.read_text())
+
+
+def find_driver_version(text: str) -> str:
+    """In what the driver says of itself; empty if it is not there."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
     return found[1] if found else ""
 
 

@@ -1,0 +1,142 @@
+"""`pbs-attn bench` on the CPU: what is measured, and what it says."""
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from pbs_attn import cli
+from pbs_attn.bench import prefill, report
+from pbs_attn.bench.shapes import SHAPES, Shape, build
+
+pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+TINY = Shape("llama", 128, 256, 3, 4, 2, 64, 100)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    return prefill.Options(preset="tiny", tokens=(1024, 2048), rounds=(2, 1), device="cpu")
+
+
+def test_prefill_rows(tiny, tmp_path, capsys):
+    options = dataclasses.replace(
+        tiny,
+        densities=(0.8, 0.6),
+        csv=str(tmp_path / "rows.csv"),
+        picture=str(tmp_path / "speedup.png"),
+    )
+    rows = prefill.run(options)
+    with (tmp_path / "rows.csv").open() as file:
+        assert list(csv.DictReader(file)) == rows
+    assert (tmp_path / "speedup.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == list(prefill.TABLE)
+    assert [line.split()[0] for line in table[1:]] == ["1024", "2048"]
+    for row, density in zip(rows, options.densities, strict=True):
+        assert float(row["density"]) == pytest.approx(density, abs=0.06)
+        times = {name: float(row[f"{name}_s"]) for name in ("dense", "pbs", "linear")}
+        assert min(times.values()) > 0
+        assert float(row["speedup"]) == pytest.approx(times["dense"] / times["pbs"], rel=0.05)
+        assert float(row["bound"]) == pytest.approx(times["dense"] / times["linear"], rel=0.05)
+        assert (row["layers"], row["weights"], row["dense_backend"]) == ("3", "random", "sdpa")
+    assert len({row["run"] for row in rows}) == 1
+
+
+def test_every_contestant_runs_the_whole_model(tiny, monkeypatch):
+    """Each round calls each attention once a layer, on the synthetic tensors, after one layer of
+    warm-up; and the advance of the bar counts runs of the model."""
+    calls = []
+
+    def recorded(self, module, *own, **options):
+        tensors = self.tensors
+        calls.append((module.layer_idx, self.attention))
+        assert [x.shape for x in tensors] == [x.shape for x in own[:3]]
+        assert [x.stride() for x in tensors] == [x.stride() for x in own[:3]]
+        return right(self, module, *own, **options)
+
+    right = prefill.Substitute.__call__
+    monkeypatch.setattr(prefill.Substitute, "__call__", recorded)
+    prefill.run(dataclasses.replace(tiny, tokens=(1024,), rounds=(2,)))
+    attentions = list(dict.fromkeys(attention for _, attention in calls))
+    assert len(attentions) == 3
+    for attention in attentions:
+        layers = [layer for layer, called in calls if called == attention]
+        assert layers == [0, *(0, 1, 2) * 2]
+
+
+def test_contestants_attend_to_the_synthetic_tensors(tiny):
+    substitute = prefill._register()
+    model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)
+    with torch.inference_mode():
+        contest = prefill._Contest(tiny, TINY, model, substitute, 1024, 1.0)
+        q, k, v = contest.tensors
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+        )
+        for attention in (contest.dense, contest._pbs):  # at density 1 both are dense
+            assert (attention(q, k, v) - exact).abs().max() < 0.02
+
+
+def test_other_tensors_are_refused(tiny):
+    substitute = prefill._register()
+    model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)
+    substitute.tensors = tuple(torch.zeros(1, 4, 512, 64) for _ in range(3))
+    with pytest.raises(report.BenchError, match=r"tensors must be \(1, 4, 600, 64\)"):
+        model(input_ids=torch.zeros(1, 600, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("qwen2.5-1.5b", 1.78), ("mha-32x128", 6.74)],
+)
+def test_presets_have_the_parameters_of_their_models(preset, billions):
+    """Qwen2.5 ties its embeddings, which here are two: 1.54 + 0.23."""
+    prefill._register()
+    model = build(SHAPES[preset], max_tokens=1024, device="meta", attn_implementation=prefill.NAME)
+    count = sum(x.numel() for x in model.parameters())
+    assert count / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "100"], "--tokens must be 512 at least, got [100]"),
+        (["--rounds", "0"], "--layers and --rounds must be positive"),
+        (["--layers", "0"], "--layers and --rounds must be positive"),
+        (["--rounds", "1", "2"], "--rounds must be one or as many as --tokens, got 2 for 6"),
+        (["--densities", "0.1"], "--densities must be as many as --tokens, got 1 for 6"),
+        (["--tokens", "1024", "--densities", "1.5"], "--densities must lie in (0, 1], got [1.5]"),
+        (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, words, capsys):
+    assert cli.main(["bench", "prefill", "--device", "cpu", *arguments]) == 2
+    assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
+
+
+def test_rows_of_two_processes_are_not_compared(tmp_path):
+    row = {"tokens": "1024", "speedup": "1.5", "bound": "2.0", "density": "0.5", "run": "a"}
+    rows = [row, row | {"run": "b"}]
+    for compare in (
+        lambda: report.write_rows(tmp_path / "rows.csv", rows),
+        lambda: report.draw_speedup(rows, tmp_path / "speedup.png", title=""),
+    ):
+        with pytest.raises(report.BenchError, match="must come from one process, got 2"):
+            compare()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:19:52 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
+    ],
+)
+def test_driver_version(line):
+    assert report.find_driver_version(line + "\nGCC version:  gcc version 12.3.0\n") == "580.65.06"
+    assert report.find_driver_version("nothing of the kind") == ""
