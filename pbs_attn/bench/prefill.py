@@ -13,14 +13,14 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbs_attn import PBSConfig
+from pbs_attn.demo import choose_device
 
-from .report import BenchError, as_table, describe_run, draw_speedup, write_rows
+from .report import BenchError, as_table, check_folders, describe_run, draw_speedup, write_rows
 from .shapes import SHAPES, Shape, build
 from .stages import PAPER, Pipeline, heavy_hitters, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
@@ -129,15 +129,9 @@ def _check(options: Options) -> tuple[Shape, torch.device]:
         raise BenchError(f"--rounds must be one or as many as --tokens, got {given} for {lengths}")
     if not all(0 < density <= 1 for density in _densities(options)):
         raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda needs a GPU that torch can use")
-    for path in (options.csv, options.picture):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise BenchError(f"the folder of {path} must exist")
-    return dataclasses.replace(shape, num_layers=layers), torch.device(device)
+    check_folders(options.csv, options.picture)
+    device = torch.device(choose_device(options.device))
+    return dataclasses.replace(shape, num_layers=layers), device
 
 
 def _densities(options: Options) -> tuple[float, ...]:

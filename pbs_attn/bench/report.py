@@ -41,6 +41,17 @@ def find_driver_version(text: str) -> str:
     return found[1] if found else ""
 
 
+def check_folders(*paths: str | None) -> None:
+    """Of files to be written at the end.
+
+    Raises:
+        BenchError: if one is missing.
+    """
+    for path in paths:
+        if path and not Path(path).resolve().parent.is_dir():
+            raise BenchError(f"the folder of {path} must exist")
+
+
 def one_run(rows: Sequence[Row]) -> None:
     """Times of different processes say nothing about each other: the clock and the card differ.
 
@@ -75,13 +86,9 @@ def draw_speedup(rows: Sequence[Row], path: str | os.PathLike, *, title: str) ->
         BenchError: if the rows come from more than one process, or matplotlib is missing.
     """
     one_run(rows)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchError("a picture needs matplotlib: pip install matplotlib") from error
+    figure = _new_figure(6.4, 4.0)
     rows = sorted(rows, key=lambda row: int(row["tokens"]))
     tokens = [int(row["tokens"]) for row in rows]
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     ax = figure.add_subplot()
     for column, label, style, colour in (
         ("bound", "attention that costs nothing", "--s", BOUND_COLOUR),
@@ -107,3 +114,55 @@ def draw_speedup(rows: Sequence[Row], path: str | os.PathLike, *, title: str) ->
     ax.set_title(title, fontsize=10)
     ax.legend(loc="upper left")
     figure.savefig(path, dpi=150)
+
+
+# Told apart by the colour-blind, and in print by marker and dash.
+SELECTION_STYLES = {
+    "pbs": ("#1c7ed6", "-", "o"),
+    "unpermuted": ("#e8590c", "--", "s"),
+    "pooled": ("#2b8a3e", "-.", "^"),
+    "window": ("#862e9c", ":", "D"),
+    "truncated": ("#495057", (0, (1, 1)), "x"),
+}
+PROBE_LABELS = {
+    "text": ("last half of texts", "loss above dense, nats a token"),
+    "copy": ("a repeated passage", "loss above dense, nats a token"),
+    "pass key": ("pass keys", "share read back"),
+}
+
+# By probe and selection, (density, value).
+Curves = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def draw_quality(curves: Curves, path: str | os.PathLike, *, title: str) -> None:
+    """One panel a probe: what is lost, or found, against the density visited.
+
+    Raises:
+        BenchError: if matplotlib is missing.
+    """
+    figure = _new_figure(1 + 3.6 * len(curves), 3.8)
+    for nth, (probe, by_selection) in enumerate(curves.items()):
+        ax = figure.add_subplot(1, len(curves), nth + 1)
+        for selection, points in by_selection.items():
+            if selection == "dense":
+                label = "dense" if probe == "pass key" else None
+                ax.axhline(points[0][1], color="grey", linewidth=0.8, label=label)
+                continue
+            colour, dash, marker = SELECTION_STYLES[selection]
+            densities, values = zip(*points, strict=True)
+            ax.plot(densities, values, linestyle=dash, marker=marker, color=colour, label=selection)
+        name, unit = PROBE_LABELS[probe]
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("density (share of causal block pairs)")
+        ax.set_ylabel(unit)
+    ax.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _new_figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BenchError("a picture needs matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,326 @@
+"""What a model loses with PBS, at which density, beside other ways to visit as much.
+
+Prompts: texts, of which the last half is scored; a copy probe, whose last quarter repeats an
+earlier passage of the prompt at another alignment; and pass keys, seven digits to be read back from
+a certain depth of a text. Selections (`selections.py`) are swept over thresholds, and compared at
+equal density: thresholds of different scores mean different things. The window visits as much as
+PBS does, the truncated prompt is dense on as many of the last tokens as cost that much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pbs_attn import PBSConfig, demo, demo_model
+
+from . import selections
+from .report import BenchError, Row, as_table, check_folders, describe_run, draw_quality, write_rows
+
+NAME = "pbs_bench_quality"  # with transformers
+SWEPT = {
+    "pbs": selections.permuted,
+    "unpermuted": selections.unpermuted,
+    "pooled": selections.pooled,
+}
+PROBES = ("text", "copy", "pass key")
+TABLE_DENSITIES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+PASS_KEY_DIGITS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths`: pass keys a
+    text."""
+
+    model: str | None = None
+    texts: tuple[str, ...] = ()
+    tokens: int = 8192
+    thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
+    probes: tuple[str, ...] = PROBES
+    depths: int = 4
+    config: PBSConfig = dataclasses.field(default_factory=PBSConfig)
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """`ids` (1, N). The last `tail` of them are scored."""
+
+    text: str
+    probe: str
+    ids: torch.Tensor
+    tail: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """`choices` (tail,): the likeliest token at each place. `density`: mean over layers and
+    heads."""
+
+    loss: float
+    choices: torch.Tensor
+    density: float
+
+
+class Chooser:
+    """The attention function of a model whose layers all take one selection."""
+
+    def __init__(self) -> None:
+        self.attention: selections.Attention = dense
+        self.densities: list[torch.Tensor] = []
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        """query (B, Hq, N, D), key and value (B, Hkv, N, D) -> (B, N, Hq, D), None."""
+        del module, attention_mask, kwargs
+        out, density = self.attention(query, key, value, scale=scaling)
+        self.densities.append(density)
+        return out.transpose(1, 2).contiguous(), None
+
+
+def dense(q, k, v, scale=None):
+    """Every causal pair."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return out, torch.ones(q.shape[1])
+
+
+@torch.no_grad()
+def run(options: Options) -> list[Row]:
+    """Measures, prints tables, and writes what `options` asks for.
+
+    Returns:
+        A row for each prompt, selection and threshold: `density` visited, `loss` of the scored
+        tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens, and
+        `right` (0 or 1) where a pass key was asked for.
+
+    Raises:
+        BenchError, DemoError: a mistake in `options`, a package that is missing, or a model whose
+            layers are not all plain causal attention.
+    """
+    _check(options)
+    from tqdm import tqdm
+
+    device = demo.choose_device(options.device)
+    model, tokenizer, label = demo_model.load(options.model, device)
+    chooser = _take_over(model, options.config)
+    prompts = list(_make_prompts(options, tokenizer, torch.device(device)))
+    about_run = describe_run(device)
+    rows: list[Row] = []
+    with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
+        for prompt in prompts:
+            bar.set_postfix_str(f"{prompt.probe} of {prompt.text}")
+            for row in _measure(options, model, chooser, prompt):
+                about_prompt = {"model": label, "text": prompt.text, "probe": prompt.probe}
+                rows.append(about_prompt | row | about_run)
+            if options.csv:
+                write_rows(options.csv, rows)
+            bar.update()
+    for probe in options.probes:
+        print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
+    if options.picture:
+        draw_quality(summarize(rows), options.picture, title=f"{label}, {options.tokens} tokens")
+    return rows
+
+
+def _check(options: Options) -> None:
+    for module in ("transformers", "tqdm"):
+        demo_model.require(module)
+    least = 8 * options.config.segment_size
+    if options.tokens < least:
+        raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
+    if not options.thresholds or not all(0 < t <= 1 for t in options.thresholds):
+        raise BenchError(f"--thresholds must lie in (0, 1], got {list(options.thresholds)}")
+    if options.depths < 1:
+        raise BenchError(f"--depths must be positive, got {options.depths}")
+    check_folders(options.csv, options.picture)
+
+
+def _take_over(model: torch.nn.Module, config: PBSConfig) -> Chooser:
+    """Every attention layer of the model asks the chooser from now on."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    from pbs_attn import transformers as pbs_transformers
+
+    pbs_transformers.register("pbs_attn", config=config, min_tokens=1)
+    model.set_attn_implementation("pbs_attn")
+    routes = pbs_transformers.explain(model, 8 * config.segment_size)
+    others = [route for route in routes if route.route != "pbs"]
+    if others or not routes:
+        reason = others[0].reason if others else "it has no attention layer that transformers knows"
+        raise BenchError(f"every layer of the model must be able to take PBS: {reason}")
+    chooser = Chooser()
+    AttentionInterface.register(NAME, chooser)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    return chooser
+
+
+# Prompts
+
+
+def _make_prompts(options: Options, tokenizer: Any, device: torch.device) -> Iterator[Prompt]:
+    for name, text in _read_texts(options):
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        if len(ids) < options.tokens:
+            raise BenchError(f"{name} must have {options.tokens} tokens, got {len(ids)}")
+        for probe in options.probes:
+            for prompt, tail in _PROMPT_MAKERS[probe](options, tokenizer, ids):
+                yield Prompt(name, probe, prompt[None].to(device), tail)
+
+
+def _read_texts(options: Options) -> Iterator[tuple[str, str]]:
+    for path in options.texts or (None,):
+        text, name = demo.read_text(path)
+        yield name, text
+
+
+def _text_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
+    del tokenizer
+    yield ids[: options.tokens], options.tokens // 2
+
+
+def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
+    """From the beginning, but a third of a block off the grid; the repeat starts on it."""
+    del tokenizer
+    tail = options.tokens // 4
+    start = options.config.block_size // 3
+    before = ids[: options.tokens - tail]
+    yield torch.cat([before, before[start : start + tail]]), tail
+
+
+def _pass_key_prompts(options: Options, tokenizer: Any, ids: torch.Tensor):
+    """A key at each of some depths, evenly spaced; its tokens are the tail."""
+
+    def encode(text: str) -> torch.Tensor:
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+
+    generator = torch.Generator().manual_seed(0)
+    for nth in range(options.depths):
+        digits = torch.randint(10, (PASS_KEY_DIGITS,), generator=generator).tolist()
+        key = "".join(map(str, digits))
+        hint = encode(f"\nThe pass key is {key}. Remember it: {key} is the pass key.\n")
+        question = encode("\nWhat is the pass key? The pass key is ")
+        answer = encode(key)
+        filler = ids[: options.tokens - len(hint) - len(question) - len(answer)]
+        place = round(len(filler) * (nth + 0.5) / options.depths)
+        parts = [filler[:place], hint, filler[place:], question, answer]
+        yield torch.cat(parts), len(answer)
+
+
+_PROMPT_MAKERS = dict(zip(PROBES, (_text_prompt, _copy_prompt, _pass_key_prompts), strict=True))
+
+
+# Scores
+
+
+def _measure(
+    options: Options, model: torch.nn.Module, chooser: Chooser, prompt: Prompt
+) -> Iterator[Row]:
+    """Rows of one prompt."""
+
+    def score(attention: selections.Attention, ids: torch.Tensor = prompt.ids) -> Score:
+        chooser.attention, chooser.densities = attention, []
+        done = demo_model.prefill(model, ids, NAME)
+        perplexity, choices = demo_model.score_tail(model, ids, done, prompt.tail)
+        return Score(math.log(perplexity), choices, torch.cat(chooser.densities).mean().item())
+
+    reference = score(dense)
+
+    def row(selection: str, threshold: float | None, found: Score, density: float) -> Row:
+        is_right = torch.equal(found.choices, prompt.ids[0, -prompt.tail :].cpu())
+        return {
+            "tokens": str(prompt.ids.shape[1]),
+            "tail": str(prompt.tail),
+            "selection": selection,
+            "threshold": "" if threshold is None else f"{threshold:g}",
+            "density": f"{density:.4f}",
+            "loss": f"{found.loss:.4f}",
+            "loss_above_dense": f"{found.loss - reference.loss:.4f}",
+            "agreement": f"{(found.choices == reference.choices).float().mean():.4f}",
+            "right": str(int(is_right)) if prompt.probe == "pass key" else "",
+        }
+
+    yield row("dense", None, reference, 1.0)
+    for threshold in options.thresholds:
+        config = dataclasses.replace(options.config, threshold=threshold)
+        for name, selection in SWEPT.items():
+            found = score(selection(config))
+            yield row(name, threshold, found, found.density)
+            if name == "pbs":
+                of_pbs = found.density
+        num_tokens = prompt.ids.shape[1]
+        found = score(selections.window(config, num_tokens, of_pbs))
+        yield row("window", threshold, found, found.density)
+        kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
+        found = score(dense, prompt.ids[:, -kept:])
+        yield row("truncated", threshold, found, (kept / num_tokens) ** 2)
+
+
+# Summaries
+
+Curve = list[tuple[float, float]]  # density, value
+
+
+def _value_of(probe: str) -> str:
+    return "right" if probe == "pass key" else "loss_above_dense"
+
+
+def _title(probe: str) -> str:
+    return {
+        "text": "loss of the last half of a text above dense, at equal density",
+        "copy": "loss of a repeated passage above dense, at equal density",
+        "pass key": "share of pass keys read back, at equal density",
+    }[probe]
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Curve]]:
+    """By probe and selection, the means over prompts at each threshold, by density."""
+    curves: dict[str, dict[str, Curve]] = {}
+    for probe in PROBES:
+        of_probe = [row for row in rows if row["probe"] == probe]
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in of_probe:
+            groups.setdefault((row["selection"], row["threshold"]), []).append(row)
+        for (selection, _), group in groups.items():
+            point = tuple(
+                sum(float(row[column]) for row in group) / len(group)
+                for column in ("density", _value_of(probe))
+            )
+            curves.setdefault(probe, {}).setdefault(selection, []).append(point)
+    for by_selection in curves.values():
+        for curve in by_selection.values():
+            curve.sort()
+    return curves
+
+
+def at_density(curve: Curve, density: float) -> float | None:
+    """Between two points of a curve that was sorted by density; None outside of it."""
+    if len(curve) == 1:  # dense
+        return curve[0][1]
+    for (left, low), (right, high) in itertools.pairwise(curve):
+        if left <= density <= right:
+            share = (density - left) / (right - left) if right > left else 0.0
+            return low + share * (high - low)
+    return None
+
+
+def format_probe(rows: Sequence[Row], probe: str) -> str:
+    """One line a selection, one column a density."""
+    columns = ("selection", *(f"{density:g}" for density in TABLE_DENSITIES))
+    lines = []
+    for selection, curve in summarize(rows).get(probe, {}).items():
+        values = [at_density(curve, density) for density in TABLE_DENSITIES]
+        cells = ["" if value is None else f"{value:+.3f}" for value in values]
+        if probe == "pass key":
+            cells = [cell.lstrip("+") for cell in cells]
+        lines.append(dict(zip(columns, (selection, *cells), strict=True)))
+    return as_table(lines, columns)

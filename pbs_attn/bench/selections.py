@@ -1,0 +1,94 @@
+"""Ways to choose which blocks a layer visits, each as an attention function that tells its density.
+
+What PBS is compared with, at equal density: the same scores without permutation, plain pooled means
+over all causal blocks, and a sliding window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig
+from pbs_attn.masks import candidate_blocks
+
+ops = torch.ops.pbs
+
+# query (1, Hq, N, D), key and value (1, Hkv, N, D), scale -> output (1, Hq, N, D), density (Hq,)
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def permuted(config: PBSConfig) -> Attention:
+    """PBS: keys change places inside their segments."""
+
+    def attend(q, k, v, scale=None):
+        chosen = pbs_attn.select(q, k, v, scale=scale, config=config)
+        return _attend(q, k, v, chosen.k_perm, chosen.v_perm, chosen.block_mask, scale, config)
+
+    return attend
+
+
+def unpermuted(config: PBSConfig) -> Attention:
+    """The same scores and segments, with every key in its place."""
+
+    def attend(q, k, v, scale=None):
+        places = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+        perm = places.expand(1, k.shape[1], -1).contiguous()
+        _, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=config.key_block_size)
+        mask, _ = ops.select_blocks(
+            q, k, k_mean, None, threshold=config.threshold, scale=scale, mass=config.mass,
+            score=config.score, **_sizes(config),
+        )  # fmt: skip
+        return _attend(q, k, v, k, v, mask, scale, config)
+
+    return attend
+
+
+def pooled(config: PBSConfig) -> Attention:
+    """Pooled means over all causal blocks in their own order: segments of one block."""
+    return unpermuted(dataclasses.replace(config, segment_size=config.block_size))
+
+
+def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
+    """The first key block, and as many before each query block as make up a density, or come
+    nearest to it from below; for prompts of `num_tokens`."""
+    config = dataclasses.replace(config, segment_size=config.block_size)
+    candidates, _ = candidate_blocks(num_tokens, num_tokens, config=config)
+    columns = torch.arange(-(-num_tokens // config.key_block_size))
+
+    def blocks_within(width: int) -> torch.Tensor:
+        is_near = columns >= candidates[:, None] - width
+        return (is_near | (columns == 0)) & (columns < candidates[:, None])
+
+    def density_of(width: int) -> float:
+        words = pbs_attn.bool_to_mask(blocks_within(width)[None, None])
+        return pbs_attn.density(words, num_tokens, num_tokens, config=config).item()
+
+    low, high = 0, len(columns)  # density_of grows with the width
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if density_of(middle) <= density else (low, middle - 1)
+    selected = blocks_within(low)
+
+    def attend(q, k, v, scale=None):
+        words = pbs_attn.bool_to_mask(selected.to(q.device).expand(1, q.shape[1], -1, -1))
+        return _attend(q, k, v, k, v, words, scale, config)
+
+    return attend
+
+
+def _attend(q, k, v, k_perm, v_perm, words, scale, config):
+    out, _ = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **_sizes(config))
+    num_tokens = q.shape[2]
+    return out, pbs_attn.density(words, num_tokens, num_tokens, config=config)[0].cpu()
+
+
+def _sizes(config: PBSConfig) -> dict[str, int]:
+    return {
+        "block_size": config.block_size,
+        "kv_block_size": config.key_block_size,
+        "segment_size": config.segment_size,
+    }
