@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 import pbs_attn
 from pbs_attn import PBSConfig, cli, demo, demo_model, plot
@@ -13,28 +14,8 @@ from pbs_attn import PBSConfig, cli, demo, demo_model, plot
 transformers = pytest.importorskip("transformers")
 image = pytest.importorskip("matplotlib.image")
 
-NUM_TOKENS, VOCABULARY = 600, 200
+NUM_TOKENS = 600
 BLOCKS = {"block_size": 32, "kv_block_size": 64, "segment_size": 128}
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 96,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "initializer_range": 0.3,  # the usual 0.02 would make attention uniform
-}
-
-
-def save_model(folder, config):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +27,7 @@ def ids():
 def options(tmp_path_factory, ids):
     folder = tmp_path_factory.mktemp("llama")
     save_model(folder, transformers.LlamaConfig(**SIZES))
-    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids[0].tolist()))
+    save_text(folder / "text.txt", ids[0].tolist())
     return {
         "model": str(folder),
         "text": str(folder / "text.txt"),
@@ -282,7 +263,7 @@ def test_only_full_attention_layers_are_counted(options, tmp_path):
 
 
 def test_novel_ships_with_the_package():
-    text, name = demo._read_text(demo.Options())
+    text, name = demo.read_text(None)
     assert name == "persuasion.txt"
     assert len(text) > 45_000
     assert "Kellynch Hall" in text

@@ -95,12 +95,21 @@ def draw_speedup(rows: Sequence[Row], path: str | os.PathLike, *, title: str) ->
         ("speedup", "PBS", "-o", MEASURED_COLOUR),
     ):
         values = [float(row[column]) for row in rows]
-        ax.plot(tokens, values, style, color=colour, label=label)
+        ax.plot(tokens, values, style, color=colour, label=label, zorder=3)
     for row, x in zip(rows, tokens, strict=True):
         y = float(row["speedup"])
         label = f"{y:.2f}\ndensity {float(row['density']):.2f}"
-        ax.annotate(label, (x, y), (0, -26), textcoords="offset points", ha="center", fontsize=7)
-    ax.axhline(1, color="grey", linewidth=0.8)
+        ax.annotate(
+            label,
+            (x, y),
+            (0, -26),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            zorder=1,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    ax.axhline(1, color="grey", linewidth=0.8, zorder=0)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(tokens, [f"{x // 1024}K" if x % 1024 == 0 else str(x) for x in tokens])
