@@ -143,6 +143,8 @@ def _add_quality(benches):
     _add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     parser.add_argument("--csv", metavar="FILE", help="write every row there")
     parser.add_argument("--picture", metavar="FILE", help="draw quality against density there")
+    parser.add_argument("--heads-csv", metavar="FILE", help="write PBS's density by head there")
+    parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
     _add_config(parser.add_argument_group("what is visited"), has_threshold=False)
     parser.set_defaults(run=_run_quality)
 

@@ -36,13 +36,25 @@ def options(tmp_path_factory):
 
 
 def test_rows(options, tmp_path, capsys):
-    options = dataclasses.replace(
-        options, csv=str(tmp_path / "rows.csv"), picture=str(tmp_path / "quality.png")
-    )
-    rows = quality.run(options)
+    files = {
+        "csv": "rows.csv",
+        "picture": "quality.png",
+        "heads_csv": "heads.csv",
+        "heads_picture": "heads.png",
+    }
+    files = {name: str(tmp_path / file) for name, file in files.items()}
+    rows = quality.run(dataclasses.replace(options, **files))
     with (tmp_path / "rows.csv").open() as file:
         assert list(csv.DictReader(file)) == rows
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    for picture in ("quality.png", "heads.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    with (tmp_path / "heads.csv").open() as file:
+        by_head = list(csv.DictReader(file))
+    assert len(by_head) == 2 * 2 * 4  # thresholds, layers, heads
+    for row in (rows[1], rows[6]):
+        assert (row["probe"], row["selection"]) == ("text", "pbs")
+        found = [float(r["density"]) for r in by_head if r["threshold"] == row["threshold"]]
+        assert sum(found) / len(found) == pytest.approx(float(row["density"]), abs=1e-4)
     assert capsys.readouterr().out.count("selection") == 3  # tables
     assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*quality.PROBES, "pass key"]
     for probe in quality.PROBES:
@@ -165,6 +177,10 @@ def test_permutation_keeps_its_worth():
         (["--tokens", "100"], "--tokens must be 2048 at least, got 100"),
         (["--thresholds", "2"], "--thresholds must lie in (0, 1], got [2.0]"),
         (["--depths", "0"], "--depths must be positive, got 0"),
+        (
+            ["--probes", "copy", "--heads-csv", "x.csv"],
+            "--heads-csv and --heads-picture need the probe text",
+        ),
         (["--picture", "/no/such/folder/x.png"], "the folder of /no/such/folder/x.png must exist"),
     ],
 )

@@ -20,7 +20,16 @@ import torch
 from pbs_attn import PBSConfig, demo, demo_model
 
 from . import selections
-from .report import BenchError, Row, as_table, check_folders, describe_run, draw_quality, write_rows
+from .report import (
+    BenchError,
+    Row,
+    as_table,
+    check_folders,
+    describe_run,
+    draw_heads,
+    draw_quality,
+    write_rows,
+)
 
 NAME = "pbs_bench_quality"  # with transformers
 SWEPT = {
@@ -48,6 +57,8 @@ class Options:
     device: str = "auto"
     csv: str | None = None
     picture: str | None = None
+    heads_csv: str | None = None
+    heads_picture: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +73,16 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """`choices` (tail,): the likeliest token at each place. `density`: mean over layers and
-    heads."""
+    """`choices` (tail,): the likeliest token at each place. `by_head` (layers, query heads): the
+    density of each."""
 
     loss: float
     choices: torch.Tensor
-    density: float
+    by_head: torch.Tensor
+
+    @property
+    def density(self) -> float:
+        return self.by_head.mean().item()
 
 
 class Chooser:
@@ -115,19 +130,29 @@ def run(options: Options) -> list[Row]:
     prompts = list(_make_prompts(options, tokenizer, torch.device(device)))
     about_run = describe_run(device)
     rows: list[Row] = []
+    by_head: list[Row] = []
     with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
         for prompt in prompts:
             bar.set_postfix_str(f"{prompt.probe} of {prompt.text}")
-            for row in _measure(options, model, chooser, prompt):
-                about_prompt = {"model": label, "text": prompt.text, "probe": prompt.probe}
+            about_prompt = {"model": label, "text": prompt.text, "probe": prompt.probe}
+            for row, found in _measure(options, model, chooser, prompt):
                 rows.append(about_prompt | row | about_run)
+                if prompt.probe == "text" and row["selection"] == "pbs":
+                    for place in _rows_by_head(found):
+                        by_head.append(
+                            about_prompt | {"threshold": row["threshold"]} | place | about_run
+                        )
             if options.csv:
                 write_rows(options.csv, rows)
+            if options.heads_csv and by_head:
+                write_rows(options.heads_csv, by_head)
             bar.update()
     for probe in options.probes:
         print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
     if options.picture:
         draw_quality(summarize(rows), options.picture, title=f"{label}, {options.tokens} tokens")
+    if options.heads_picture:
+        draw_heads(by_head, options.heads_picture, title=f"{label}, {options.tokens} tokens")
     return rows
 
 
@@ -141,7 +166,9 @@ def _check(options: Options) -> None:
         raise BenchError(f"--thresholds must lie in (0, 1], got {list(options.thresholds)}")
     if options.depths < 1:
         raise BenchError(f"--depths must be positive, got {options.depths}")
-    check_folders(options.csv, options.picture)
+    check_folders(options.csv, options.picture, options.heads_csv, options.heads_picture)
+    if (options.heads_csv or options.heads_picture) and "text" not in options.probes:
+        raise BenchError("--heads-csv and --heads-picture need the probe text")
 
 
 def _take_over(model: torch.nn.Module, config: PBSConfig) -> Chooser:
@@ -224,45 +251,54 @@ _PROMPT_MAKERS = dict(zip(PROBES, (_text_prompt, _copy_prompt, _pass_key_prompts
 
 def _measure(
     options: Options, model: torch.nn.Module, chooser: Chooser, prompt: Prompt
-) -> Iterator[Row]:
+) -> Iterator[tuple[Row, Score]]:
     """Rows of one prompt."""
 
     def score(attention: selections.Attention, ids: torch.Tensor = prompt.ids) -> Score:
         chooser.attention, chooser.densities = attention, []
         done = demo_model.prefill(model, ids, NAME)
         perplexity, choices = demo_model.score_tail(model, ids, done, prompt.tail)
-        return Score(math.log(perplexity), choices, torch.cat(chooser.densities).mean().item())
+        return Score(math.log(perplexity), choices, torch.stack(chooser.densities))
 
     reference = score(dense)
 
-    def row(selection: str, threshold: float | None, found: Score, density: float) -> Row:
+    def row(
+        selection: str, threshold: float | None, found: Score, density: float | None = None
+    ) -> tuple[Row, Score]:
         is_right = torch.equal(found.choices, prompt.ids[0, -prompt.tail :].cpu())
-        return {
+        values = {
             "tokens": str(prompt.ids.shape[1]),
             "tail": str(prompt.tail),
             "selection": selection,
             "threshold": "" if threshold is None else f"{threshold:g}",
-            "density": f"{density:.4f}",
+            "density": f"{found.density if density is None else density:.4f}",
             "loss": f"{found.loss:.4f}",
             "loss_above_dense": f"{found.loss - reference.loss:.4f}",
             "agreement": f"{(found.choices == reference.choices).float().mean():.4f}",
             "right": str(int(is_right)) if prompt.probe == "pass key" else "",
         }
+        return values, found
 
-    yield row("dense", None, reference, 1.0)
+    yield row("dense", None, reference)
     for threshold in options.thresholds:
         config = dataclasses.replace(options.config, threshold=threshold)
         for name, selection in SWEPT.items():
             found = score(selection(config))
-            yield row(name, threshold, found, found.density)
+            yield row(name, threshold, found)
             if name == "pbs":
                 of_pbs = found.density
         num_tokens = prompt.ids.shape[1]
         found = score(selections.window(config, num_tokens, of_pbs))
-        yield row("window", threshold, found, found.density)
+        yield row("window", threshold, found)
         kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
         found = score(dense, prompt.ids[:, -kept:])
         yield row("truncated", threshold, found, (kept / num_tokens) ** 2)
+
+
+def _rows_by_head(found: Score) -> Iterator[Row]:
+    for layer, of_layer in enumerate(found.by_head.tolist()):
+        for head, density in enumerate(of_layer):
+            yield {"layer": str(layer), "head": str(head), "density": f"{density:.4f}"}
 
 
 # Summaries

@@ -169,6 +169,34 @@ def draw_quality(curves: Curves, path: str | os.PathLike, *, title: str) -> None
     figure.savefig(path, dpi=150)
 
 
+def draw_heads(rows: Sequence[Row], path: str | os.PathLike, *, title: str) -> None:
+    """The density of each layer and query head, mean over texts, one panel a threshold.
+
+    Raises:
+        BenchError: if the rows come from more than one process, or matplotlib is missing.
+    """
+    one_run(rows)
+    thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
+    shape = [1 + max(int(row[name]) for row in rows) for name in ("layer", "head")]
+    figure = _new_figure(1.5 + len(thresholds) * (1 + 0.14 * shape[1]), 1.5 + 0.14 * shape[0])
+    axes = []
+    for nth, threshold in enumerate(thresholds):
+        totals, counts = torch.zeros(shape), torch.zeros(shape)
+        for row in rows:
+            if row["threshold"] == threshold:
+                place = int(row["layer"]), int(row["head"])
+                totals[place] += float(row["density"])
+                counts[place] += 1
+        axes.append(figure.add_subplot(1, len(thresholds), nth + 1))
+        image = axes[-1].imshow((totals / counts).numpy(), vmin=0, vmax=1, cmap="cividis")
+        axes[-1].set_title(f"threshold {threshold}", fontsize=9)
+        axes[-1].set_xlabel("query head")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="density (share of causal block pairs)")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
 def _new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
