@@ -81,6 +81,19 @@ def test_contestants_attend_to_the_synthetic_tensors(tiny):
             assert (attention(q, k, v) - exact).abs().max() < 0.02
 
 
+def test_rows_before_a_prompt_that_does_not_fit_are_kept(tiny, monkeypatch, tmp_path):
+    def measure(self, rounds, advance):
+        if self.ids.shape[1] == 2048:
+            raise torch.OutOfMemoryError
+        return {"tokens": "1024"}
+
+    monkeypatch.setattr(prefill._Contest, "measure", measure)
+    with pytest.raises(report.BenchError, match="--tokens must fit in memory, got 2048"):
+        prefill.run(dataclasses.replace(tiny, csv=str(tmp_path / "rows.csv")))
+    with (tmp_path / "rows.csv").open() as file:
+        assert [row["tokens"] for row in csv.DictReader(file)] == ["1024"]
+
+
 def test_other_tensors_are_refused(tiny):
     substitute = prefill._register()
     model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)

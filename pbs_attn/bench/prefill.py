@@ -99,8 +99,11 @@ def run(options: Options) -> list[dict[str, str]]:
     with torch.inference_mode(), tqdm(total=steps, desc="prefill", unit="run") as bar:
         for num_tokens, density, rounds in lengths:
             bar.set_postfix_str(f"{num_tokens} tokens")
-            contest = _Contest(options, shape, model, substitute, num_tokens, density)
-            rows.append(contest.measure(rounds, bar.update) | about_run)
+            try:
+                contest = _Contest(options, shape, model, substitute, num_tokens, density)
+                rows.append(contest.measure(rounds, bar.update) | about_run)
+            except torch.OutOfMemoryError as error:
+                raise BenchError(f"--tokens must fit in memory, got {num_tokens}") from error
             if options.csv:  # what is there if a longer prompt fails
                 write_rows(options.csv, rows)
     print(as_table(rows, TABLE))
