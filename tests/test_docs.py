@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_model import SIZES, save_model
 
+from pbs_attn.bench import quality
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -49,8 +51,6 @@ def table_under(heading, columns):
     rows = []
     for line in lines[start + 2 :]:
         if len(line) != len(lines[start]) or set("".join(line)) <= set("-"):
-            break
-        if not line[0].isdigit():
             break
         rows.append(dict(zip(lines[start], line, strict=True)))
     assert rows
@@ -109,6 +109,28 @@ def test_stage_table():
         if said["the same in eager PyTorch"]:
             eager = 1e3 * float(row["eager_before_attend_ms"])
             assert says(said["the same in eager PyTorch"], eager)
+
+
+def test_quality_table():
+    selections = {
+        "PBS": "pbs",
+        "the same without permutation": "unpermuted",
+        "pooled means over all causal blocks": "pooled",
+        "sliding window": "window",
+        "dense, truncated prompt": "truncated",
+    }
+    probes = {
+        "loss of the last half above dense": "text",
+        "loss of a repeated passage above dense": "copy",
+        "pass keys read back": "pass key",
+    }
+    curves = quality.summarize(read("quality_smollm2_cpu.csv"))
+    found = table_under("What it costs", probes)
+    assert [said["selection"] for said in found] == list(selections)
+    for said in found:
+        for column, probe in probes.items():
+            curve = curves[probe][selections[said["selection"]]]
+            assert says(said[column], quality.at_density(curve, 0.4)), (said["selection"], column)
 
 
 def test_prefill_table():
