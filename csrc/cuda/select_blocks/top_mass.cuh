@@ -19,6 +19,18 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Of the values of the lanes up to this one.
+template <class T>
+__device__ T sum_up_to(T x) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T before = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += before;
+  }
+  return x;
+}
+
 // Calls body(values, i) for each four values of a row that this lane takes.
 template <class Body>
 __device__ void for_each_four(float* row, int n, Body body) {
@@ -101,7 +113,6 @@ class CutRange {
 
   __device__ uint32_t low() const { return low_; }
   __device__ uint32_t high() const { return high_; }
-  __device__ const Part& from_low() const { return from_low_; }
   __device__ const Part& from_high() const { return from_high_; }
   __device__ int num_between() const { return from_low_.count - from_high_.count; }
   __device__ bool holds_one_value() const { return high_ - low_ <= 1; }
@@ -213,13 +224,8 @@ __device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range,
   }
   __syncwarp();
   const uint32_t sorted = sort_lanes(lane < count ? scratch[lane] : 0);
-  float reached =
-      lane == 0 ? range.from_high().mass + __uint_as_float(sorted) : __uint_as_float(sorted);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float before = __shfl_up_sync(~0u, reached, step);
-    if (lane >= step) reached += before;
-  }
+  const float reached = sum_up_to(lane == 0 ? range.from_high().mass + __uint_as_float(sorted)
+                                            : __uint_as_float(sorted));
   // The last one, too, where rounding makes the sum of all fall short.
   const uint32_t enough = __ballot_sync(~0u, lane < count && reached >= needed) | 1u << (count - 1);
   const int last = __ffs(enough) - 1;
@@ -227,18 +233,6 @@ __device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range,
   const uint32_t equal = __ballot_sync(~0u, lane < count && sorted == weight);
   const int num_equal = __popc(equal & ((2u << last) - 1));
   return Cut{weight, num_equal, num_equal == __popc(equal)};
-}
-
-// How many of a range's weights are lower lanes'.
-__device__ inline int count_before(int own) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int up_to = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(~0u, up_to, step);
-    if (lane >= step) up_to += before;
-  }
-  return up_to - own;
 }
 
 // The smallest set of n weights, of sum `total`, with a mass of at least `needed`, without a sort
@@ -259,7 +253,9 @@ __device__ inline Cut find_cut(float* weights, int n, float total, float needed,
     (range.divide(middle, own.over_lanes(), needed) ? lane_low : lane_high) = own.count;
   }
   if (!range.holds_one_value()) {
-    const KeptWeights kept(weights, n, range, count_before(lane_low - lane_high), scratch);
+    const int num_own = lane_low - lane_high;
+    const int num_before = sum_up_to(num_own) - num_own;
+    const KeptWeights kept(weights, n, range, num_before, scratch);
     const Part above = range.from_high();
     while (range.num_between() > 32 && !range.holds_one_value()) {
       const uint32_t middle = range.middle();
