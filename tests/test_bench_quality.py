@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,9 +79,8 @@ def test_rows(options, tmp_path, capsys):
 def test_dense_score_is_the_models_own(options):
     rows = quality.run(dataclasses.replace(options, probes=("text",)))
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
-    words = options.texts[0]
-    with open(words) as file:  # noqa: PTH123
-        ids = torch.tensor([[int(word[1:]) for word in file.read().split()][:800]])
+    words = Path(options.texts[0]).read_text().split()[:800]
+    ids = torch.tensor([[int(word[1:]) for word in words]])
     with torch.no_grad():
         logits = model(ids).logits[0, 399:-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 400:]).item()
@@ -179,7 +179,7 @@ def test_permutation_keeps_its_worth():
         (["--depths", "0"], "--depths must be positive, got 0"),
         (
             ["--probes", "copy", "--heads-csv", "x.csv"],
-            "--heads-csv and --heads-picture need the probe text",
+            "--heads-csv and --heads-picture need --probes text, got copy",
         ),
         (["--picture", "/no/such/folder/x.png"], "the folder of /no/such/folder/x.png must exist"),
     ],

