@@ -6,6 +6,7 @@ import sys
 
 from pbs_attn import PBSConfig, demo
 from pbs_attn.bench import prefill, quality
+from pbs_attn.bench.curves import GIVEN, PROBES
 from pbs_attn.bench.report import BenchError
 from pbs_attn.bench.shapes import SHAPES
 
@@ -137,9 +138,24 @@ def _add_quality(benches):
         help=f"to sweep (default: {' '.join(map(str, default.thresholds))})",
     )
     parser.add_argument(
-        "--probes", nargs="+", choices=quality.PROBES, default=default.probes, help="which to run"
+        "--probes", nargs="+", choices=PROBES, default=default.probes, help="which to run"
     )
-    _add_value(parser, "--depths", "N", default.depths, "pass keys a text, evenly spaced")
+    _add_value(parser, "--depths", "N", default.depths, "pass keys a length, evenly spaced")
+    parser.add_argument(
+        "--lengths",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="of the prompts with pass keys (default: half of --tokens, and --tokens)",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=(GIVEN, *quality.SETTINGS),
+        default=default.settings,
+        help="what to sweep over thresholds: given (by the options below), paper (its own), narrow "
+        "(32 heavy keys a segment, key blocks of 32, causal mass) (default: given)",
+    )
     _add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     parser.add_argument("--csv", metavar="FILE", help="write every row there")
     parser.add_argument("--picture", metavar="FILE", help="draw quality against density there")

@@ -122,7 +122,7 @@ def run(options: Options) -> Report:
         visited_mass=torch.tensor(recorder.visited_mass),
         view=recorder.best,
     )
-    plot.draw(report.view, options.output, title=_picture_title(label, report))
+    plot.draw_attention(report.view, options.output, title=_picture_title(label, report))
     if options.csv is not None:
         write_csv(report, options.csv)
     return report

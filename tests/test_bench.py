@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from pbs_attn import cli
+from pbs_attn import cli, plot
 from pbs_attn.bench import prefill, report
 from pbs_attn.bench.shapes import SHAPES, Shape, build
 
@@ -150,7 +150,7 @@ def test_rows_of_two_processes_are_not_compared(tmp_path):
     rows = [row, row | {"run": "b"}]
     for compare in (
         lambda: report.write_rows(tmp_path / "rows.csv", rows),
-        lambda: report.draw_speedup(rows, tmp_path / "speedup.png", title=""),
+        lambda: plot.draw_speedup(rows, tmp_path / "speedup.png", title=""),
     ):
         with pytest.raises(report.BenchError, match="must come from one process, got 2"):
             compare()

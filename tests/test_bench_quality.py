@@ -9,7 +9,7 @@ import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 from pbs_attn import PBSConfig, cli
-from pbs_attn.bench import quality, report, selections
+from pbs_attn.bench import curves, quality, report, selections
 from pbs_attn.bench.stages import heavy_hitters
 
 transformers = pytest.importorskip("transformers")
@@ -31,6 +31,7 @@ def options(tmp_path_factory):
         tokens=800,
         thresholds=(0.5, 1.0),
         depths=2,
+        lengths=(800,),
         config=CONFIG,
         device="cpu",
     )
@@ -57,8 +58,8 @@ def test_rows(options, tmp_path, capsys):
         found = [float(r["density"]) for r in by_head if r["threshold"] == row["threshold"]]
         assert sum(found) / len(found) == pytest.approx(float(row["density"]), abs=1e-4)
     assert capsys.readouterr().out.count("selection") == 3  # tables
-    assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*quality.PROBES, "pass key"]
-    for probe in quality.PROBES:
+    assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*curves.PROBES, "pass key"]
+    for probe in curves.PROBES:
         of_probe = [row for row in rows if row["probe"] == probe]
         assert list(dict.fromkeys(row["selection"] for row in of_probe)) == SELECTIONS
         assert all((row["right"] != "") == (probe == "pass key") for row in of_probe)
@@ -74,6 +75,22 @@ def test_rows(options, tmp_path, capsys):
         assert low["pbs"] < 0.9
         assert low["pbs"] - 0.1 < low["window"] <= low["pbs"]
         assert low["truncated"] == pytest.approx(low["pbs"], abs=0.01)
+
+
+def test_settings_side_by_side(options):
+    """Each with its own sweep; window and truncated, which know nothing of them, once."""
+    both = dataclasses.replace(options, probes=("text",), settings=(curves.GIVEN, "narrow"))
+    config = PBSConfig(block_size=32, segment_size=64, num_heavy=8, mass="causal")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quality.SETTINGS, "narrow", config)
+        rows = quality.run(both)
+        (of_narrow,) = quality.run(dataclasses.replace(both, settings=("narrow",)))[1:2]
+    names = [curves.curve_name(row) for row in rows]
+    assert names[1:6] == names[6:11] == SELECTIONS[1:]
+    assert names[11:] == [f"{name}, narrow" for name in SELECTIONS[1:4]] * 2
+    same = ("selection", "settings", "threshold", "density", "loss")
+    assert {name: rows[11][name] for name in same} == {name: of_narrow[name] for name in same}
+    assert rows[11]["density"] != rows[1]["density"]
 
 
 def test_dense_score_is_the_models_own(options):
@@ -103,25 +120,26 @@ def test_pass_keys_stand_at_their_depths():
             ids = torch.tensor([list(text.encode())])
             return type("Encoding", (), {"input_ids": ids})
 
-    options = quality.Options(tokens=2000, depths=4)
-    places = []
-    for prompt, tail in quality._pass_key_prompts(options, Bytes(), torch.full((3000,), 46)):
+    options = quality.Options(tokens=4000, depths=4)
+    places = {2000: [], 4000: []}  # by length
+    for prompt, tail, depth in quality._pass_key_prompts(options, Bytes(), torch.full((5000,), 46)):
         text = bytes(prompt.tolist()).decode()
-        assert len(text) == 2000
         key = text[-tail:]
         assert key.isdigit() and len(key) == quality.PASS_KEY_DIGITS
         assert text[:-tail].count(key) == 2  # the hint says it twice
         assert text[:-tail].endswith("What is the pass key? The pass key is ")
-        places.append(text.index(key) / 2000)
-    assert places == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.06)
+        place = text.index(key) / len(text)
+        assert place == pytest.approx(depth, abs=0.06)
+        places[len(text)].append(depth)
+    assert list(places.values()) == [[0.125, 0.375, 0.625, 0.875]] * 2
 
 
 def test_equal_density_lies_between_thresholds():
     curve = [(0.2, 1.0), (0.4, 0.5), (0.8, 0.1)]
-    assert quality.at_density(curve, 0.3) == pytest.approx(0.75)
-    assert quality.at_density(curve, 0.8) == pytest.approx(0.1)
-    assert quality.at_density(curve, 0.1) is None
-    assert quality.at_density(curve, 0.9) is None
+    assert curves.at_density(curve, 0.3) == pytest.approx(0.75)
+    assert curves.at_density(curve, 0.8) == pytest.approx(0.1)
+    assert curves.at_density(curve, 0.1) is None
+    assert curves.at_density(curve, 0.9) is None
 
 
 @pytest.mark.parametrize("name", ["permuted", "unpermuted", "pooled", "window"])
@@ -177,6 +195,8 @@ def test_permutation_keeps_its_worth():
         (["--tokens", "100"], "--tokens must be 2048 at least, got 100"),
         (["--thresholds", "2"], "--thresholds must lie in (0, 1], got [2.0]"),
         (["--depths", "0"], "--depths must be positive, got 0"),
+        (["--lengths", "512"], "--lengths must lie between 1024 and --tokens, got [512]"),
+        (["--lengths", "9000"], "--lengths must lie between 1024 and --tokens, got [9000]"),
         (
             ["--probes", "copy", "--heads-csv", "x.csv"],
             "--heads-csv and --heads-picture need --probes text, got copy",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import SIZES, save_model
 
-from pbs_attn.bench import quality
+from pbs_attn.bench import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,13 +124,13 @@ def test_quality_table():
         "loss of a repeated passage above dense": "copy",
         "pass keys read back": "pass key",
     }
-    curves = quality.summarize(read("quality_smollm2_cpu.csv"))
+    by_probe = curves.summarize(read("quality_smollm2_cpu.csv"))
     found = table_under("What it costs", probes)
     assert [said["selection"] for said in found] == list(selections)
     for said in found:
         for column, probe in probes.items():
-            curve = curves[probe][selections[said["selection"]]]
-            assert says(said[column], quality.at_density(curve, 0.4)), (said["selection"], column)
+            curve = by_probe[probe][selections[said["selection"]]]
+            assert says(said[column], curves.at_density(curve, 0.4)), (said["selection"], column)
 
 
 def test_prefill_table():

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from pbs_attn import PBSConfig
+
+from .report import BenchError
+
 
 def register_attention(name: str, function: Callable) -> None:
     """Layers of models with attn_implementation=name call it; no mask is made for them."""
@@ -14,6 +18,19 @@ def register_attention(name: str, function: Callable) -> None:
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+
+
+def require_pbs_layers(model: torch.nn.Module, num_tokens: int, config: PBSConfig) -> None:
+    """Raises BenchError unless every attention layer of the model can take PBS."""
+    from pbs_attn import transformers as pbs_transformers
+
+    pbs_transformers.register("pbs_attn", config=config, min_tokens=1)
+    model.set_attn_implementation("pbs_attn")
+    routes = pbs_transformers.explain(model, num_tokens)
+    others = [route for route in routes if route.route != "pbs"]
+    if others or not routes:
+        reason = others[0].reason if others else "it has no attention layer that transformers knows"
+        raise BenchError(f"every layer of the model must be able to take PBS: {reason}")
 
 
 def dense_attention(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pbs_attn import PBSConfig
+from pbs_attn import PBSConfig, plot
 from pbs_attn.demo import choose_device
 
 from .layers import dense_attention, register_attention
@@ -26,7 +26,6 @@ from .report import (
     as_table,
     check_folders,
     describe_run,
-    draw_speedup,
     require_packages,
     write_rows,
 )
@@ -118,7 +117,7 @@ def run(options: Options) -> list[dict[str, str]]:
     print(as_table(rows, TABLE))
     if options.picture:
         title = f"{options.preset}, {about_run['device']}"
-        draw_speedup(rows, options.picture, title=title)
+        plot.draw_speedup(rows, options.picture, title=title)
     return rows
 
 

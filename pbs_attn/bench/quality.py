@@ -12,23 +12,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from pbs_attn import PBSConfig, demo, demo_model
+from pbs_attn import PBSConfig, demo, demo_model, plot
 
 from . import selections
-from .layers import dense_attention, register_attention
+from .curves import GIVEN, PROBES, format_probe
+from .layers import dense_attention, register_attention, require_pbs_layers
 from .report import (
     BenchError,
     Row,
-    as_table,
     check_folders,
     describe_run,
-    draw_heads,
-    draw_quality,
     require_packages,
     write_rows,
 )
@@ -39,15 +37,19 @@ SWEPT = {
     "unpermuted": selections.unpermuted,
     "pooled": selections.pooled,
 }
-PROBES = ("text", "copy", "pass key")
-TABLE_DENSITIES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+# Beside those given: the paper's, and narrow blocks in an order that keeps passages together.
+SETTINGS = {
+    "paper": PBSConfig.paper(),
+    "narrow": PBSConfig(kv_block_size=32, num_heavy=32, mass="causal"),
+}
 PASS_KEY_DIGITS = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths`: pass keys a
-    text."""
+    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
+    how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
+    and `tokens`). `settings`: names of SETTINGS, or GIVEN for `config`."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
@@ -55,6 +57,8 @@ class Options:
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
     probes: tuple[str, ...] = PROBES
     depths: int = 4
+    lengths: tuple[int, ...] | None = None
+    settings: tuple[str, ...] = (GIVEN,)
     config: PBSConfig = dataclasses.field(default_factory=PBSConfig)
     device: str = "auto"
     csv: str | None = None
@@ -65,12 +69,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`ids` (1, N). The last `tail` of them are scored."""
+    """`ids` (1, N). The last `tail` of them are scored. `depth`: of a pass key, as a share."""
 
     text: str
     probe: str
     ids: torch.Tensor
     tail: int
+    depth: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +117,9 @@ def run(options: Options) -> list[Row]:
     """Measures, prints tables, and writes what `options` asks for.
 
     Returns:
-        A row for each prompt, selection and threshold: `density` visited, `loss` of the scored
-        tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens, and
-        `right` (0 or 1) where a pass key was asked for.
+        A row for each prompt, selection, settings and threshold: `density` visited, `loss` of the
+        scored tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens,
+        and `right` (0 or 1) where a pass key was asked for.
 
     Raises:
         BenchError, DemoError: a mistake in `options`, a package that is missing, or a model whose
@@ -125,7 +130,7 @@ def run(options: Options) -> list[Row]:
 
     device = demo.choose_device(options.device)
     model, tokenizer, label = demo_model.load(options.model, device)
-    chooser = _take_over(model, options.config)
+    chooser = _take_over(model, _configs(options))
     prompts = list(_make_prompts(options, tokenizer, torch.device(device)))
     about_run = describe_run(device)
     rows: list[Row] = []
@@ -136,7 +141,8 @@ def run(options: Options) -> list[Row]:
             about_prompt = {"model": label, "text": prompt.text, "probe": prompt.probe}
             for row, found in _measure(options, model, chooser, prompt):
                 rows.append(about_prompt | row | about_run)
-                if prompt.probe == "text" and row["selection"] == "pbs":
+                is_first = row["settings"] == options.settings[0]
+                if prompt.probe == "text" and row["selection"] == "pbs" and is_first:
                     for place in _rows_by_head(found):
                         by_head.append(
                             about_prompt | {"threshold": row["threshold"]} | place | about_run
@@ -149,17 +155,25 @@ def run(options: Options) -> list[Row]:
     for probe in options.probes:
         print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
     if options.picture:
-        draw_quality(summarize(rows), options.picture, title=f"{label}, {options.tokens} tokens")
+        plot.draw_quality(rows, options.picture, title=f"{label}, {options.tokens} tokens")
     if options.heads_picture:
-        draw_heads(by_head, options.heads_picture, title=f"{label}, {options.tokens} tokens")
+        plot.draw_heads(by_head, options.heads_picture, title=f"{label}, {options.tokens} tokens")
     return rows
 
 
 def _check(options: Options) -> None:
     require_packages()
-    least = 8 * options.config.segment_size
+    unknown = set(options.settings) - {GIVEN, *SETTINGS}
+    if unknown or not options.settings:
+        known = ", ".join((GIVEN, *SETTINGS))
+        raise BenchError(f"--settings must be some of {known}, got {list(options.settings)}")
+    least = _least_tokens(_configs(options))
     if options.tokens < least:
         raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
+    lengths = _lengths(options)
+    if not lengths or not least // 2 <= min(lengths) <= max(lengths) <= options.tokens:
+        rule = f"lie between {least // 2} and --tokens"
+        raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
     if not options.thresholds or not all(0 < t <= 1 for t in options.thresholds):
         raise BenchError(f"--thresholds must lie in (0, 1], got {list(options.thresholds)}")
     if options.depths < 1:
@@ -170,17 +184,23 @@ def _check(options: Options) -> None:
         raise BenchError(f"--heads-csv and --heads-picture need --probes text, got {probes}")
 
 
-def _take_over(model: torch.nn.Module, config: PBSConfig) -> Chooser:
-    """Every attention layer of the model asks the chooser from now on."""
-    from pbs_attn import transformers as pbs_transformers
+def _configs(options: Options) -> dict[str, PBSConfig]:
+    known = {GIVEN: options.config} | SETTINGS
+    return {name: known[name] for name in options.settings}
 
-    pbs_transformers.register("pbs_attn", config=config, min_tokens=1)
-    model.set_attn_implementation("pbs_attn")
-    routes = pbs_transformers.explain(model, 8 * config.segment_size)
-    others = [route for route in routes if route.route != "pbs"]
-    if others or not routes:
-        reason = others[0].reason if others else "it has no attention layer that transformers knows"
-        raise BenchError(f"every layer of the model must be able to take PBS: {reason}")
+
+def _least_tokens(configs: dict[str, PBSConfig]) -> int:
+    return 8 * max(config.segment_size for config in configs.values())
+
+
+def _lengths(options: Options) -> tuple[int, ...]:
+    return (options.tokens // 2, options.tokens) if options.lengths is None else options.lengths
+
+
+def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser:
+    """Every attention layer of the model asks the chooser from now on."""
+    for config in configs.values():
+        require_pbs_layers(model, _least_tokens(configs), config)
     chooser = Chooser()
     register_attention(NAME, chooser)
     return chooser
@@ -195,8 +215,8 @@ def _make_prompts(options: Options, tokenizer: Any, device: torch.device) -> Ite
         if len(ids) < options.tokens:
             raise BenchError(f"{name} must have {options.tokens} tokens, got {len(ids)}")
         for probe in options.probes:
-            for prompt, tail in _PROMPT_MAKERS[probe](options, tokenizer, ids):
-                yield Prompt(name, probe, prompt[None].to(device), tail)
+            for prompt, *rest in _PROMPT_MAKERS[probe](options, tokenizer, ids):
+                yield Prompt(name, probe, prompt[None].to(device), *rest)
 
 
 def _read_texts(options: Options) -> Iterator[tuple[str, str]]:
@@ -220,22 +240,23 @@ def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
 
 
 def _pass_key_prompts(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """A key at each of some depths, evenly spaced; its tokens are the tail."""
+    """A key at each of some depths, evenly spaced, of each length; its tokens are the tail."""
 
     def encode(text: str) -> torch.Tensor:
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
 
     generator = torch.Generator().manual_seed(0)
-    for nth in range(options.depths):
+    for length, nth in itertools.product(_lengths(options), range(options.depths)):
         digits = torch.randint(10, (PASS_KEY_DIGITS,), generator=generator).tolist()
         key = "".join(map(str, digits))
         hint = encode(f"\nThe pass key is {key}. Remember it: {key} is the pass key.\n")
         question = encode("\nWhat is the pass key? The pass key is ")
         answer = encode(key)
-        filler = ids[: options.tokens - len(hint) - len(question) - len(answer)]
-        place = round(len(filler) * (nth + 0.5) / options.depths)
+        filler = ids[: length - len(hint) - len(question) - len(answer)]
+        depth = (nth + 0.5) / options.depths
+        place = round(len(filler) * depth)
         parts = [filler[:place], hint, filler[place:], question, answer]
-        yield torch.cat(parts), len(answer)
+        yield torch.cat(parts), len(answer), depth
 
 
 _PROMPT_MAKERS = dict(zip(PROBES, (_text_prompt, _copy_prompt, _pass_key_prompts), strict=True))
@@ -258,13 +279,19 @@ def _measure(
     reference = score(dense)
 
     def row(
-        selection: str, threshold: float | None, found: Score, density: float | None = None
+        selection: str,
+        settings: str,
+        threshold: float | None,
+        found: Score,
+        density: float | None = None,
     ) -> tuple[Row, Score]:
         is_right = torch.equal(found.choices, prompt.ids[0, -prompt.tail :].cpu())
         values = {
             "tokens": str(prompt.ids.shape[1]),
+            "depth": "" if prompt.depth is None else f"{prompt.depth:.4f}",
             "tail": str(prompt.tail),
             "selection": selection,
+            "settings": settings,
             "threshold": "" if threshold is None else f"{threshold:g}",
             "density": f"{found.density if density is None else density:.4f}",
             "loss": f"{found.loss:.4f}",
@@ -274,20 +301,23 @@ def _measure(
         }
         return values, found
 
-    yield row("dense", None, reference)
-    for threshold in options.thresholds:
-        config = dataclasses.replace(options.config, threshold=threshold)
+    yield row("dense", "", None, reference)
+    num_tokens = prompt.ids.shape[1]
+    configs = _configs(options)
+    for (settings, base), threshold in itertools.product(configs.items(), options.thresholds):
+        config = dataclasses.replace(base, threshold=threshold)
         for name, selection in SWEPT.items():
             found = score(selection(config))
-            yield row(name, threshold, found)
+            yield row(name, settings, threshold, found)
             if name == "pbs":
                 of_pbs = found.density
-        num_tokens = prompt.ids.shape[1]
+        if settings != options.settings[0]:
+            continue  # the others know nothing of settings but their density
         found = score(selections.window(config, num_tokens, of_pbs))
-        yield row("window", threshold, found)
+        yield row("window", "", threshold, found)
         kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
         found = score(dense, prompt.ids[:, -kept:])
-        yield row("truncated", threshold, found, (kept / num_tokens) ** 2)
+        yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
 
 
 def _rows_by_head(found: Score) -> Iterator[Row]:
@@ -296,62 +326,9 @@ def _rows_by_head(found: Score) -> Iterator[Row]:
             yield {"layer": str(layer), "head": str(head), "density": f"{density:.4f}"}
 
 
-# Summaries
-
-Curve = list[tuple[float, float]]  # density, value
-
-
-def _value_of(probe: str) -> str:
-    return "right" if probe == "pass key" else "loss_above_dense"
-
-
 def _title(probe: str) -> str:
     return {
         "text": "loss of the last half of a text above dense, at equal density",
         "copy": "loss of a repeated passage above dense, at equal density",
         "pass key": "share of pass keys read back, at equal density",
     }[probe]
-
-
-def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Curve]]:
-    """By probe and selection, the means over prompts at each threshold, by density."""
-    curves: dict[str, dict[str, Curve]] = {}
-    for probe in PROBES:
-        of_probe = [row for row in rows if row["probe"] == probe]
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in of_probe:
-            groups.setdefault((row["selection"], row["threshold"]), []).append(row)
-        for (selection, _), group in groups.items():
-            point = tuple(
-                sum(float(row[column]) for row in group) / len(group)
-                for column in ("density", _value_of(probe))
-            )
-            curves.setdefault(probe, {}).setdefault(selection, []).append(point)
-    for by_selection in curves.values():
-        for curve in by_selection.values():
-            curve.sort()
-    return curves
-
-
-def at_density(curve: Curve, density: float) -> float | None:
-    """Between two points of a curve that was sorted by density; None outside of it."""
-    if len(curve) == 1:  # dense
-        return curve[0][1]
-    for (left, low), (right, high) in itertools.pairwise(curve):
-        if left <= density <= right:
-            share = (density - left) / (right - left) if right > left else 0.0
-            return low + share * (high - low)
-    return None
-
-
-def format_probe(rows: Sequence[Row], probe: str) -> str:
-    """One line a selection, one column a density."""
-    columns = ("selection", *(f"{density:g}" for density in TABLE_DENSITIES))
-    lines = []
-    for selection, curve in summarize(rows).get(probe, {}).items():
-        values = [at_density(curve, density) for density in TABLE_DENSITIES]
-        cells = ["" if value is None else f"{value:+.3f}" for value in values]
-        if probe == "pass key":
-            cells = [cell.lstrip("+") for cell in cells]
-        lines.append(dict(zip(columns, (selection, *cells), strict=True)))
-    return as_table(lines, columns)

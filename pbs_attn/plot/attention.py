@@ -172,7 +172,7 @@ def _make_map(view: HeadView, order: KeyOrder) -> _Map:
     return _Map(attention, visited, own, start)
 
 
-def draw(view: HeadView, path: str | os.PathLike, *, title: str) -> None:
+def draw_attention(view: HeadView, path: str | os.PathLike, *, title: str) -> None:
     """Writes the picture to `path`, whose ending says the format.
 
     Both panels show the last WINDOW queries and keys. Blocks that PBS visits are tinted and
