@@ -1,8 +1,8 @@
 """One long prompt through torch.ops.pbs.attention: times, memory, and checks on sampled rows.
 
-The input is that of pipeline.py, the threshold the one that gives the density asked for. Every call
-is timed once, after a warm-up on a short prompt. Each check gives the worst error as a share of the
-error allowed; above 1 the run fails:
+The input is that of `pbs-attn bench pipeline`, the threshold the one that gives the density asked
+for. Every call is timed once, after a warm-up on a short prompt. Each check gives the worst error
+as a share of the error allowed; above 1 the run fails:
 
   output      sampled rows against float64 attention over exactly the keys that the block mask and
               the permutation say they visit, in root mean square; allowed is twice the error of
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pipeline import as_text, by_stage, extra_gib, stage_columns
 
 from pbs_attn import PBSConfig, _environment, mask_to_bool
+from pbs_attn.bench.pipeline import as_text, by_stage, extra_gib, stage_columns
 from pbs_attn.bench.stages import STAGES, Pipeline, heavy_hitters, reach
 from pbs_attn.bench.timing import cuda_events, wall_clock
 

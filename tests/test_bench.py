@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
-from pbs_attn import cli, plot
+from pbs_attn import cli
 from pbs_attn.bench import prefill, report
 from pbs_attn.bench.shapes import SHAPES, Shape, build
 
@@ -36,7 +37,7 @@ def test_prefill_rows(tiny, tmp_path, capsys):
     assert (tmp_path / "speedup.png").stat().st_size > 10_000
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == list(prefill.TABLE)
-    assert [line.split()[0] for line in table[1:]] == ["1024", "2048"]
+    assert [line.split()[1] for line in table[1:]] == ["1024", "2048"]
     for row, density in zip(rows, options.densities, strict=True):
         assert float(row["density"]) == pytest.approx(density, abs=0.06)
         times = {name: float(row[f"{name}_s"]) for name in ("dense", "pbs", "linear")}
@@ -71,15 +72,50 @@ def test_every_contestant_runs_the_whole_model(tiny, monkeypatch):
 
 def test_contestants_attend_to_the_synthetic_tensors(tiny):
     substitute = prefill._register()
-    model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)
+    options = dataclasses.replace(tiny, tokens=(1024,), densities=(1.0,))
     with torch.inference_mode():
-        contest = prefill._Contest(tiny, TINY, model, substitute, 1024, 1.0)
+        contest = prefill._preset(options, substitute, "cpu")(0)
         q, k, v = contest.tensors
         exact = torch.nn.functional.scaled_dot_product_attention(
             q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
         )
-        for attention in (contest.dense, contest._pbs):  # at density 1 both are dense
-            assert (attention(q, k, v) - exact).abs().max() < 0.02
+        for attention in contest.attentions.values():  # at density 1 both are dense
+            assert (attention(q, k, v, scale=None) - exact).abs().max() < 0.02
+
+
+def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
+    """Its own queries, keys and values, at its own scale, through every contestant."""
+    transformers = pytest.importorskip("transformers")
+    save_model(tmp_path, transformers.LlamaConfig(**SIZES))
+    ids = torch.randint(VOCABULARY, (700,), generator=torch.manual_seed(1)).tolist()
+    save_text(tmp_path / "text.txt", ids)
+    seen = []
+    right = prefill.Substitute.__call__
+
+    def recorded(self, module, *own, scaling, **options):
+        assert self.tensors is None
+        seen.append((self.attention, module.layer_idx, own[0].shape[2], scaling))
+        return right(self, module, *own, scaling=scaling, **options)
+
+    monkeypatch.setattr(prefill.Substitute, "__call__", recorded)
+    options = prefill.Options(
+        model=str(tmp_path), text=str(tmp_path / "text.txt"), tokens=(512, 700), rounds=(1,),
+        threshold=0.5, device="cpu",
+    )  # fmt: skip
+    rows = prefill.run(options)
+    for row, length in zip(rows, options.tokens, strict=True):
+        of_length = [(layer, scale) for _, layer, tokens, scale in seen if tokens == length]
+        # Once to record the density; each contestant warms up one layer, then runs both.
+        assert of_length == [
+            (0, 0.125),
+            (1, 0.125),
+            *[(0, 0.125)] * 3,
+            *[(0, 0.125), (1, 0.125)] * 3,
+        ]
+        assert (row["weights"], row["activations"], row["layers"]) == ("given", "text.txt", "2")
+        assert 0 < float(row["density"]) < 1
+    with pytest.raises(report.BenchError, match=r"text.txt must have 800 tokens, got 700"):
+        prefill.run(dataclasses.replace(options, tokens=(800,)))
 
 
 def test_rows_before_a_prompt_that_does_not_fit_are_kept(tiny, monkeypatch, tmp_path):
@@ -125,6 +161,12 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
         (["--rounds", "1", "2"], "--rounds must be one or as many as --tokens, got 2 for 6"),
         (["--densities", "0.1"], "--densities must be as many as --tokens, got 1 for 6"),
         (["--tokens", "1024", "--densities", "1.5"], "--densities must lie in (0, 1], got [1.5]"),
+        (
+            ["--model", "x", "--layers", "1"],
+            "--layers and --densities must go with --preset, got --model",
+        ),
+        (["--text", "x"], "--text must go with --model: random weights read nothing"),
+        (["--threshold", "2"], "--threshold must lie in (0, 1], got 2.0"),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
     ],
 )
@@ -133,8 +175,13 @@ def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
 
 
-@pytest.mark.parametrize("bench", ["prefill", "quality"])
-@pytest.mark.parametrize("missing", ["transformers", "tqdm"])
+@pytest.mark.parametrize(
+    ("bench", "missing"),
+    [
+        *(("kernel", "tqdm"), ("pipeline", "tqdm"), ("prefill", "tqdm"), ("quality", "tqdm")),
+        *(("prefill", "transformers"), ("quality", "transformers")),
+    ],
+)
 def test_missing_packages_are_named(bench, missing, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -143,18 +190,6 @@ def test_missing_packages_are_named(bench, missing, capsys, monkeypatch):
     assert cli.main(["bench", bench]) == 2
     words = f"the bench needs {missing}, which is not installed: pip install 'pbs-attn[bench]'"
     assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
-
-
-def test_rows_of_two_processes_are_not_compared(tmp_path):
-    row = {"tokens": "1024", "speedup": "1.5", "bound": "2.0", "density": "0.5", "run": "a"}
-    rows = [row, row | {"run": "b"}]
-    for compare in (
-        lambda: report.write_rows(tmp_path / "rows.csv", rows),
-        lambda: plot.draw_speedup(rows, tmp_path / "speedup.png", title=""),
-    ):
-        with pytest.raises(report.BenchError, match="must come from one process, got 2"):
-            compare()
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

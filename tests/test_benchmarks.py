@@ -1,24 +1,18 @@
-"""The parts of the benchmarks that need no GPU: eager pipeline, floors, profiles, the long run."""
+"""`pbs-attn bench pipeline` and the long run: the parts that need no GPU."""
 
-import csv
 import re
 import sys
-from argparse import Namespace
 from pathlib import Path
 
-import eager
-import floors
-import gpu_profile
 import long
-import pipeline
 import pytest
 import torch
 from cases import Case, clustered_qkv
 
 import pbs_attn
 from pbs_attn import PBSConfig
-from pbs_attn.bench import stages
-from pbs_attn.bench.timing import wall_clock
+from pbs_attn.bench import contestants, eager, floors, gpu_profile, pipeline, report, stages
+from pbs_attn.bench.shapes import Shape
 
 ops = torch.ops.pbs
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
@@ -87,7 +81,8 @@ def test_floors_by_hand():
     assert list(expected) == list(stages.STAGES) == [stage.__name__ for stage in floors.STAGES]
     for stage in floors.STAGES:
         assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
-    times = floors.floors_ms(problem)
+    assert floors.floors_ms(problem, "another card") == {}
+    times = floors.floors_ms(problem, "NVIDIA H200")
     assert times["permute_kv"] == pytest.approx(1e3 * expected["permute_kv"][0] / 4.3e12)
     assert times["score_keys"] == pytest.approx(1e3 * expected["score_keys"][1] / 680e12)
 
@@ -160,26 +155,109 @@ def test_profile_of_several_calls():
         gpu_profile.summarize(gpu_calls()[1:], calls=2)
 
 
-def test_row_of_the_pipeline(monkeypatch):
-    """Clock, profiler and memory of a GPU replaced; everything else as it runs there."""
-    monkeypatch.setattr(pipeline, "cuda_clock", lambda budget_ms: wall_clock)
+def pipeline_options(**others):
+    return pipeline.Options(
+        presets=("tiny",), tokens=(1024,), kv_block_sizes=(64,), rounds=1, device="cpu", **others
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(pipeline.SHAPES, "tiny", Shape("llama", 128, 256, 3, 4, 2, 64, 100))
+
+
+def test_pipeline_rows(tiny, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    options = pipeline_options(
+        permute_per=("kv_head", "query_head"),
+        densities=(0.8,),
+        eager=True,
+        crossover=False,
+        csv=str(path),
+        picture=str(tmp_path / "stages.png"),
+    )
+    rows = pipeline.run(options)
+    assert report.read_rows(path) == rows
+    assert (tmp_path / "stages.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.split()[: len(pipeline.TABLE)] == list(pipeline.TABLE)
+    of_gpu = {"gaps_ms", "launches", "extra_gib", "eager_extra_gib", "crossover"}
+    of_gpu |= {*pipeline.stage_columns("kernel_ms"), *pipeline.stage_columns("floor_ms")}
+    of_gpu |= {"flash_dense_ms", "cudnn_dense_ms", "fa4_dense_ms", "driver"}
+    for row, permute_per in zip(rows, options.permute_per, strict=True):
+        assert {column for column, value in row.items() if not value} == of_gpu
+        assert row["permute_per"] == permute_per
+        assert float(row["density"]) == pytest.approx(0.8, abs=0.05)
+        before = sum(float(row[f"{stage}_ms"]) for stage in stages.BEFORE_ATTEND)
+        assert float(row["before_attend_ms"]) == pytest.approx(before, abs=2e-4)
+        speedup = float(row["sdpa_dense_ms"]) / float(row["attention_ms"])
+        assert float(row["speedup"]) == pytest.approx(speedup, abs=2e-3)
+
+
+def test_what_a_gpu_adds_to_a_row(monkeypatch):
+    """Profiler and memory of a GPU replaced; everything else as it runs there."""
     monkeypatch.setattr(pipeline, "extra_gib", lambda call, *_: 0.5 * len(call()))
     monkeypatch.setattr(
         pipeline, "profile_call", lambda call: gpu_profile.summarize(gpu_calls(), calls=2)
     )
-    monkeypatch.setattr(pipeline._environment, "describe", lambda device: {"device": device})
-    args = Namespace(permute_per=["kv_head"], kv_block_sizes=[64], rounds=1, budget_ms=1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     tensors = stages.heavy_hitters(1024, 4, 2, "cpu")
-    dense = {"cudnn_dense": lambda: tensors[0].clone()}
-    (row,) = pipeline.measure(args, "random", tensors, 0.8, dense)
-    assert tuple(row) == (*pipeline.COLUMNS, "device")
-    assert {column for column, value in row.items() if not value} == {"fa4_dense_ms"}
-    assert float(row["density"]) == pytest.approx(0.8, abs=0.05)
+    made = stages.Pipeline(*tensors, PBSConfig(), "kv_head")
+    made.set_threshold(0.9)
+    options = pipeline_options(eager=True)
+    values = pipeline._gpu_values(options, made, pipeline.problem_of(made, 0.8))
+    row = pipeline.as_row(values)
     assert row["launches"] == "8"
     assert float(row["before_attend_kernel_ms"]) == pytest.approx(0.035)
     assert float(row["gaps_ms"]) == pytest.approx(0.008)
-    with pytest.raises(ValueError, match="must have a column each"):
-        pipeline.as_row({"unheard_of_ms": 1.0})
+    assert float(row["attend_floor_ms"]) > 0
+    assert (row["extra_gib"], row["eager_extra_gib"]) == ("0.500", "1.500")
+    with pytest.raises(ValueError, match=r"must have a column each, got \['speed'\]"):
+        pipeline.as_row({"speed": 1.0})
+
+
+@pytest.mark.parametrize("first", [512, 768, 2560, 4352, 8192])
+def test_shortest_win(first):
+    asked = []
+
+    def wins(length):
+        asked.append(length)
+        return length >= first
+
+    assert pipeline.shortest_win(wins, 256, 65536) == first
+    assert len(set(asked)) == len(asked) < 12
+    assert pipeline.shortest_win(lambda length: False, 256, 65536) is None
+
+
+def test_crossover_goes_into_the_rows(tiny, monkeypatch):
+    monkeypatch.setattr(pipeline, "_wins", lambda *options: options[-1] >= 1280)
+    (row,) = pipeline.run(pipeline_options())
+    assert row["crossover"] == "1280"
+    monkeypatch.undo()
+    monkeypatch.setitem(pipeline.SHAPES, "tiny", Shape("llama", 128, 256, 3, 4, 2, 64, 100))
+    slow = {"sdpa_dense": lambda: torch.rand(2000, 2000) @ torch.rand(2000, 2000)}
+    monkeypatch.setattr(pipeline, "dense_calls", lambda *tensors: slow)
+    (row,) = pipeline.run(pipeline_options())
+    assert row["crossover"] == "512"
+
+
+def test_densities_between_and_beyond_the_papers():
+    for num_tokens, density in stages.DENSITIES.items():
+        assert stages.density_at(num_tokens) == density
+    assert stages.density_at(11585) == pytest.approx((0.58 + 0.49) / 2, abs=1e-4)
+    assert stages.density_at(4096) == pytest.approx(0.67)
+    assert stages.density_at(524288) == pytest.approx(0.12)
+    assert (stages.density_at(64), stages.density_at(2**24)) == (1.0, 0.05)
+
+
+def test_contestants_that_fail_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def fails():
+        raise RuntimeError("no kernel\nfor this shape")
+
+    kept = contestants.keep_running({"good": lambda: 1, "absent": None, "bad": fails})
+    assert list(kept) == ["good"]
+    assert capsys.readouterr().err == "bad is left out: no kernel for this shape\n"
 
 
 def long_run(monkeypatch, *options):
@@ -191,8 +269,7 @@ def long_run(monkeypatch, *options):
 
 def test_long_run(monkeypatch, tmp_path):
     long_run(monkeypatch, "--output", tmp_path / "long.csv", "--kv-block-sizes", 128, 32)
-    with (tmp_path / "long.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = report.read_rows(tmp_path / "long.csv")
     assert [(row["permute_per"], row["kv_block_size"]) for row in rows] == [
         ("kv_head", "128"),
         ("kv_head", "32"),

@@ -31,6 +31,11 @@ def code_blocks(path):
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def test_pages_have_code_to_run():
+    names = {path.stem for path in DOCUMENTS if code_blocks(path)}
+    assert {"README", "index", "method", "scoring", "transformers"} <= names
+
+
 @named([path for path in DOCUMENTS if code_blocks(path)])
 def test_code_runs(path, tmp_path):
     """The blocks of a document in order, as one program."""

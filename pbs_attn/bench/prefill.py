@@ -1,10 +1,11 @@
 """Time to the first token of a language model, dense and with PBS attention.
 
-The model has random weights, which attend to nothing in particular. So its attention layers work on
-synthetic queries, keys and values in place of the model's own, of the same shape and memory layout:
-heavy-hitter keys, of which PBS visits a share that is asked for and stated in every row. All the
-rest, from the projections to the KV cache, is the model's. A third contestant, whose attention
-costs nothing, gives the bound that the other layers set.
+A given model reads a text, and PBS visits what its threshold asks for. Without one, a named
+architecture has random weights, which attend to nothing in particular: so its attention layers work
+on synthetic queries, keys and values in place of the model's own, of the same shape and memory
+layout: heavy-hitter keys, of which PBS visits a share that is asked for and stated in every row.
+All the rest, from the projections to the KV cache, is the model's. A third contestant, whose
+attention costs nothing, gives the bound that the other layers set.
 """
 
 from __future__ import annotations
@@ -15,44 +16,40 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pbs_attn import PBSConfig, plot
-from pbs_attn.demo import choose_device
+from pbs_attn import PBSConfig, demo_model, plot
+from pbs_attn.demo import choose_device, read_text
 
-from .layers import dense_attention, register_attention
+from . import selections
+from .contestants import SDPA_BACKENDS, Attention, sdpa_through
+from .layers import register_attention, require_pbs_layers
 from .report import (
     BenchError,
+    Row,
     as_table,
     check_folders,
     describe_run,
     require_packages,
     write_rows,
 )
-from .shapes import SHAPES, Shape, build
-from .stages import PAPER, Pipeline, heavy_hitters, reach
+from .shapes import SHAPES, Shape, build, check_preset, shape_of
+from .stages import DENSITIES, Pipeline, density_at, heavy_hitters, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
 
 NAME = "pbs_bench"  # with transformers
-# What the paper gives, and for 262144 tokens what its last two densities suggest.
-DENSITIES = PAPER | {262144: 0.17}
-OTHER_DENSITY = 0.3
-SDPA_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-TABLE = ("tokens", "density", "dense_backend", "dense_s", "pbs_s", "speedup", "bound")
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+TABLE = ("model", "tokens", "density", "dense_backend", "dense_s", "pbs_s", "speedup", "bound")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`densities`: one a length, or None for DENSITIES. `layers`: None for all of the preset.
-    `rounds`: one for all lengths, or one a length."""
+    """`model` and `text` as for the demo; None for `preset`, with random weights. `densities` (one
+    a length, or None for DENSITIES) and `layers` (None for all) are the preset's, `threshold` is
+    the model's. `rounds`: one for all lengths, or one a length."""
 
     preset: str = "llama-3.1-8b"
+    model: str | None = None
+    text: str | None = None
+    threshold: float = PBSConfig().threshold
     tokens: tuple[int, ...] = tuple(DENSITIES)
     densities: tuple[float, ...] | None = None
     layers: int | None = None
@@ -64,22 +61,25 @@ class Options:
 
 
 class Substitute:
-    """The attention function of a model that is given other tensors than its own."""
+    """The attention function of a model. It works on `tensors` where they are given, else on the
+    model's own."""
 
     def __init__(self) -> None:
-        self.tensors: tuple[torch.Tensor, ...] = ()
+        self.tensors: tuple[torch.Tensor, ...] | None = None
         self.attention: Attention | None = None
 
-    def __call__(self, module, query, key, value, attention_mask, **kwargs):
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         """query (B, Hq, N, D), key and value (B, Hkv, N, D) -> (B, N, Hq, D), None."""
         del module, attention_mask, kwargs
-        for own, other in zip((query, key, value), self.tensors, strict=True):
+        tensors = (query, key, value)
+        for own, other in zip(tensors, self.tensors or tensors, strict=True):
             if own.shape != other.shape:
                 raise BenchError(f"tensors must be {tuple(own.shape)}, got {tuple(other.shape)}")
-        return self.attention(*self.tensors).transpose(1, 2).contiguous(), None
+        out = self.attention(*(self.tensors or tensors), scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
 
 
-def run(options: Options) -> list[dict[str, str]]:
+def run(options: Options) -> list[Row]:
     """Measures, prints a table, and writes what `options` asks for.
 
     Returns:
@@ -90,45 +90,44 @@ def run(options: Options) -> list[dict[str, str]]:
     Raises:
         BenchError, DemoError: a mistake in `options`, or a package that is missing.
     """
-    shape, device = _check(options)
-    substitute = _register()
+    _check(options)
     from tqdm import tqdm
 
-    model = build(
-        shape,
-        max_tokens=max(options.tokens),
-        device=device,
-        attn_implementation=NAME,
-    )
+    device = choose_device(options.device)
+    substitute = _register()
+    make_contest = (_preset if options.model is None else _given)(options, substitute, device)
     about_run = describe_run(device)
-    rows = []
-    lengths = list(zip(options.tokens, _densities(options), _rounds(options), strict=True))
+    rows: list[Row] = []
+    lengths = list(zip(options.tokens, _rounds(options), strict=True))
     steps = 3 * sum(_rounds(options))
     with torch.inference_mode(), tqdm(total=steps, desc="prefill", unit="run") as bar:
-        for num_tokens, density, rounds in lengths:
+        for nth, (num_tokens, rounds) in enumerate(lengths):
             bar.set_postfix_str(f"{num_tokens} tokens")
             try:
-                contest = _Contest(options, shape, model, substitute, num_tokens, density)
-                rows.append(contest.measure(rounds, bar.update) | about_run)
+                rows.append(make_contest(nth).measure(rounds, bar.update) | about_run)
             except torch.OutOfMemoryError as error:
                 raise BenchError(f"--tokens must fit in memory, got {num_tokens}") from error
             if options.csv:  # what is there if a longer prompt fails
                 write_rows(options.csv, rows)
     print(as_table(rows, TABLE))
     if options.picture:
-        title = f"{options.preset}, {about_run['device']}"
+        title = f"{rows[0]['model']}, {about_run['device']}"
         plot.draw_speedup(rows, options.picture, title=title)
     return rows
 
 
-def _check(options: Options) -> tuple[Shape, torch.device]:
-    require_packages()
-    if options.preset not in SHAPES:
-        raise BenchError(f"--preset must be one of {', '.join(SHAPES)}, got {options.preset}")
-    shape = SHAPES[options.preset]
-    layers = shape.num_layers if options.layers is None else options.layers
-    if not 1 <= layers <= shape.num_layers:
-        raise BenchError(f"--layers must be 1 to {shape.num_layers}, got {layers}")
+def _check(options: Options) -> None:
+    require_packages("transformers", "tqdm")
+    check_preset(options.preset)
+    layers = SHAPES[options.preset].num_layers
+    if options.layers is not None and not 1 <= options.layers <= layers:
+        raise BenchError(f"--layers must be 1 to {layers}, got {options.layers}")
+    if options.model is not None and (options.layers or options.densities):
+        raise BenchError("--layers and --densities must go with --preset, got --model")
+    if options.model is None and options.text is not None:
+        raise BenchError("--text must go with --model: random weights read nothing")
+    if not 0 < options.threshold <= 1:
+        raise BenchError(f"--threshold must lie in (0, 1], got {options.threshold}")
     if min(options.rounds, default=0) < 1:
         raise BenchError(f"--rounds must be positive, got {list(options.rounds)}")
     least = 2 * PBSConfig().segment_size
@@ -144,14 +143,12 @@ def _check(options: Options) -> tuple[Shape, torch.device]:
     if not all(0 < density <= 1 for density in _densities(options)):
         raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
     check_folders(options.csv, options.picture)
-    device = torch.device(choose_device(options.device))
-    return dataclasses.replace(shape, num_layers=layers), device
 
 
 def _densities(options: Options) -> tuple[float, ...]:
     if options.densities is not None:
         return options.densities
-    return tuple(DENSITIES.get(num_tokens, OTHER_DENSITY) for num_tokens in options.tokens)
+    return tuple(map(density_at, options.tokens))
 
 
 def _rounds(options: Options) -> tuple[int, ...]:
@@ -165,33 +162,18 @@ def _register() -> Substitute:
     return substitute
 
 
+@dataclasses.dataclass
 class _Contest:
-    """The contestants at one length."""
+    """One prompt, `ids` (1, N), and what the layers attend with; `tensors` as of Substitute."""
 
-    def __init__(
-        self,
-        options: Options,
-        shape: Shape,
-        model: torch.nn.Module,
-        substitute: Substitute,
-        num_tokens: int,
-        density: float,
-    ):
-        self.options, self.shape, self.model, self.substitute = options, shape, model, substitute
-        self.ids = torch.randint(shape.vocab_size, (1, num_tokens), device=model.device)
-        q, k, v = heavy_hitters(
-            num_tokens, shape.num_q_heads, shape.num_kv_heads, model.device, shape.head_dim
-        )
-        # As the layers get them: the projection leaves a token's heads beside each other, the cache
-        # does not.
-        self.tensors = [q.transpose(1, 2).contiguous().transpose(1, 2), k, v]
-        del q
-        pipeline = Pipeline(*self.tensors, PBSConfig(), options.permute_per)
-        self.density = reach(pipeline, density)
-        self.threshold = pipeline.threshold
-        self.backend, self.dense = _best_dense(self.tensors)
+    model: torch.nn.Module
+    substitute: Substitute
+    ids: torch.Tensor
+    tensors: list[torch.Tensor] | None
+    attentions: dict[str, Attention]  # dense, pbs
+    about: Row
 
-    def measure(self, rounds: int, advance: Callable[[], object]) -> dict[str, str]:
+    def measure(self, rounds: int, advance: Callable[[], object]) -> Row:
         """The row of this length; calls advance() after each run of the model."""
 
         def clock(call: Callable[[], None]) -> float:
@@ -199,65 +181,132 @@ class _Contest:
             advance()
             return milliseconds
 
-        attentions = {"dense": self.dense, "pbs": self._pbs, "linear": lambda q, k, v: q}
+        attentions = self.attentions | {"linear": lambda q, k, v, scale: q}
         calls = {name: functools.partial(self._run, call) for name, call in attentions.items()}
         with _first_layer_alone(self.model):
             for call in calls.values():
                 call()
         times = interleaved_medians(calls, rounds, clock, warm_ups=0)
         return {
-            "preset": self.options.preset,
-            "layers": str(self.shape.num_layers),
-            "weights": "random",
-            "activations": "heavy hitters",
-            "tokens": str(self.ids.shape[1]),
-            "permute_per": self.options.permute_per,
-            "threshold": f"{self.threshold:.4f}",
-            "density": f"{self.density:.4f}",
-            "dense_backend": self.backend,
+            **self.about,
             **{f"{name}_s": f"{milliseconds / 1e3:.4f}" for name, milliseconds in times.items()},
             "speedup": f"{times['dense'] / times['pbs']:.3f}",
             "bound": f"{times['dense'] / times['linear']:.3f}",
             "rounds": str(rounds),
         }
 
-    def _pbs(self, q, k, v):
-        return torch.ops.pbs.attention(
-            q, k, v, threshold=self.threshold, permute_per=self.options.permute_per
-        )
-
     def _run(self, attention: Attention) -> None:
         """The whole prefill, to its end on the device."""
-        self.substitute.tensors, self.substitute.attention = tuple(self.tensors), attention
+        self.substitute.tensors = None if self.tensors is None else tuple(self.tensors)
+        self.substitute.attention = attention
         self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
         if self.ids.device.type == "cuda":
             torch.cuda.synchronize(self.ids.device)
 
 
+def _pbs_attention(threshold: float, permute_per: str) -> Attention:
+    return functools.partial(torch.ops.pbs.attention, threshold=threshold, permute_per=permute_per)
+
+
+def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
+    """Contests of an architecture with random weights, by the number of their length."""
+    shape = SHAPES[options.preset]
+    shape = dataclasses.replace(shape, num_layers=options.layers or shape.num_layers)
+    longest = max(options.tokens)
+    model = build(shape, max_tokens=longest, device=device, attn_implementation=NAME)
+
+    def make(nth: int) -> _Contest:
+        num_tokens, density = options.tokens[nth], _densities(options)[nth]
+        ids = torch.randint(shape.vocab_size, (1, num_tokens), device=device)
+        tensors = _synthetic(shape, num_tokens, device)
+        pipeline = Pipeline(*tensors, PBSConfig(), options.permute_per)
+        reached = reach(pipeline, density)
+        backend, dense = _best_dense(tensors)
+        about = {
+            "model": options.preset,
+            "layers": str(shape.num_layers),
+            "weights": "random",
+            "activations": "heavy hitters",
+            "tokens": str(num_tokens),
+            "permute_per": options.permute_per,
+            "threshold": f"{pipeline.threshold:.4f}",
+            "density": f"{reached:.4f}",
+            "dense_backend": backend,
+        }
+        pbs = _pbs_attention(pipeline.threshold, options.permute_per)
+        return _Contest(model, substitute, ids, tensors, {"dense": dense, "pbs": pbs}, about)
+
+    return make
+
+
+def _given(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
+    """Contests of the model that was given, on its text."""
+    model, tokenizer, label = demo_model.load(options.model, device)
+    config = PBSConfig(threshold=options.threshold, permute_per=options.permute_per)
+    require_pbs_layers(model, min(options.tokens), config)
+    model.set_attn_implementation(NAME)
+    text, text_name = read_text(options.text)
+    all_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    longest = max(options.tokens)
+    if all_ids.shape[1] < longest:
+        raise BenchError(f"{text_name} must have {longest} tokens, got {all_ids.shape[1]}")
+    shape = shape_of(model)
+
+    def make(nth: int) -> _Contest:
+        ids = all_ids[:, : options.tokens[nth]].to(device)
+        densities: list[torch.Tensor] = []
+
+        def recorded(q, k, v, scale):
+            out, density = selections.permuted(config)(q, k, v, scale=scale)
+            densities.append(density)
+            return out
+
+        backend, dense = _best_dense(_synthetic(shape, ids.shape[1], device))
+        pbs = _pbs_attention(options.threshold, options.permute_per)
+        about = {
+            "model": label,
+            "layers": str(shape.num_layers),
+            "weights": "given",
+            "activations": text_name,
+            "tokens": str(ids.shape[1]),
+            "permute_per": options.permute_per,
+            "threshold": f"{options.threshold:.4f}",
+            "density": "",
+            "dense_backend": backend,
+        }
+        contest = _Contest(model, substitute, ids, None, {"dense": dense, "pbs": pbs}, about)
+        contest._run(recorded)
+        about["density"] = f"{torch.stack(densities).mean():.4f}"
+        return contest
+
+    return make
+
+
+def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
+    """As the layers get them: the projection leaves a token's heads beside each other, the cache
+    does not."""
+    q, k, v = heavy_hitters(
+        num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
+    )
+    return [q.transpose(1, 2).contiguous().transpose(1, 2), k, v]
+
+
 def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
     """The backend of SDPA that takes these tensors in the shortest time, and a call of it."""
     if tensors[0].device.type == "cpu":
-        return "sdpa", dense_attention
-
-    def through(backend: SDPBackend) -> Attention:
-        def call(q, k, v):
-            with sdpa_kernel(backend):
-                return dense_attention(q, k, v)
-
-        return call
-
+        return "sdpa", sdpa_through("sdpa")
     times = {}
-    for name, backend in SDPA_BACKENDS.items():
-        call = through(backend)
+    for name in SDPA_BACKENDS:
+        call = functools.partial(sdpa_through(name), *tensors)
         try:
-            call(*tensors)
+            call()
         except RuntimeError:  # it does not take them
             continue
-        times[name] = cuda_events(lambda call=call: call(*tensors), 2)
+        times[name] = cuda_events(call, 2)
     if not times:
         raise BenchError("torch's SDPA must have a backend for these shapes, found none")
     best = min(times, key=times.get)
-    return best, through(SDPA_BACKENDS[best])
+    return best, sdpa_through(best)
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _check(options: Options) -> None:
-    require_packages()
+    require_packages("transformers", "tqdm")
     unknown = set(options.settings) - {GIVEN, *SETTINGS}
     if unknown or not options.settings:
         known = ", ".join((GIVEN, *SETTINGS))

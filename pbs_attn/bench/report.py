@@ -41,9 +41,9 @@ def find_driver_version(text: str) -> str:
     return found[1] if found else ""
 
 
-def require_packages() -> None:
-    """Raises DemoError if one that every bench needs is missing."""
-    for module in ("transformers", "tqdm"):
+def require_packages(*modules: str) -> None:
+    """Raises DemoError if one that a bench needs is missing."""
+    for module in modules:
         demo_model.require(module, "bench")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+
+from .report import BenchError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,54 @@ SHAPES = {
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 128, 151936),
     "mha-32x128": Shape("llama", 4096, 11008, 32, 32, 32, 128, 32000),
 }
+
+
+def shape_of(model: torch.nn.Module) -> Shape:
+    """Of a causal language model of transformers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return Shape(
+        config.model_type,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config.vocab_size,
+    )
+
+
+def check_preset(name: str, option: str = "--preset") -> None:
+    """Raises BenchError if there is none of this name."""
+    if name not in SHAPES:
+        raise BenchError(f"{option} must be of {', '.join(SHAPES)}, got {name}")
+
+
+def check_activations(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
+    """Raises BenchError unless each is a safetensors file with q, k and v, whose KV heads divide
+    those of every shape."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                heads = [file.get_slice(name).get_shape()[1] for name in "qkv"][1]
+        except (OSError, SafetensorError) as error:
+            raise BenchError(f"--activations must hold q, k and v, got {path}: {error}") from error
+        for shape in shapes:
+            if shape.num_kv_heads % heads:
+                wanted = shape.num_kv_heads
+                raise BenchError(f"--activations must divide {wanted} KV heads, got {heads}")
+
+
+def load_activations(path: str, shape: Shape, device: torch.device | str) -> list[torch.Tensor]:
+    """q, k and v of a file that passed `check_activations`, repeated to the KV heads of a shape."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    repeats = shape.num_kv_heads // tensors["k"].shape[1]
+    return [tensors[name].to(device).repeat(1, repeats, 1, 1) for name in "qkv"]
 
 
 def build(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+
 import torch
 
 import pbs_attn
@@ -10,8 +13,20 @@ from pbs_attn import PBSConfig
 ops = torch.ops.pbs
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 BEFORE_ATTEND = STAGES[:-1]
-# Tokens and density of Table 5 of arXiv 2510.21270.
+# Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
 PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
+DENSITIES = PAPER | {262144: 0.17}
+
+
+def density_at(num_tokens: int) -> float:
+    """Between those of DENSITIES along the logarithm of the length, and on along the line of the
+    two next to it; within [0.05, 1]."""
+    known = sorted(DENSITIES)
+    right = min(max(bisect.bisect_left(known, num_tokens), 1), len(known) - 1)
+    low, high = known[right - 1], known[right]
+    share = math.log2(num_tokens / low) / math.log2(high / low)
+    density = DENSITIES[low] + share * (DENSITIES[high] - DENSITIES[low])
+    return min(max(density, 0.05), 1.0)
 
 
 def block_sizes(config: PBSConfig) -> dict[str, int]:

@@ -31,6 +31,11 @@ def wall_clock(call: Call) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def clock_for(device: torch.device, budget_ms: float) -> Callable[[Call], float]:
+    """`cuda_clock` on a GPU, `wall_clock` on a CPU."""
+    return cuda_clock(budget_ms) if device.type == "cuda" else wall_clock
+
+
 def cuda_clock(budget_ms: float) -> Callable[[Call], float]:
     """A clock by CUDA events that repeats short calls until they fill about budget_ms."""
     repeats: dict[Call, int] = {}

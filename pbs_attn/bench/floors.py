@@ -1,7 +1,7 @@
-"""Floors: the milliseconds below which no kernel of a stage can come on an H200.
+"""Floors: the milliseconds below which no kernel of a stage can come on a certain card.
 
 The larger of the bytes that the stage must move and the operations that it must do, at the rates
-measured on this card. Every tensor counts once, however often a kernel reads it, except where the
+measured on that card. Every tensor counts once, however often a kernel reads it, except where the
 algorithm itself needs a second pass.
 """
 
@@ -12,9 +12,17 @@ from typing import NamedTuple
 from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
 
-BYTES_PER_SECOND = 4.3e12  # a copy of device memory, read and written bytes together
-OPERATIONS_PER_SECOND = 680e12  # bfloat16 matrix products, before power limits them
 FLOAT32 = INT32 = 4
+
+
+class Rates(NamedTuple):
+    """What a card was measured to reach."""
+
+    bytes: float  # a second, in a copy of device memory, read and written together
+    operations: float  # a second, in bfloat16 matrix products, before power limits them
+
+
+RATES = {"NVIDIA H200": Rates(4.3e12, 680e12)}
 
 
 class Problem(NamedTuple):
@@ -51,9 +59,8 @@ class Work(NamedTuple):
     bytes: int
     operations: float = 0
 
-    @property
-    def floor_ms(self) -> float:
-        return 1e3 * max(self.bytes / BYTES_PER_SECOND, self.operations / OPERATIONS_PER_SECOND)
+    def floor_ms(self, rates: Rates) -> float:
+        return 1e3 * max(self.bytes / rates.bytes, self.operations / rates.operations)
 
 
 def score_keys(problem: Problem) -> Work:
@@ -102,6 +109,8 @@ def attend(problem: Problem) -> Work:
 STAGES = (score_keys, sort_segments, permute_kv, select_blocks, attend)
 
 
-def floors_ms(problem: Problem) -> dict[str, float]:
-    """The floor of every stage."""
-    return {stage.__name__: stage(problem).floor_ms for stage in STAGES}
+def floors_ms(problem: Problem, card: str) -> dict[str, float]:
+    """The floor of every stage; empty for a card that RATES lacks."""
+    if card not in RATES:
+        return {}
+    return {stage.__name__: stage(problem).floor_ms(RATES[card]) for stage in STAGES}

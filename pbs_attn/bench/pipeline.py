@@ -1,0 +1,330 @@
+"""`attention` by stage and in one call, beside dense attention, and from which length it wins.
+
+Inputs are random with heavy hitters: a twentieth of the keys, and all queries, lean towards one
+direction a head. The threshold of each row is the one that gives the density asked for, found by
+bisection. With `activations`, real queries, keys and values at the paper's threshold of 0.9.
+
+A stage has three columns: `<stage>_ms`, the op called alone; on a GPU `<stage>_kernel_ms`, its
+kernels within the one call, and, where the card's rates are known, `<stage>_floor_ms`, what bytes
+and operations take at these rates. `gaps_ms` is the time within the one call, between its kernels,
+in which the GPU ran nothing. The columns `eager_*` belong to the paper's stages in eager PyTorch at
+the same threshold, one permutation a query head in every row. `crossover` is the shortest prompt,
+in steps of 256 tokens, for which the one call took less time than every dense kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from pbs_attn import PBSConfig, plot
+from pbs_attn.demo import choose_device
+
+from . import eager
+from .contestants import dense_calls
+from .floors import Problem, floors_ms
+from .gpu_profile import profile_call
+from .kernel import DENSE
+from .report import (
+    BenchError,
+    Row,
+    as_table,
+    check_folders,
+    describe_run,
+    require_packages,
+    write_rows,
+)
+from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
+from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
+from .timing import Call, clock_for, interleaved_medians
+
+PAPER_THRESHOLD = 0.9
+CROSSOVER_STEP, LONGEST_CROSSOVER = 256, 65536
+
+
+def stage_columns(suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = "") -> list[str]:
+    """One column a stage, and the one of all stages before attend."""
+    return [f"{prefix}{stage}_{suffix}" for stage in (*stages, "before_attend")]
+
+
+COLUMNS = (
+    *("preset", "input", "tokens", "q_heads", "kv_heads", "head_dim"),
+    *("permute_per", "kv_block_size", "threshold", "density"),
+    *stage_columns("ms"),
+    *("attention_ms", "gaps_ms", "launches"),
+    *stage_columns("kernel_ms"),
+    *stage_columns("floor_ms"),
+    "extra_gib",
+    *stage_columns("ms", BEFORE_ATTEND, "eager_"),
+    "eager_extra_gib",
+    *(f"{call}_ms" for call in DENSE),
+    *("speedup", "crossover"),
+)
+TABLE = (
+    *("preset", "tokens", "permute_per", "kv_block_size", "density"),
+    *("before_attend_ms", "attend_ms", "attention_ms", "speedup", "crossover"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
+    and v; they come after `tokens`, which may be ()."""
+
+    presets: tuple[str, ...] = ("llama-3.1-8b",)
+    tokens: tuple[int, ...] = tuple(PAPER)
+    densities: tuple[float, ...] | None = None
+    permute_per: tuple[str, ...] = ("kv_head",)
+    kv_block_sizes: tuple[int, ...] = (128,)
+    activations: tuple[str, ...] = ()
+    eager: bool = False
+    crossover: bool = True
+    rounds: int = 5
+    budget_ms: float = 20.0
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+def run(options: Options) -> list[Row]:
+    """Measures, prints a table, and writes what `options` asks for.
+
+    Returns:
+        One row an input and setting; `speedup` is over the best dense kernel.
+
+    Raises:
+        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+    """
+    _check(options)
+    from tqdm import tqdm
+
+    device = choose_device(options.device)
+    about_run = describe_run(device)
+    rows: list[Row] = []
+    settings = len(options.permute_per) * len(options.kv_block_sizes)
+    inputs = len(options.tokens) + len(options.activations) + options.crossover
+    steps = settings * len(options.presets) * inputs
+    with torch.inference_mode(), tqdm(total=steps, desc="pipeline", unit="row") as bar:
+        for preset in options.presets:
+            bar.set_postfix_str(preset)
+            crossovers = _find_crossovers(options, SHAPES[preset], device, bar.update)
+            for values in _measure_shape(options, SHAPES[preset], device):
+                setting = values["permute_per"], values["kv_block_size"]
+                values["crossover"] = crossovers.get(setting, "")
+                rows.append(as_row({"preset": preset} | values) | about_run)
+                if options.csv:
+                    write_rows(options.csv, rows)
+                bar.update()
+    print(as_table(rows, TABLE))
+    if options.picture:
+        plot.draw_stages(rows, options.picture, title=about_run["device"])
+    return rows
+
+
+def _check(options: Options) -> None:
+    require_packages("safetensors", "tqdm")
+    for preset in options.presets:
+        check_preset(preset, "--presets")
+    least = 2 * PBSConfig().segment_size
+    if min(options.tokens, default=least) < least:
+        raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
+    if not (options.tokens or options.activations):
+        raise BenchError("--tokens must name a length where there are no --activations")
+    if options.densities is not None:
+        given, lengths = len(options.densities), len(options.tokens)
+        if given != lengths:
+            raise BenchError(f"--densities must be as many as --tokens, got {given} for {lengths}")
+        if not all(0 < density <= 1 for density in options.densities):
+            raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
+    if options.rounds < 1:
+        raise BenchError(f"--rounds must be positive, got {options.rounds}")
+    check_activations(options.activations, [SHAPES[preset] for preset in options.presets])
+    check_folders(options.csv, options.picture)
+
+
+def _settings(options: Options) -> Iterator[tuple[str, int]]:
+    """`permute_per` and `kv_block_size` of the rows of an input."""
+    for permute_per in options.permute_per:
+        for kv_block_size in options.kv_block_sizes:
+            yield permute_per, kv_block_size
+
+
+def _measure_shape(options: Options, shape: Shape, device: str) -> Iterator[dict[str, object]]:
+    densities = options.densities or map(density_at, options.tokens)
+    for num_tokens, density in zip(options.tokens, densities, strict=True):
+        tensors = _synthetic(shape, num_tokens, device)
+        yield from _measure_input(options, "heavy hitters", tensors, density)
+        del tensors  # before the next ones are made
+    for path in options.activations:
+        tensors = load_activations(path, shape, device)
+        yield from _measure_input(options, Path(path).stem, tensors, None)
+
+
+def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
+    """bfloat16 on a GPU; on a CPU, whose kernels compute in it, float32."""
+    tensors = heavy_hitters(
+        num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
+    )
+    return [tensor.float() for tensor in tensors] if device == "cpu" else tensors
+
+
+def _measure_input(
+    options: Options, name: str, tensors, density: float | None
+) -> Iterator[dict[str, object]]:
+    """One row a setting; the threshold is PAPER_THRESHOLD where no density is asked for."""
+    dense = dense_calls(*tensors)
+    for permute_per, kv_block_size in _settings(options):
+        pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
+        reached = reach(pipeline, density) if density else pipeline.set_threshold(PAPER_THRESHOLD)
+        problem = problem_of(pipeline, reached)
+        values = {
+            "input": name,
+            "tokens": problem.num_tokens,
+            "q_heads": problem.q_heads,
+            "kv_heads": problem.kv_heads,
+            "head_dim": problem.head_dim,
+            "permute_per": permute_per,
+            "kv_block_size": kv_block_size,
+            "threshold": pipeline.threshold,
+            "density": reached,
+        }
+        values |= _times(options, pipeline, dense)
+        if pipeline.q.device.type == "cuda":
+            values |= _gpu_values(options, pipeline, problem)
+        yield values
+
+
+def _times(options: Options, pipeline: Pipeline, dense: dict[str, Call]) -> dict[str, float]:
+    """Every contestant of a row, in turn."""
+    calls = {stage: getattr(pipeline, stage) for stage in (*STAGES, "attention")}
+    if options.eager:
+        calls |= {f"eager_{stage}": call for stage, call in _eager_calls(pipeline).items()}
+    clock = clock_for(pipeline.q.device, options.budget_ms)
+    times = interleaved_medians(calls | dense, options.rounds, clock)
+    values = by_stage(times, "ms")
+    if options.eager:
+        eager_times = {stage: times[f"eager_{stage}"] for stage in BEFORE_ATTEND}
+        values |= by_stage(eager_times, "ms", BEFORE_ATTEND, "eager_")
+    values |= {f"{call}_ms": times[call] for call in (*dense, "attention")}
+    if dense:
+        values["speedup"] = min(times[call] for call in dense) / times["attention"]
+    return values
+
+
+def _eager_calls(pipeline: Pipeline) -> dict[str, Call]:
+    inputs = (pipeline.q, pipeline.k, pipeline.v, pipeline.threshold, pipeline.config)
+    return eager.stage_calls(*inputs)
+
+
+def _gpu_values(options: Options, pipeline: Pipeline, problem: Problem) -> dict[str, object]:
+    """What the profiler, the allocator and the card's rates say."""
+    q = pipeline.q
+    profile = profile_call(pipeline.attention)
+    values = by_stage(profile.stage_ms, "kernel_ms")
+    values |= {"gaps_ms": profile.gaps_ms, "launches": profile.launches}
+    values["extra_gib"] = extra_gib(pipeline.attention, q.numel() * q.element_size())
+    if options.eager:
+        inputs = (q, pipeline.k, pipeline.v, pipeline.threshold, pipeline.config)
+        values["eager_extra_gib"] = extra_gib(functools.partial(eager.before_attend, *inputs))
+    floors = floors_ms(problem, torch.cuda.get_device_name(q.device))
+    return values | (by_stage(floors, "floor_ms") if floors else {})
+
+
+def extra_gib(call: Callable[[], object], output_bytes: int = 0) -> float:
+    """Memory that a call takes at its peak, without its inputs and so much of its output."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - output_bytes) / 2**30
+
+
+def by_stage(
+    ms: dict[str, float], suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = ""
+) -> dict[str, float]:
+    """Columns of milliseconds by stage, and the sum before attend."""
+    total = sum(ms[stage] for stage in BEFORE_ATTEND)
+    values = [*(ms[stage] for stage in stages), total]
+    return dict(zip(stage_columns(suffix, stages, prefix), values, strict=True))
+
+
+def problem_of(pipeline: Pipeline, density: float) -> Problem:
+    q, k = pipeline.q, pipeline.k
+    return Problem(
+        num_tokens=q.shape[2],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        perm_heads=pipeline.perm.shape[1],
+        head_dim=q.shape[3],
+        element_size=q.element_size(),
+        density=density,
+        config=pipeline.config,
+    )
+
+
+# Crossover
+
+
+def _find_crossovers(
+    options: Options, shape: Shape, device: str, advance: Callable[[], object]
+) -> dict[tuple[str, int], str]:
+    """By setting; empty if there is none up to LONGEST_CROSSOVER tokens."""
+    found = {}
+    for setting in _settings(options) if options.crossover else ():
+        wins = functools.partial(_wins, options, shape, device, *setting)
+        shortest = shortest_win(wins, CROSSOVER_STEP, LONGEST_CROSSOVER)
+        found[setting] = "" if shortest is None else str(shortest)
+        advance()
+    return found
+
+
+def shortest_win(wins: Callable[[int], bool], step: int, longest: int) -> int | None:
+    """The shortest multiple of `step`, from two on, from which `wins` is true, if it is false
+    before and true after; None if it is false as far as doubling goes up to `longest`."""
+    high = 2 * step
+    while not wins(high):
+        high *= 2
+        if high > longest:
+            return None
+    low = high // 2  # lost, or shorter than any
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    return high
+
+
+def _wins(
+    options: Options, shape: Shape, device: str, permute_per: str, kv_block_size: int, length: int
+) -> bool:
+    """Whether one call beats every dense kernel, at the paper's density or its continuation."""
+    tensors = _synthetic(shape, length, device)
+    pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
+    reach(pipeline, density_at(length))
+    calls = dense_calls(*tensors) | {"attention": pipeline.attention}
+    times = interleaved_medians(
+        calls, options.rounds, clock_for(pipeline.q.device, options.budget_ms)
+    )
+    own = times.pop("attention")
+    return own < min(times.values())
+
+
+# Rows
+
+
+def as_row(values: dict[str, object]) -> Row:
+    """All columns in order, rounded; empty where there is no value."""
+    unknown = values.keys() - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"values must have a column each, got {sorted(unknown)}")
+    return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
+
+
+def as_text(column: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"

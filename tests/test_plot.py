@@ -1,0 +1,56 @@
+"""Pictures of the rows of `pbs-attn bench`: drawn from rows and from CSVs, refused when mixed."""
+
+from pathlib import Path
+
+import pytest
+
+from pbs_attn import cli, plot
+from pbs_attn.bench import report
+
+image = pytest.importorskip("matplotlib.image")
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+DRAWN = {
+    "speedup": "prefill_h200.csv",
+    "quality": "quality_smollm2_cpu.csv",
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_committed_results_are_drawn(kind, tmp_path):
+    """From the file and from its rows the same picture, with something in it."""
+    path, by_command = tmp_path / "rows.png", tmp_path / "file.png"
+    rows = report.read_rows(RESULTS / DRAWN[kind])
+    getattr(plot, f"draw_{kind}")(rows, path, title="title")
+    source = str(RESULTS / DRAWN[kind])
+    assert cli.main(["plot", kind, source, str(by_command), "--title", "title"]) == 0
+    pixels = image.imread(path)
+    assert (pixels == image.imread(by_command)).all()
+    is_drawn = (pixels[..., :3] < 0.9).any(-1)
+    assert is_drawn.mean() > 0.01
+    for half in (is_drawn[: len(pixels) // 2], is_drawn[len(pixels) // 2 :]):
+        assert half.any()
+
+
+@pytest.mark.parametrize("kind", cli.PICTURES)
+def test_rows_of_two_processes_are_not_drawn(kind, tmp_path):
+    rows = [{"run": "a"}, {"run": "b"}]
+    with pytest.raises(report.BenchError, match="must come from one process, got 2"):
+        cli.PICTURES[kind][0](rows, tmp_path / "x.png", title="")
+    with pytest.raises(report.BenchError, match="must come from one process, got 2"):
+        report.write_rows(tmp_path / "rows.csv", rows)
+    with pytest.raises(report.BenchError, match="rows must be there to be compared, got none"):
+        cli.PICTURES[kind][0]([], tmp_path / "x.png", title="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("run,lists\na,random\n")
+    for arguments, words in (
+        (["stages", str(other), "x.png"], f"CSV must be of bench pipeline, got {other}: "),
+        (["rates", "/no/file.csv", "x.png"], "rows must lie in a file that can be read, got /no"),
+        (["rates", str(other), "/no/folder/x.png"], "the folder of /no/folder/x.png must exist"),
+    ):
+        assert cli.main(["plot", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"pbs-attn plot: {words}")

@@ -1,0 +1,79 @@
+"""mkdocs builds docs/ without a warning, finds broken links, and the result loads nothing from
+elsewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+ROOT = Path(__file__).resolve().parent.parent
+LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+
+
+def build(source, site):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    files = ["-f", source / "mkdocs.yml", "-d", site]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run([*command, *files], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    result = build(ROOT, folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_every_page_is_built(site):
+    pages = {path.stem for path in site.glob("*.html")} - {"404"}
+    assert pages == {path.stem for path in ROOT.glob("docs/*.md")}
+    for path in ROOT.glob("benchmarks/results/*.csv"):
+        assert (site / "results" / path.name).read_bytes() == path.read_bytes()
+    assert (site / "search" / "search_index.json").exists()
+    assert not list(site.rglob("*.py"))
+
+
+def external(path):
+    """What a page or a style sheet loads from another host."""
+    text, found = path.read_text(), []
+    if path.suffix == ".css":
+        found = re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text)
+    else:
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: found.append(
+            dict(attributes).get(LOADS.get(tag)) or ""
+        )
+        parser.feed(text)
+        assert any(found), path
+    return [link for link in found if re.match(r"(\w+:)?//", link)]
+
+
+def test_nothing_is_loaded_from_elsewhere(site, tmp_path):
+    files = [path for path in site.rglob("*") if path.suffix in (".html", ".css")]
+    assert {path.suffix for path in files} == {".html", ".css"}
+    assert not {path.name: links for path in files if (links := external(path))}
+    for name, text in (("a.html", '<script src="//x/y.js">'), ("a.css", "@import 'http://x'")):
+        (tmp_path / name).write_text(text)
+        assert external(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["nowhere.md", "ops.md#nowhere", "../benchmarks/results/nowhere.csv", "/ops.md", "../README"],
+)
+def test_a_broken_link_stops_the_build(link, tmp_path):
+    for name in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write(f"\n[broken]({link})\n")
+    result = build(tmp_path, tmp_path / "site")
+    assert result.returncode != 0
+    assert "WARNING" in result.stderr and "index.md" in result.stderr
