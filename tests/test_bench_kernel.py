@@ -110,7 +110,7 @@ def test_flex_gets_the_lists():
 def test_answers_on_the_same_lists_must_agree():
     out = torch.randn(1, 2, 64, 64)
     kernel._require_same_answer(out, out + 1e-3)
-    with pytest.raises(report.BenchError, match="must agree on the same list, got"):
+    with pytest.raises(report.BenchError, match="must agree on the same lists, differ by"):
         kernel._require_same_answer(out, out + 0.1)
 
 
