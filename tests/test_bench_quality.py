@@ -140,6 +140,7 @@ def test_equal_density_lies_between_thresholds():
     assert curves.at_density(curve, 0.8) == pytest.approx(0.1)
     assert curves.at_density(curve, 0.1) is None
     assert curves.at_density(curve, 0.9) is None
+    assert curves.at_density(curve[:1], 0.3) is None
 
 
 @pytest.mark.parametrize("name", ["permuted", "unpermuted", "pooled", "window"])

@@ -50,8 +50,6 @@ def summarize(rows: Sequence[Row], value: str | None = None) -> dict[str, dict[s
 
 def at_density(curve: Curve, density: float) -> float | None:
     """Between two points of a curve that was sorted by density; None outside of it."""
-    if len(curve) == 1:  # dense
-        return curve[0][1]
     for (left, low), (right, high) in itertools.pairwise(curve):
         if left <= density <= right:
             share = (density - left) / (right - left) if right > left else 0.0
@@ -64,7 +62,10 @@ def format_probe(rows: Sequence[Row], probe: str) -> str:
     columns = ("selection", *(f"{density:g}" for density in TABLE_DENSITIES))
     lines = []
     for name, curve in summarize(rows).get(probe, {}).items():
-        values = [at_density(curve, density) for density in TABLE_DENSITIES]
+        values = [
+            curve[0][1] if name == "dense" else at_density(curve, density)
+            for density in TABLE_DENSITIES
+        ]
         cells = ["" if value is None else f"{value:+.3f}" for value in values]
         if probe == "pass key":
             cells = [cell.lstrip("+") for cell in cells]

@@ -15,10 +15,12 @@ def interleaved_medians(
     calls: dict[str, Call], rounds: int, clock: Callable[[Call], float], warm_ups: int = 1
 ) -> dict[str, float]:
     """Milliseconds of each call by `clock`, from rounds that run every one of them in turn, after
-    `warm_ups` that do not count."""
+    `warm_ups` that do not count. Every second round runs them backwards: a card that is hot from
+    the one before is slower."""
     times = {name: [] for name in calls}
     for round_idx in range(warm_ups + rounds):
-        for name, call in calls.items():
+        order = list(calls.items())
+        for name, call in reversed(order) if round_idx % 2 else order:
             milliseconds = clock(call)
             if round_idx >= warm_ups:
                 times[name].append(milliseconds)

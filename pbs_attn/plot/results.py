@@ -192,7 +192,7 @@ def draw_stages(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
         if row["speedup"]:
             words += f", {float(row['speedup']):.2f} x dense"
         ax.text(101, nth, words, va="center", fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, 100)
     ax.set_xlabel("share of the time of one call, %")
     ax.spines[["top", "right"]].set_visible(False)
@@ -237,7 +237,7 @@ def draw_rates(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_xlabel(DENSITY_LABEL)
-        ax.set_ylim(0)
+    figure.axes[0].set_ylim(0)
     figure.axes[0].set_ylabel("TFLOP/s on visited blocks")
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
