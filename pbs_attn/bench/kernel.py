@@ -27,9 +27,10 @@ from .report import (
     BenchError,
     Row,
     as_table,
-    check_folders,
+    check_outputs,
     describe_run,
     require_packages,
+    say_where,
     write_rows,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
@@ -96,8 +97,10 @@ def run(options: Options) -> list[Row]:
                 write_rows(options.csv, rows)
             bar.update()
     print(format_rows(rows))
-    if options.picture:
-        plot.draw_rates(rows, options.picture, title=f"{options.preset}, {about_run['device']}")
+    picture = options.picture if options.tokens else None  # it shows random lists
+    if picture:
+        plot.draw_rates(rows, picture, title=f"{options.preset}, {about_run['device']}")
+    say_where([options.csv, picture])
     return rows
 
 
@@ -123,7 +126,7 @@ def _check(options: Options) -> None:
     if options.rounds < 1:
         raise BenchError(f"--rounds must be positive, got {options.rounds}")
     check_activations(options.activations, [SHAPES[options.preset]])
-    check_folders(options.csv, options.picture)
+    check_outputs([options.csv], [options.picture])
 
 
 def _num_cases(options: Options) -> int:

@@ -33,9 +33,10 @@ from .report import (
     BenchError,
     Row,
     as_table,
-    check_folders,
+    check_outputs,
     describe_run,
     require_packages,
+    say_where,
     write_rows,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
@@ -122,6 +123,7 @@ def run(options: Options) -> list[Row]:
     print(as_table(rows, TABLE))
     if options.picture:
         plot.draw_stages(rows, options.picture, title=about_run["device"])
+    say_where([options.csv, options.picture])
     return rows
 
 
@@ -143,7 +145,7 @@ def _check(options: Options) -> None:
     if options.rounds < 1:
         raise BenchError(f"--rounds must be positive, got {options.rounds}")
     check_activations(options.activations, [SHAPES[preset] for preset in options.presets])
-    check_folders(options.csv, options.picture)
+    check_outputs([options.csv], [options.picture])
 
 
 def _settings(options: Options) -> Iterator[tuple[str, int]]:

@@ -27,9 +27,10 @@ from .report import (
     BenchError,
     Row,
     as_table,
-    check_folders,
+    check_outputs,
     describe_run,
     require_packages,
+    say_where,
     write_rows,
 )
 from .shapes import SHAPES, Shape, build, check_preset, shape_of
@@ -113,6 +114,7 @@ def run(options: Options) -> list[Row]:
     if options.picture:
         title = f"{rows[0]['model']}, {about_run['device']}"
         plot.draw_speedup(rows, options.picture, title=title)
+    say_where([options.csv, options.picture])
     return rows
 
 
@@ -142,7 +144,7 @@ def _check(options: Options) -> None:
         raise BenchError(f"--rounds must be one or as many as --tokens, got {given} for {lengths}")
     if not all(0 < density <= 1 for density in _densities(options)):
         raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
-    check_folders(options.csv, options.picture)
+    check_outputs([options.csv], [options.picture])
 
 
 def _densities(options: Options) -> tuple[float, ...]:

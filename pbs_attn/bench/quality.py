@@ -25,9 +25,10 @@ from .layers import dense_attention, register_attention, require_pbs_layers
 from .report import (
     BenchError,
     Row,
-    check_folders,
+    check_outputs,
     describe_run,
     require_packages,
+    say_where,
     write_rows,
 )
 
@@ -42,6 +43,7 @@ SETTINGS = {
     "paper": PBSConfig.paper(),
     "narrow": PBSConfig(kv_block_size=32, num_heavy=32, mass="causal"),
 }
+SELECTIONS = (*SWEPT, "window", "truncated")
 PASS_KEY_DIGITS = 7
 
 
@@ -49,7 +51,8 @@ PASS_KEY_DIGITS = 7
 class Options:
     """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
     how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
-    and `tokens`). `settings`: names of SETTINGS, or GIVEN for `config`."""
+    and `tokens`). `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
+    "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run beside dense."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
@@ -59,6 +62,7 @@ class Options:
     depths: int = 4
     lengths: tuple[int, ...] | None = None
     settings: tuple[str, ...] = (GIVEN,)
+    selections: tuple[str, ...] = SELECTIONS
     config: PBSConfig = dataclasses.field(default_factory=PBSConfig)
     device: str = "auto"
     csv: str | None = None
@@ -158,15 +162,14 @@ def run(options: Options) -> list[Row]:
         plot.draw_quality(rows, options.picture, title=f"{label}, {options.tokens} tokens")
     if options.heads_picture:
         plot.draw_heads(by_head, options.heads_picture, title=f"{label}, {options.tokens} tokens")
+    say_where([options.csv, options.picture, options.heads_csv, options.heads_picture])
     return rows
 
 
 def _check(options: Options) -> None:
     require_packages("transformers", "tqdm")
-    unknown = set(options.settings) - {GIVEN, *SETTINGS}
-    if unknown or not options.settings:
-        known = ", ".join((GIVEN, *SETTINGS))
-        raise BenchError(f"--settings must be some of {known}, got {list(options.settings)}")
+    if "pbs" not in options.selections:  # it says how dense the window and the truncated are
+        raise BenchError(f"--selections must hold pbs, got {list(options.selections)}")
     least = _least_tokens(_configs(options))
     if options.tokens < least:
         raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
@@ -178,7 +181,8 @@ def _check(options: Options) -> None:
         raise BenchError(f"--thresholds must lie in (0, 1], got {list(options.thresholds)}")
     if options.depths < 1:
         raise BenchError(f"--depths must be positive, got {options.depths}")
-    check_folders(options.csv, options.picture, options.heads_csv, options.heads_picture)
+    files = [options.csv, options.heads_csv], [options.picture, options.heads_picture]
+    check_outputs(*files)
     if (options.heads_csv or options.heads_picture) and "text" not in options.probes:
         probes = " ".join(options.probes)
         raise BenchError(f"--heads-csv and --heads-picture need --probes text, got {probes}")
@@ -186,7 +190,24 @@ def _check(options: Options) -> None:
 
 def _configs(options: Options) -> dict[str, PBSConfig]:
     known = {GIVEN: options.config} | SETTINGS
-    return {name: known[name] for name in options.settings}
+    return {
+        name: known[name] if name in known else _change(options.config, name)
+        for name in options.settings
+    }
+
+
+def _change(config: PBSConfig, changes: str) -> PBSConfig:
+    """With fields replaced, as "kv_block_size=32,mass=causal" says."""
+    types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    types |= {"kv_block_size": int, "num_heavy": int}  # both None by default
+    try:
+        pairs = [change.split("=") for change in changes.split(",")]
+        return dataclasses.replace(config, **{name: types[name](text) for name, text in pairs})
+    except (KeyError, ValueError) as error:
+        known = ", ".join((GIVEN, *SETTINGS))
+        raise BenchError(
+            f"--settings must be {known} or FIELD=VALUE,..., got {changes}: {error}"
+        ) from error
 
 
 def _least_tokens(configs: dict[str, PBSConfig]) -> int:
@@ -306,18 +327,20 @@ def _measure(
     configs = _configs(options)
     for (settings, base), threshold in itertools.product(configs.items(), options.thresholds):
         config = dataclasses.replace(base, threshold=threshold)
-        for name, selection in SWEPT.items():
-            found = score(selection(config))
+        for name in filter(options.selections.__contains__, SWEPT):
+            found = score(SWEPT[name](config))
             yield row(name, settings, threshold, found)
             if name == "pbs":
                 of_pbs = found.density
         if settings != options.settings[0]:
             continue  # the others know nothing of settings but their density
-        found = score(selections.window(config, num_tokens, of_pbs))
-        yield row("window", "", threshold, found)
-        kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
-        found = score(dense, prompt.ids[:, -kept:])
-        yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
+        if "window" in options.selections:
+            found = score(selections.window(config, num_tokens, of_pbs))
+            yield row("window", "", threshold, found)
+        if "truncated" in options.selections:
+            kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
+            found = score(dense, prompt.ids[:, -kept:])
+            yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
 
 
 def _rows_by_head(found: Score) -> Iterator[Row]:

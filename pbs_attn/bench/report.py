@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pbs_attn import _environment, demo_model
+from pbs_attn.demo_model import PICTURE_FORMATS
 
 Row = dict[str, str]
 
@@ -47,15 +49,27 @@ def require_packages(*modules: str) -> None:
         demo_model.require(module, "bench")
 
 
-def check_folders(*paths: str | None) -> None:
-    """Of files to be written at the end.
+def check_outputs(files: Sequence[str | None], pictures: Sequence[str | None]) -> None:
+    """Of what is written at the end: None and "" stand for none.
 
     Raises:
-        BenchError: if one is missing.
+        BenchError: if a folder is missing, or a picture has no known ending.
+        DemoError: if matplotlib is missing and a picture is asked for.
     """
-    for path in paths:
-        if path and not Path(path).resolve().parent.is_dir():
+    for path in filter(None, (*files, *pictures)):
+        if not Path(path).resolve().parent.is_dir():
             raise BenchError(f"the folder of {path} must exist")
+    for path in filter(None, pictures):
+        if Path(path).suffix.lower() not in PICTURE_FORMATS:
+            raise BenchError(f"a picture must end in {', '.join(PICTURE_FORMATS)}, got {path}")
+        require_packages("matplotlib")
+
+
+def say_where(files: Sequence[str | None]) -> None:
+    """Names on stderr what was written."""
+    written = " and ".join(filter(None, files))
+    if written:
+        print(f"written: {written}", file=sys.stderr)
 
 
 def one_run(rows: Sequence[Row]) -> None:

@@ -14,6 +14,7 @@ import torch
 from pbs_attn.bench.curves import GIVEN, curve_name, summarize
 from pbs_attn.bench.report import BenchError, Row, one_run, read_rows
 from pbs_attn.bench.stages import STAGES
+from pbs_attn.demo_model import require
 
 Rows = Sequence[Row] | str | os.PathLike
 
@@ -49,7 +50,8 @@ def draw_speedup(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     set: rows of `bench prefill`.
 
     Raises:
-        BenchError: if the rows come from more than one process, or matplotlib is missing.
+        BenchError: if the rows come from more than one process.
+        DemoError: if matplotlib is missing.
     """
     rows = sorted(_rows_of_one_run(rows), key=lambda row: int(row["tokens"]))
     figure = _new_figure(6.4, 4.0)
@@ -92,7 +94,8 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     `bench quality`. The second of two settings has open markers.
 
     Raises:
-        BenchError: if the rows come from more than one process, or matplotlib is missing.
+        BenchError: if the rows come from more than one process.
+        DemoError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     selections = {curve_name(row): row["selection"] for row in rows}
@@ -134,7 +137,8 @@ def draw_heads(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     `bench quality --heads-csv`.
 
     Raises:
-        BenchError: if the rows come from more than one process, or matplotlib is missing.
+        BenchError: if the rows come from more than one process.
+        DemoError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
@@ -163,7 +167,8 @@ def draw_stages(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     milliseconds, density and speed-up over the best dense kernel beside it.
 
     Raises:
-        BenchError: if the rows come from more than one process, or matplotlib is missing.
+        BenchError: if the rows come from more than one process.
+        DemoError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     figure = _new_figure(8.6, 1.6 + 0.42 * len(rows))
@@ -206,7 +211,8 @@ def draw_rates(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     on random lists with the widest key blocks.
 
     Raises:
-        BenchError: if the rows come from more than one process, or matplotlib is missing.
+        BenchError: if the rows come from more than one process.
+        DemoError: if matplotlib is missing.
     """
     rows = [row for row in _rows_of_one_run(rows) if row["lists"] == "random"]
     if not rows:
@@ -262,8 +268,7 @@ def _set_token_axis(ax, tokens: Sequence[int]) -> None:
 
 
 def _new_figure(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchError("a picture needs matplotlib: pip install 'pbs-attn[plot]'") from error
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
