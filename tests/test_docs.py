@@ -48,16 +48,21 @@ def test_code_runs(path, tmp_path):
             exec(compile(block, str(path), "exec"), names)
 
 
-def table_under(heading, columns):
-    """Rows of the first table of the README below a heading that has these columns."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
-        lines = [line.strip("|").split("|") for line in table.splitlines()]
+def tables_in(path):
+    """Every table as its column names and rows of cells."""
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
+        lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
         names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        yield names, rows
+
+
+def table_with(columns, path=ROOT / "README.md"):
+    """Rows of the first table that has these columns."""
+    for names, rows in tables_in(path):
         if set(columns) <= set(names):
             assert rows
             return [dict(zip(names, row, strict=True)) for row in rows]
-    raise AssertionError(f"no table with {set(columns)} under {heading}")
+    raise AssertionError(f"no table with {set(columns)} in {path}")
 
 
 def says(text, value):
@@ -77,7 +82,6 @@ def find(rows, **values):
 
 
 def test_operator_table():
-    heading = "Speed of the whole operator on a GPU"
     columns = {
         "density": "density",
         "before `attend`": "before_attend_ms",
@@ -87,7 +91,7 @@ def test_operator_table():
         "speed-up": "speedup",
     }
     rows = read("pipeline_h200.csv")
-    for said in table_under(heading, columns):
+    for said in table_with(columns):
         row = find(rows, tokens=said["tokens"], permute_per="kv_head")
         for column, name in columns.items():
             assert says(said[column], float(row[name])), (said["tokens"], column)
@@ -102,7 +106,7 @@ def test_kernel_table():
         "best dense kernel (FlashAttention-4)": "fa4_dense",
     }
     rows = [row for row in read("kernel_h200.csv") if row["kv_block_size"] == "128"]
-    for said in table_under("Speed of `attend` on a GPU", columns):
+    for said in table_with(columns):
         (row,) = [
             row
             for row in rows
@@ -126,7 +130,7 @@ def test_kernel_table():
 
 def test_shape_table():
     rows = read("pipeline_h200.csv") + read("pipeline_shapes_h200.csv")
-    found = table_under("Speed of the whole operator on a GPU", {"heads of", "wins from"})
+    found = table_with({"heads of", "wins from"})
     assert len(found) == 3
     for said in found:
         shapes = [SHAPES[preset] for preset in said["heads of"].split(", ")]
@@ -148,7 +152,7 @@ def test_stage_table():
         "all four": "before_attend",
     }
     rows = read("pipeline_h200.csv")
-    for said in table_under("Speed of the whole operator on a GPU", columns):
+    for said in table_with(columns):
         per = said["permutation per"].lower().replace(" ", "_")
         row = find(rows, tokens=said["tokens"], permute_per=per)
         for column, name in columns.items():
@@ -170,7 +174,7 @@ def test_quality_table():
     files = {"Qwen": "quality_qwen_32768_h200.csv", "SmolLM2": "quality_smollm2_h200.csv"}
     probes = {"loss": "text", "repeat": "copy", "keys": "pass key"}
     columns = [f"{model}: {probe}" for model in files for probe in probes]
-    found = table_under("What it costs", columns)
+    found = table_with(columns)
     assert len(found) == len(selections)
     for model, file in files.items():
         rows = read(file)
@@ -186,6 +190,43 @@ def test_quality_table():
         assert words in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_threshold_tables():
+    """One a model in the order of these files, each with both settings side by side."""
+    path = ROOT / "docs" / "choosing.md"
+    tables = [rows for names, rows in tables_in(path) if names[0] == "threshold"]
+    files = [f"quality_{name}_h200.csv" for name in ("qwen_32768", "qwen_16384", "smollm2")]
+    for file, table in zip(files, tables, strict=True):
+        rows = [row for row in read(file) if row["selection"] == "pbs"]
+        assert len(table) == len({row["threshold"] for row in rows})
+        for threshold, *cells in table:
+            for settings, said in (("paper", cells[:4]), ("narrow", cells[4:])):
+                values = []
+                for probe, columns in (
+                    ("text", ("density", "loss_above_dense", "agreement")),
+                    ("pass key", ("right",)),
+                ):
+                    group = [
+                        row
+                        for row in rows
+                        if (row["settings"], row["threshold"], row["probe"])
+                        == (settings, threshold, probe)
+                    ]
+                    values += [sum(float(r[c]) for r in group) / len(group) for c in columns]
+                for text, value in zip(said, values, strict=True):
+                    assert says(text, value), (file, threshold, settings, values)
+
+
+def test_settings_table():
+    by_probe = curves.summarize(read("quality_settings_cpu.csv"))
+    probes = {"loss of the last half": "text", "loss of a repeat": "copy"}
+    found = table_with({"settings", *probes}, ROOT / "docs" / "choosing.md")
+    assert len(found) == len(by_probe["text"]) - 1  # all but dense
+    for said in found:
+        for column, probe in probes.items():
+            curve = by_probe[probe]["pbs, " + said["settings"].strip("`")]
+            assert says(said[column], curves.at_density(curve, 0.4)), (said["settings"], column)
+
+
 def test_prefill_table():
     columns = {
         "density": "density",
@@ -195,7 +236,7 @@ def test_prefill_table():
         "bound": "bound",
     }
     rows = read("prefill_h200.csv")
-    found = table_under("Time to the first token", columns)
+    found = table_with(columns)
     assert len(found) == len(rows)
     for said in found:
         row = find(rows, tokens=said["tokens"])

@@ -12,7 +12,10 @@ image = pytest.importorskip("matplotlib.image")
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 DRAWN = {
     "speedup": "prefill_h200.csv",
-    "quality": "quality_smollm2_cpu.csv",
+    "quality": "quality_smollm2_h200.csv",
+    "heads": "heads_qwen_32768_h200.csv",
+    "stages": "pipeline_h200.csv",
+    "rates": "kernel_h200.csv",
 }
 
 
