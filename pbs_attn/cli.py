@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import torch
+
 from pbs_attn import demo, plot
 from pbs_attn._arguments import add_choice, add_config, add_value, read_config
 from pbs_attn.bench import commands
@@ -31,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except (demo.DemoError, BenchError) as error:
         print(f"pbs-attn {args.command}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(".")[0]
+        print(f"pbs-attn {args.command}: a shorter prompt would fit: {reason}", file=sys.stderr)
         return 2
     return 0
 

@@ -146,6 +146,16 @@ def test_files_by_default(tiny, tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_gpu_that_is_full_is_told_in_one_line(monkeypatch, capsys):
+    def run(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
+
+    monkeypatch.setattr(cli.commands.pipeline, "run", run)
+    assert cli.main(["bench", "pipeline", "--device", "cpu"]) == 2
+    words = "a shorter prompt would fit: CUDA out of memory"
+    assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
+
+
 def test_other_tensors_are_refused(tiny):
     substitute = prefill._register()
     model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)

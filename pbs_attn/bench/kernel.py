@@ -26,12 +26,11 @@ from .contestants import BLOCK, dense_calls, sparse_calls
 from .report import (
     BenchError,
     Row,
+    RowFile,
     as_table,
     check_outputs,
-    describe_run,
     require_packages,
     say_where,
-    write_rows,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
 from .timing import Call, clock_for, interleaved_medians
@@ -87,21 +86,19 @@ def run(options: Options) -> list[Row]:
     from tqdm import tqdm
 
     device = choose_device(options.device)
-    about_run = describe_run(device)
-    rows: list[Row] = []
+    file = RowFile(options.csv, device)
     with torch.inference_mode(), tqdm(total=_num_cases(options), desc="kernel", unit="row") as bar:
         for case in _cases(options, device):
             bar.set_postfix_str(f"{case.lists}, {case.tensors[0].shape[2]} tokens")
-            rows.append({"preset": options.preset} | _measure(options, case) | about_run)
-            if options.csv:
-                write_rows(options.csv, rows)
+            file.add({"preset": options.preset} | _measure(options, case))
             bar.update()
-    print(format_rows(rows))
+    print(format_rows(file.rows))
     picture = options.picture if options.tokens else None  # it shows random lists
     if picture:
-        plot.draw_rates(rows, picture, title=f"{options.preset}, {about_run['device']}")
+        title = f"{options.preset}, {file.about_run['device']}"
+        plot.draw_rates(file.rows, picture, title=title)
     say_where([options.csv, picture])
-    return rows
+    return file.rows
 
 
 def format_rows(rows: list[Row]) -> str:

@@ -32,12 +32,11 @@ from .kernel import DENSE
 from .report import (
     BenchError,
     Row,
+    RowFile,
     as_table,
     check_outputs,
-    describe_run,
     require_packages,
     say_where,
-    write_rows,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
 from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
@@ -104,8 +103,7 @@ def run(options: Options) -> list[Row]:
     from tqdm import tqdm
 
     device = choose_device(options.device)
-    about_run = describe_run(device)
-    rows: list[Row] = []
+    file = RowFile(options.csv, device)
     settings = len(options.permute_per) * len(options.kv_block_sizes)
     inputs = len(options.tokens) + len(options.activations) + options.crossover
     steps = settings * len(options.presets) * inputs
@@ -116,15 +114,13 @@ def run(options: Options) -> list[Row]:
             for values in _measure_shape(options, SHAPES[preset], device):
                 setting = values["permute_per"], values["kv_block_size"]
                 values["crossover"] = crossovers.get(setting, "")
-                rows.append(as_row({"preset": preset} | values) | about_run)
-                if options.csv:
-                    write_rows(options.csv, rows)
+                file.add(as_row({"preset": preset} | values))
                 bar.update()
-    print(as_table(rows, TABLE))
+    print(as_table(file.rows, TABLE))
     if options.picture:
-        plot.draw_stages(rows, options.picture, title=about_run["device"])
+        plot.draw_stages(file.rows, options.picture, title=file.about_run["device"])
     say_where([options.csv, options.picture])
-    return rows
+    return file.rows
 
 
 def _check(options: Options) -> None:

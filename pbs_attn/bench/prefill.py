@@ -26,12 +26,11 @@ from .layers import register_attention, require_pbs_layers
 from .report import (
     BenchError,
     Row,
+    RowFile,
     as_table,
     check_outputs,
-    describe_run,
     require_packages,
     say_where,
-    write_rows,
 )
 from .shapes import SHAPES, Shape, build, check_preset, shape_of
 from .stages import DENSITIES, Pipeline, density_at, heavy_hitters, reach
@@ -97,25 +96,22 @@ def run(options: Options) -> list[Row]:
     device = choose_device(options.device)
     substitute = _register()
     make_contest = (_preset if options.model is None else _given)(options, substitute, device)
-    about_run = describe_run(device)
-    rows: list[Row] = []
+    file = RowFile(options.csv, device)
     lengths = list(zip(options.tokens, _rounds(options), strict=True))
     steps = 3 * sum(_rounds(options))
     with torch.inference_mode(), tqdm(total=steps, desc="prefill", unit="run") as bar:
         for nth, (num_tokens, rounds) in enumerate(lengths):
             bar.set_postfix_str(f"{num_tokens} tokens")
             try:
-                rows.append(make_contest(nth).measure(rounds, bar.update) | about_run)
+                file.add(make_contest(nth).measure(rounds, bar.update))
             except torch.OutOfMemoryError as error:
                 raise BenchError(f"--tokens must fit in memory, got {num_tokens}") from error
-            if options.csv:  # what is there if a longer prompt fails
-                write_rows(options.csv, rows)
-    print(as_table(rows, TABLE))
+    print(as_table(file.rows, TABLE))
     if options.picture:
-        title = f"{rows[0]['model']}, {about_run['device']}"
-        plot.draw_speedup(rows, options.picture, title=title)
+        title = f"{file.rows[0]['model']}, {file.about_run['device']}"
+        plot.draw_speedup(file.rows, options.picture, title=title)
     say_where([options.csv, options.picture])
-    return rows
+    return file.rows
 
 
 def _check(options: Options) -> None:

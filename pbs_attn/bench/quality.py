@@ -25,11 +25,10 @@ from .layers import dense_attention, register_attention, require_pbs_layers
 from .report import (
     BenchError,
     Row,
+    RowFile,
     check_outputs,
-    describe_run,
     require_packages,
     say_where,
-    write_rows,
 )
 
 NAME = "pbs_bench_quality"  # with transformers
@@ -136,34 +135,26 @@ def run(options: Options) -> list[Row]:
     model, tokenizer, label = demo_model.load(options.model, device)
     chooser = _take_over(model, _configs(options))
     prompts = list(_make_prompts(options, tokenizer, torch.device(device)))
-    about_run = describe_run(device)
-    rows: list[Row] = []
-    by_head: list[Row] = []
+    file, by_head = RowFile(options.csv, device), RowFile(options.heads_csv, device)
     with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
         for prompt in prompts:
             bar.set_postfix_str(f"{prompt.probe} of {prompt.text}")
             about_prompt = {"model": label, "text": prompt.text, "probe": prompt.probe}
-            for row, found in _measure(options, model, chooser, prompt):
-                rows.append(about_prompt | row | about_run)
-                is_first = row["settings"] == options.settings[0]
-                if prompt.probe == "text" and row["selection"] == "pbs" and is_first:
-                    for place in _rows_by_head(found):
-                        by_head.append(
-                            about_prompt | {"threshold": row["threshold"]} | place | about_run
-                        )
-            if options.csv:
-                write_rows(options.csv, rows)
-            if options.heads_csv and by_head:
-                write_rows(options.heads_csv, by_head)
+            measured = list(_measure(options, model, chooser, prompt))
+            file.add(*(about_prompt | row for row, _ in measured))
+            if prompt.probe == "text":
+                places = _rows_by_head(options, measured)
+                by_head.add(*(about_prompt | place for place in places))
             bar.update()
     for probe in options.probes:
-        print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
+        print(f"\n{_title(probe)}\n{format_probe(file.rows, probe)}")
+    title = f"{label}, {options.tokens} tokens"
     if options.picture:
-        plot.draw_quality(rows, options.picture, title=f"{label}, {options.tokens} tokens")
+        plot.draw_quality(file.rows, options.picture, title=title)
     if options.heads_picture:
-        plot.draw_heads(by_head, options.heads_picture, title=f"{label}, {options.tokens} tokens")
+        plot.draw_heads(by_head.rows, options.heads_picture, title=title)
     say_where([options.csv, options.picture, options.heads_csv, options.heads_picture])
-    return rows
+    return file.rows
 
 
 def _check(options: Options) -> None:
@@ -343,10 +334,15 @@ def _measure(
             yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
 
 
-def _rows_by_head(found: Score) -> Iterator[Row]:
-    for layer, of_layer in enumerate(found.by_head.tolist()):
-        for head, density in enumerate(of_layer):
-            yield {"layer": str(layer), "head": str(head), "density": f"{density:.4f}"}
+def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
+    """Of PBS with the first settings."""
+    for row, found in measured:
+        if (row["selection"], row["settings"]) != ("pbs", options.settings[0]):
+            continue
+        for layer, of_layer in enumerate(found.by_head.tolist()):
+            for head, density in enumerate(of_layer):
+                place = {"layer": str(layer), "head": str(head), "density": f"{density:.4f}"}
+                yield {"threshold": row["threshold"]} | place
 
 
 def _title(probe: str) -> str:

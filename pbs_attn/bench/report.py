@@ -101,6 +101,20 @@ def write_rows(path: str | os.PathLike, rows: list[Row]) -> None:
     _environment.write_csv(path, rows)
 
 
+class RowFile:
+    """Rows that this process measures, each with what `describe_run` says. A file, if there is a
+    path, holds those so far at any time: a longer prompt may fail."""
+
+    def __init__(self, path: str | None, device: torch.device | str):
+        self.path, self.about_run = path, describe_run(device)
+        self.rows: list[Row] = []
+
+    def add(self, *rows: Row) -> None:
+        self.rows += [row | self.about_run for row in rows]
+        if self.path and self.rows:
+            write_rows(self.path, self.rows)
+
+
 def read_rows(path: str | os.PathLike) -> list[Row]:
     """Of a CSV that `write_rows` wrote.
 
