@@ -38,9 +38,11 @@ def test_pages_have_code_to_run():
 
 
 @named([path for path in DOCUMENTS if code_blocks(path)])
-def test_code_runs(path, tmp_path):
-    """The blocks of a document in order, as one program."""
+def test_code_runs(path, tmp_path, monkeypatch):
+    """The blocks of a document in order, as one program in a folder of its own."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     save_model(tmp_path, transformers.LlamaConfig(**SIZES))
     names = {"path": str(tmp_path)}
     with torch.no_grad():
