@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(pbs, m) {
   m.def(
       "select_blocks(Tensor q, Tensor k, Tensor k_mean, Tensor? perm=None, *, int block_size=128, "
       "int? kv_block_size=None, int segment_size=256, float threshold=0.9, bool is_causal=True, "
-      "float? scale=None, str mass=\"earlier\", str score=\"mean\") "
+      "float? scale=None, str mass=\"earlier\", str score=\"mean\", "
+      "int num_samples=8) "
       "-> (Tensor block_mask, Tensor counts)");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor k_perm, Tensor v_perm, Tensor block_mask, *, "
@@ -22,5 +23,5 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
       "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, "
       "str permute_per=\"kv_head\", int? num_heavy=None, str mass=\"earlier\", "
-      "str score=\"mean\") -> Tensor");
+      "str score=\"mean\", int num_samples=8) -> Tensor");
 }

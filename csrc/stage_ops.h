@@ -2,8 +2,9 @@
 //
 // A Backend has one static function per stage, named after it, that takes the params and the
 // tensor whose device it runs on; require(stage, tensor), which throws when this build or this
-// device cannot run the stage; and check_attention, which throws for inputs of the whole operator
-// that one of its stages would refuse.
+// device cannot run the stage; require_sampled_score(), likewise for score="sampled"; and
+// check_attention, which throws for inputs of the whole operator that one of its stages would
+// refuse.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -121,13 +122,11 @@ struct StageOps {
     return {k_perm, v_perm, k_mean};
   }
 
-  static std::tuple<Tensor, Tensor> select_blocks(const Tensor& q, const Tensor& k,
-                                                  const Tensor& k_mean, std::optional<Tensor> perm,
-                                                  int64_t block_size,
-                                                  std::optional<int64_t> kv_block_size,
-                                                  int64_t segment_size, double threshold,
-                                                  bool is_causal, std::optional<double> scale,
-                                                  std::string mass, std::string score) {
+  static std::tuple<Tensor, Tensor> select_blocks(
+      const Tensor& q, const Tensor& k, const Tensor& k_mean, std::optional<Tensor> perm,
+      int64_t block_size, std::optional<int64_t> kv_block_size, int64_t segment_size,
+      double threshold, bool is_causal, std::optional<double> scale, std::string mass,
+      std::string score, int64_t num_samples) {
     Backend::require("select_blocks", q);
     SelectBlocksParams params{};
     Problem& problem = params.problem;
@@ -156,7 +155,7 @@ struct StageOps {
     params.scale = check_scale(scale, problem.head_dim);
     params.is_causal = is_causal;
     params.is_mass_causal = check_choice("mass", mass, "earlier", "causal");
-    check_score(score);
+    params.num_samples = check_samples(score, num_samples, block_size);
     params.q = const_rows(q);
     params.k = const_rows(k);
     params.k_mean = k_mean.const_data_ptr<float>();
@@ -221,7 +220,8 @@ struct StageOps {
                           std::optional<double> scale, int64_t block_size,
                           std::optional<int64_t> kv_block_size, int64_t segment_size,
                           double threshold, std::string permute_per,
-                          std::optional<int64_t> num_heavy, std::string mass, std::string score) {
+                          std::optional<int64_t> num_heavy, std::string mass, std::string score,
+                          int64_t num_samples) {
     Backend::require("attention", q);
     // Everything is checked before the first stage starts, so that no error comes late.
     const Problem problem = check_query_key(q, k);
@@ -229,8 +229,8 @@ struct StageOps {
     check_num_heavy(num_heavy);
     check_threshold(threshold);
     check_choice("mass", mass, "earlier", "causal");
-    check_score(score);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
+    check_samples(score, num_samples, block_size);
     Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
@@ -239,9 +239,15 @@ struct StageOps {
         k, v, perm, blocking.kv_block_size, num_candidate_rows(problem, blocking, is_causal));
     const auto [block_mask, counts] =
         select_blocks(q, k, k_mean, perm, block_size, kv_block_size, segment_size, threshold,
-                      is_causal, scale, mass, score);
+                      is_causal, scale, mass, score, num_samples);
     return std::get<0>(attend(q, k, v, k_perm, v_perm, block_mask, block_size, kv_block_size,
                               segment_size, is_causal, scale));
+  }
+
+  static int64_t check_samples(const std::string& score, int64_t num_samples, int64_t block_size) {
+    const int64_t checked = check_score(score, num_samples, block_size);
+    if (checked > 0) Backend::require_sampled_score();
+    return checked;
   }
 
   // Permuted keys that any query block may select: those of the last one.

@@ -50,6 +50,9 @@ def add_config(group, has_threshold=True):
     add_choice(
         group, "--mass", ("earlier", "causal"), default.mass, "what the threshold is a share of"
     )
+    add_choice(group, "--score", ("mean", "sampled"), default.score, "how blocks are scored")
+    words = "queries of a block that --score sampled takes"
+    add_value(group, "--num-samples", "N", default.num_samples, words)
 
 
 def add_value(parser, name, metavar, default, words, **options):
@@ -75,6 +78,8 @@ def read_config(args):
             permute_per=args.permute_per,
             num_heavy=args.num_heavy,
             mass=args.mass,
+            score=args.score,
+            num_samples=args.num_samples,
         )
     except ValueError as error:
         raise demo.DemoError(str(error)) from error

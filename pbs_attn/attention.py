@@ -105,5 +105,6 @@ def select(
         scale=scale,
         mass=config.mass,
         score=config.score,
+        num_samples=config.num_samples,
     )
     return Selection(scores, perm, k_perm, v_perm, k_mean, block_mask, counts)

@@ -31,7 +31,11 @@ class PBSConfig:
         mass: what ``threshold`` is a share of: ``"earlier"``, the mass of the segments before the
             query block's own (the paper), or ``"causal"``, all causal mass, the own segment's
             counted first.
-        score: how blocks are scored; ``"mean"``, the product of mean query and mean key.
+        score: how blocks are scored: ``"mean"``, the product of mean query and mean key (the
+            paper), or ``"sampled"``, the attention of a few queries of the block to every key, by
+            key block (CPU only so far).
+        num_samples: queries of a block that ``"sampled"`` takes, evenly spaced; up to
+            ``block_size``.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -44,7 +48,8 @@ class PBSConfig:
     permute_per: Literal["kv_head", "query_head"] = "kv_head"
     num_heavy: int | None = None
     mass: Literal["earlier", "causal"] = "earlier"
-    score: Literal["mean"] = "mean"
+    score: Literal["mean", "sampled"] = "mean"
+    num_samples: int = 8
 
     def __post_init__(self) -> None:
         _check_choice("block_size", self.block_size, BLOCK_SIZES)
@@ -62,7 +67,12 @@ class PBSConfig:
             raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
         _check_choice("permute_per", self.permute_per, ("kv_head", "query_head"))
         _check_choice("mass", self.mass, ("earlier", "causal"))
-        _check_choice("score", self.score, ("mean",))
+        _check_choice("score", self.score, ("mean", "sampled"))
+        if not 1 <= self.num_samples <= self.block_size:
+            raise ValueError(
+                f"num_samples must lie in [1, block_size ({self.block_size})], "
+                f"got {self.num_samples}"
+            )
 
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:

@@ -76,6 +76,7 @@ def _(
     scale=None,
     mass="earlier",
     score="mean",
+    num_samples=8,
 ):
     _check_one_device(q, k, k_mean, perm)
     shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
@@ -117,6 +118,7 @@ def _(
     num_heavy=None,
     mass="earlier",
     score="mean",
+    num_samples=8,
 ):
     _check_one_device(q, k, v)
     return torch.empty_like(q)

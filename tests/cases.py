@@ -27,6 +27,8 @@ class Case(NamedTuple):
     mass: str = "earlier"
     threshold: float = 0.9
     strides: str = "contiguous"
+    score: str = "mean"
+    num_samples: int = 8
 
     def options(self, *names):
         return {name: getattr(self, name) for name in names}
@@ -103,7 +105,7 @@ def run_stages(case, q, k, v):
     scores = ops.score_keys(q, k, **scoring)
     perm = ops.sort_segments(scores, **case.options("segment_size", "num_heavy"))
     k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
-    selection = {**case.options("threshold", "mass"), **case.sizes}
+    selection = {**case.options("threshold", "mass", "score", "num_samples"), **case.sizes}
     words, counts = ops.select_blocks(q, k, k_mean, perm, **selection)
     out, lse = ops.attend(q, k, v, k_perm, v_perm, words, **case.sizes)
     return Outputs(scores, perm, k_perm, v_perm, k_mean, words, counts, out, lse)

@@ -84,12 +84,16 @@ def select_blocks(
     scale=None,
     mass="earlier",
     score="mean",
+    num_samples=8,
 ):
     """Algorithm 2 (Appendix D.1): bool mask (B, Hq, num_q_blocks, num_kv_blocks) and its counts."""
-    assert score == "mean"
     layout = Layout(q.shape[2], k.shape[2], block_size, kv_block_size, segment_size, is_causal)
     candidate, _ = block_roles(layout)
-    candidate_mass, own_mass = block_mass(q, k, k_mean, layout, scale=scale, mass=mass)
+    if score == "sampled":
+        masses = sampled_mass(q, k, perm, layout, num_samples, scale=scale, mass=mass)
+    else:
+        masses = block_mass(q, k, k_mean, layout, scale=scale, mass=mass)
+    candidate_mass, own_mass = masses
 
     largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
     reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
@@ -135,6 +139,7 @@ def attention(
     num_heavy=None,
     mass="earlier",
     score="mean",
+    num_samples=8,
 ):
     """The five stages in a row (Algorithm 1 with the queries left in place), like q."""
     scoring = {"scale": scale, "block_size": block_size, "segment_size": segment_size}
@@ -142,7 +147,7 @@ def attention(
     scores = score_keys(q, k, permute_per=permute_per, **scoring)
     perm = sort_segments(scores, segment_size=segment_size, num_heavy=num_heavy)
     k_mean = permute_kv(k, v, perm, kv_block_size=kv_block_size or block_size)[2]
-    selection = {"threshold": threshold, "mass": mass, "score": score}
+    selection = {"threshold": threshold, "mass": mass, "score": score, "num_samples": num_samples}
     mask, _ = select_blocks(q, k, k_mean, perm, **selection, **common)
     return attend(q, k, v, perm, mask, **common)[0]
 
@@ -182,6 +187,49 @@ def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
     share = torch.cat([permuted, original], -1).softmax(-1)
     candidate_share, own_share = share.nan_to_num(0.0).chunk(2, -1)  # NaN: a row without any block
     return candidate_share, own_share.sum(-1)
+
+
+def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier"):
+    """As `block_mass`, from single queries: of each block num_samples, or all if it has fewer, the
+    i-th at the end of the i-th of so many equal parts. Each weighs every key it may see, one by
+    one; a block's share is the sum over its keys, and the mean over the samples."""
+    num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
+    candidate, own = block_roles(layout)
+    width = kv_block_size or block_size
+    if perm is None:
+        perm = torch.arange(num_keys).expand(*k.shape[:3])
+    keys = repeat_heads(k, q.shape[1]).double()
+    places = repeat_heads(perm, q.shape[1]).long()
+    candidate_share, own_share = [], []
+    for block_idx, rows in enumerate(torch.arange(num_queries).split(block_size)):
+        count = min(num_samples, len(rows))
+        rows = rows[(torch.arange(count) + 1) * len(rows) // count - 1]
+        position = num_keys - num_queries + rows
+        key = torch.arange(num_keys)
+        is_candidate = candidate[block_idx].repeat_interleave(width)[:num_keys]
+        is_own = own[block_idx].repeat_interleave(width)[:num_keys].expand(count, -1)
+        if is_causal:
+            is_own = is_own & (key <= position[:, None])
+        if mass == "earlier":
+            is_own = torch.zeros_like(is_own)
+        logits = scale_for(q, scale) * q[:, :, rows].double() @ keys.mT
+        permuted = logits.gather(-1, places[:, :, None].expand_as(logits))
+        permuted = permuted.masked_fill(~is_candidate, -torch.inf)
+        original = logits.masked_fill(~is_own, -torch.inf)
+        weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0).mean(2)
+        on_candidates, on_own = weights.split(num_keys, -1)
+        padded = F.pad(on_candidates, (0, -num_keys % width))
+        candidate_share.append(padded.unflatten(-1, (-1, width)).sum(-1))
+        own_share.append(on_own.sum(-1))
+    return torch.stack(candidate_share, 2), torch.stack(own_share, 2)
+
+
+def masses_of(case, q, k, k_mean, perm):
+    """`sampled_mass` or `block_mass`, as a case of the tests asks for."""
+    options = {"scale": case.scale, "mass": case.mass}
+    if case.score == "sampled":
+        return sampled_mass(q, k, perm, case.layout, case.num_samples, **options)
+    return block_mass(q, k, k_mean, case.layout, **options)
 
 
 def sink_block(perm, k_mean, num_heads, kv_block_size):

@@ -84,6 +84,8 @@ def test_last_dim_must_be_contiguous(position):
         ({"mass": "all"}, "mass must be .*got .all."),
         ({"permute_per": "head"}, "permute_per must be .*got .head."),
         ({"score": "max"}, "score must be .*got .max."),
+        ({"num_samples": 0}, r"num_samples must lie in \[1, .*128.*\], got 0"),
+        ({"num_samples": 129}, r"num_samples must lie in \[1, .*128.*\], got 129"),
     ],
 )
 def test_meaning(arguments, message):

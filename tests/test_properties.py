@@ -41,6 +41,8 @@ def cases(draw, **fixed):
         permute_per=draw(st.sampled_from(["kv_head", "query_head"])),
         num_heavy=draw(st.one_of(st.none(), st.integers(1, segment_size))),
         mass=draw(st.sampled_from(["earlier", "causal"])),
+        score=draw(st.sampled_from(["mean", "sampled"])),
+        num_samples=draw(st.integers(1, 32)),
         threshold=draw(st.floats(0.05, 0.999)),
     )
     return case._replace(**fixed)
@@ -119,7 +121,7 @@ def test_selected_set_is_the_smallest_that_reaches_the_threshold(case, seed):
     stages = run_stages(case, q, k, v)
     candidate, _ = ref.block_roles(case.layout)
     mask = ref.unpack_mask(stages.words, candidate.shape[-1])
-    masses = ref.block_mass(q, k, stages.k_mean, case.layout, scale=case.scale, mass=case.mass)
+    masses = ref.masses_of(case, q, k, stages.k_mean, stages.perm)
     sink = ref.sink_block(stages.perm, stages.k_mean, case.num_heads, case.kv_block)
     assert_smallest_set(mask, *masses, candidate, sink, case.threshold)
     assert torch.equal(stages.counts.long(), mask.sum(-1))
@@ -137,7 +139,7 @@ def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
 @few(case=cases(threshold=1.0), seed=seeds, dtype=dtypes)
 def test_threshold_1_is_dense_attention(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
     out = ops.attention(q, k, v, **options, **case.sizes)
     visible = torch.ones(case.num_queries, case.num_keys, dtype=torch.bool)
     if case.is_causal:
@@ -264,7 +266,7 @@ def test_bits_that_are_no_candidates_are_ignored(case, seed, dtype):
 @few(case=cases(), seed=seeds, dtype=dtypes)
 def test_attention_is_its_five_stages_bit_for_bit(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
     assert_same([ops.attention(q, k, v, **options, **case.sizes)], [run_stages(case, q, k, v).out])
 
 

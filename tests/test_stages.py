@@ -49,6 +49,17 @@ CASES = [
     Case(90, 1300, batch=1, num_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
     Case(260, 260, threshold=1.0, mass="causal", kv_block_size=64),
 ]
+SAMPLED = [
+    Case(300, 300, score="sampled"),
+    Case(331, 331, score="sampled", mass="causal", num_samples=3, strides="slice"),
+    Case(75, 301, score="sampled", permute_per="query_head", num_samples=32, strides="bnhd"),
+    Case(290, 290, score="sampled", mass="causal", kv_block_size=64, num_heavy=8),
+    Case(1, 259, score="sampled", block_size=64, mass="causal", num_samples=17, scale=0.3),
+    Case(77, 231, score="sampled", is_causal=False, mass="causal", kv_block_size=64),
+    Case(513, 513, batch=1, block_size=128, kv_block_size=32, segment_size=256, num_heavy=32,
+         score="sampled", mass="causal", num_samples=16),
+    Case(270, 270, head_dim=256, batch=1, score="sampled", block_size=64, segment_size=128),
+]  # fmt: skip
 WIDE = [
     Case(*lengths, head_dim=head_dim, batch=1, block_size=64, segment_size=128, strides=strides)
     for head_dim in (96, 128, 256)
@@ -59,7 +70,7 @@ every_case = pytest.mark.parametrize(
     ("case", "dtype"),
     [
         pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
-        for case, dtype in itertools.product(CASES + WIDE, DTYPES)
+        for case, dtype in itertools.product(CASES + SAMPLED + WIDE, DTYPES)
     ],
 )
 
@@ -93,9 +104,9 @@ def draw_stages(case, dtype, seed):
     scores = ref.score_keys(q, k, **options)
     perm = ref.sort_segments(scores, **case.options("segment_size", "num_heavy"))
     k_perm, v_perm, k_mean = ref.permute_kv(k, v, perm, kv_block_size=case.kv_block)
-    options = case.options("threshold", "mass")
+    options = case.options("threshold", "mass", "score", "num_samples")
     mask, _ = ref.select_blocks(q, k, k_mean, perm, **options, **case.sizes)
-    masses = ref.block_mass(q, k, k_mean, case.layout, scale=case.scale, mass=case.mass)
+    masses = ref.masses_of(case, q, k, k_mean, perm)
     is_settled = is_decided(*masses, case.threshold).all() and sorts_clearly(case, scores)
     return Stages(q, k, v, scores, perm, k_perm, v_perm, k_mean, mask), is_settled
 
@@ -187,7 +198,7 @@ def test_select_blocks(case, dtype):
     q, k, _, _, perm, _, _, k_mean, exact = stages_of(case, dtype)
     words = ref.pack_mask(exact)
     leave_ones_behind(words)
-    options = case.options("threshold", "mass")
+    options = case.options("threshold", "mass", "score", "num_samples")
     mask, counts = ops.select_blocks(q, k, k_mean.float(), perm.int(), **options, **case.sizes)
     assert mask.dtype == counts.dtype == torch.int32
     assert torch.equal(mask, words)
@@ -288,7 +299,7 @@ def test_attention(case, dtype):
     """All five in one call: the same keys are visited, and the output on them is right."""
     stages = stages_of(case, dtype)
     q, k, v = stages[:3]
-    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
     exact = ref.attention(q, k, v, **options, **case.sizes)
     leave_ones_behind(q)
     out = ops.attention(q, k, v, **options, **case.sizes)

@@ -43,7 +43,9 @@ void softmax_base2(float* logits, int64_t n) {
 }  // namespace
 
 int64_t select_scratch(const SelectBlocksParams& params) {
-  return num_mass_entries(params) + 3 * params.problem.head_dim;
+  const int64_t others =
+      params.num_samples > 0 ? sampled_scratch(params) : 3 * params.problem.head_dim;
+  return num_mass_entries(params) + others;
 }
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {
@@ -59,6 +61,10 @@ void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) 
       query_block(item % num_q_blocks, problem.num_q, problem.num_kv, blocking.block_size,
                   blocking.kv_block_size, blocking.segment_size, params.is_causal);
 
+  if (params.num_samples > 0) {
+    sampled_mass(params, block, b, hq, scratch, scratch + num_mass_entries(params));
+    return;
+  }
   float* logits = scratch;
   float* q_mean = scratch + num_mass_entries(params);
   float* own_mean = q_mean + problem.head_dim;

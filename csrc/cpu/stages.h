@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "pbs/geometry.h"
 
 namespace pbs::cpu::PBS_CPU_ARCH {
 
@@ -15,6 +16,10 @@ int64_t permute_scratch(const PermuteKVParams& params);
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch);
 int64_t select_scratch(const SelectBlocksParams& params);
+// block_mass by a few queries of the block; `mass` (num_mass_entries).
+void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
+                  float* mass, float* scratch);
+int64_t sampled_scratch(const SelectBlocksParams& params);
 
 void attend_block(const AttendParams& params, int64_t item, float* scratch);
 int64_t attend_scratch(const AttendParams& params);

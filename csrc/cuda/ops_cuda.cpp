@@ -105,6 +105,8 @@ struct CudaBackend {
 #endif
   }
 
+  static void require_sampled_score() { fail("score must be \"mean\" on CUDA, got \"sampled\""); }
+
   static void check_attention([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& k,
                               [[maybe_unused]] const Tensor& v, [[maybe_unused]] float scale,
                               [[maybe_unused]] const Problem& problem,

@@ -227,8 +227,12 @@ inline bool check_choice(const char* name, const std::string& value, const char*
   fail(name, " must be \"", first, "\" or \"", second, "\", got \"", value, "\"");
 }
 
-inline void check_score(const std::string& score) {
-  if (score != "mean") fail("score must be \"mean\", got \"", score, "\"");
+// The queries of a block that score key by key; 0 for score "mean".
+inline int64_t check_score(const std::string& score, int64_t num_samples, int64_t block_size) {
+  if (num_samples < 1 || num_samples > block_size) {
+    fail("num_samples must lie in [1, ", block_size, "], got ", num_samples);
+  }
+  return check_choice("score", score, "mean", "sampled") ? num_samples : 0;
 }
 
 inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {

@@ -42,7 +42,7 @@ def unpermuted(config: PBSConfig) -> Attention:
         _, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=config.key_block_size)
         mask, _ = ops.select_blocks(
             q, k, k_mean, None, threshold=config.threshold, scale=scale, mass=config.mass,
-            score=config.score, **block_sizes(config),
+            score=config.score, num_samples=config.num_samples, **block_sizes(config),
         )  # fmt: skip
         return _attend(q, k, v, k, v, mask, scale, config)
 
