@@ -155,7 +155,7 @@ struct StageOps {
     params.scale = check_scale(scale, problem.head_dim);
     params.is_causal = is_causal;
     params.is_mass_causal = check_choice("mass", mass, "earlier", "causal");
-    params.num_samples = check_samples(score, num_samples, block_size);
+    params.num_samples = static_cast<int32_t>(check_samples(score, num_samples, block_size));
     params.q = const_rows(q);
     params.k = const_rows(k);
     params.k_mean = k_mean.const_data_ptr<float>();

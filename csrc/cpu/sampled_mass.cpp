@@ -36,7 +36,7 @@ int64_t sample_row(const QueryBlock& block, int64_t count, int64_t sample_idx) {
 Samples carve(const SelectBlocksParams& params, const QueryBlock& block, float* scratch) {
   const int64_t head_dim = params.problem.head_dim;
   Samples samples{};
-  samples.count = smaller(params.num_samples, block.num_rows);
+  samples.count = smaller(static_cast<int64_t>(params.num_samples), block.num_rows);
   samples.padded = padded_rows(samples.count);
   samples.queries = scratch;
   samples.keys = samples.queries + head_dim * max_padded(params);

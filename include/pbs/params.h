@@ -95,7 +95,7 @@ struct SelectBlocksParams {
   double threshold;
   bool is_causal;
   bool is_mass_causal;   // the own segment's mass counts towards the threshold
-  int64_t num_samples;   // queries of a block that score key by key; 0: its mean scores mean keys
+  int32_t num_samples;   // queries of a block that score key by key; 0: its mean scores mean keys
   ConstRows q;           // (B, Hq, Nq, D)
   ConstRows k;           // (B, Hkv, Nkv, D)
   const float* k_mean;   // (B, Hp, num_kv_blocks, D)
