@@ -73,6 +73,12 @@ def says(text, value):
     return float(text) == pytest.approx(value, abs=0.5001 * 10.0**-digits)
 
 
+def assert_says(said, row, columns):
+    """The cells of a line of a table against the columns of a row of a CSV, by their names."""
+    for column, name in columns.items():
+        assert says(said[column], float(row[name])), (said, column)
+
+
 def read(name):
     with (RESULTS / name).open() as file:
         return list(csv.DictReader(file))
@@ -95,8 +101,7 @@ def test_operator_table():
     rows = read("pipeline_h200.csv")
     for said in table_with(columns):
         row = find(rows, tokens=said["tokens"], permute_per="kv_head")
-        for column, name in columns.items():
-            assert says(said[column], float(row[name])), (said["tokens"], column)
+        assert_says(said, row, columns)
         assert float(row["fa4_dense_ms"]) <= float(row["cudnn_dense_ms"])
 
 
@@ -241,6 +246,4 @@ def test_prefill_table():
     found = table_with(columns)
     assert len(found) == len(rows)
     for said in found:
-        row = find(rows, tokens=said["tokens"])
-        for column, name in columns.items():
-            assert says(said[column], float(row[name])), (said["tokens"], column)
+        assert_says(said, find(rows, tokens=said["tokens"]), columns)

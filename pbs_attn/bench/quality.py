@@ -191,14 +191,18 @@ def _change(config: PBSConfig, changes: str) -> PBSConfig:
     """With fields replaced, as "kv_block_size=32,mass=causal" says."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     types |= {"kv_block_size": int, "num_heavy": int}  # both None by default
+    pairs = [change.partition("=") for change in changes.split(",")]
+    unknown = [name for name, _, _ in pairs if name not in types]
     try:
-        pairs = [change.split("=") for change in changes.split(",")]
-        return dataclasses.replace(config, **{name: types[name](text) for name, text in pairs})
-    except (KeyError, ValueError) as error:
-        known = ", ".join((GIVEN, *SETTINGS))
-        raise BenchError(
-            f"--settings must be {known} or FIELD=VALUE,..., got {changes}: {error}"
-        ) from error
+        if not unknown:
+            return dataclasses.replace(
+                config, **{name: types[name](text) for name, _, text in pairs}
+            )
+        reason = f"PBSConfig has no {unknown[0]}"
+    except ValueError as error:
+        reason = str(error)
+    known = ", ".join((GIVEN, *SETTINGS))
+    raise BenchError(f"--settings must be {known} or FIELD=VALUE,..., got {changes}: {reason}")
 
 
 def _least_tokens(configs: dict[str, PBSConfig]) -> int:
