@@ -29,6 +29,7 @@ from .report import (
     RowFile,
     as_table,
     check_outputs,
+    check_shares,
     require_packages,
     say_where,
 )
@@ -118,8 +119,7 @@ def _check(options: Options) -> None:
             raise BenchError(f"--tokens must be multiples of {BLOCK} from 512 on, got {tokens}")
     if not (options.tokens or options.activations or options.uneven):
         raise BenchError("--tokens must name a length where there are no --activations")
-    if not options.densities or not all(0 < density <= 1 for density in options.densities):
-        raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
+    check_shares("--densities", options.densities)
     if options.rounds < 1:
         raise BenchError(f"--rounds must be positive, got {options.rounds}")
     check_activations(options.activations, [SHAPES[options.preset]])

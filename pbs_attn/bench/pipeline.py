@@ -34,6 +34,7 @@ from .report import (
     Row,
     RowFile,
     as_table,
+    check_densities,
     check_outputs,
     require_packages,
     say_where,
@@ -132,12 +133,7 @@ def _check(options: Options) -> None:
         raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
     if not (options.tokens or options.activations):
         raise BenchError("--tokens must name a length where there are no --activations")
-    if options.densities is not None:
-        given, lengths = len(options.densities), len(options.tokens)
-        if given != lengths:
-            raise BenchError(f"--densities must be as many as --tokens, got {given} for {lengths}")
-        if not all(0 < density <= 1 for density in options.densities):
-            raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
+    check_densities(options.densities, options.tokens)
     if options.rounds < 1:
         raise BenchError(f"--rounds must be positive, got {options.rounds}")
     check_activations(options.activations, [SHAPES[preset] for preset in options.presets])

@@ -28,6 +28,7 @@ from .report import (
     Row,
     RowFile,
     as_table,
+    check_densities,
     check_outputs,
     require_packages,
     say_where,
@@ -131,15 +132,11 @@ def _check(options: Options) -> None:
     least = 2 * PBSConfig().segment_size
     if not options.tokens or min(options.tokens) < least:
         raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
+    check_densities(options.densities, options.tokens)
     lengths = len(options.tokens)
-    if len(_densities(options)) != lengths:
-        given = len(options.densities)
-        raise BenchError(f"--densities must be as many as --tokens, got {given} for {lengths}")
     if len(_rounds(options)) != lengths:
         given = len(options.rounds)
         raise BenchError(f"--rounds must be one or as many as --tokens, got {given} for {lengths}")
-    if not all(0 < density <= 1 for density in _densities(options)):
-        raise BenchError(f"--densities must lie in (0, 1], got {list(options.densities)}")
     check_outputs([options.csv], [options.picture])
 
 

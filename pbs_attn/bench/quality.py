@@ -27,6 +27,7 @@ from .report import (
     Row,
     RowFile,
     check_outputs,
+    check_shares,
     require_packages,
     say_where,
 )
@@ -168,8 +169,7 @@ def _check(options: Options) -> None:
     if not lengths or not least // 2 <= min(lengths) <= max(lengths) <= options.tokens:
         rule = f"lie between {least // 2} and --tokens"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
-    if not options.thresholds or not all(0 < t <= 1 for t in options.thresholds):
-        raise BenchError(f"--thresholds must lie in (0, 1], got {list(options.thresholds)}")
+    check_shares("--thresholds", options.thresholds)
     if options.depths < 1:
         raise BenchError(f"--depths must be positive, got {options.depths}")
     files = [options.csv, options.heads_csv], [options.picture, options.heads_picture]

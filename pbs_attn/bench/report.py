@@ -65,6 +65,23 @@ def check_outputs(files: Sequence[str | None], pictures: Sequence[str | None]) -
         require_packages("matplotlib")
 
 
+def check_shares(option: str, values: Sequence[float]) -> None:
+    """Raises BenchError unless there are some, all of them in (0, 1]."""
+    if not values or not all(0 < value <= 1 for value in values):
+        raise BenchError(f"{option} must lie in (0, 1], got {list(values)}")
+
+
+def check_densities(densities: Sequence[float] | None, tokens: Sequence[int]) -> None:
+    """Raises BenchError unless there is one a length, or None for the default of each."""
+    if densities is None:
+        return
+    if len(densities) != len(tokens):
+        given, lengths = len(densities), len(tokens)
+        raise BenchError(f"--densities must be as many as --tokens, got {given} for {lengths}")
+    if tokens:
+        check_shares("--densities", densities)
+
+
 def say_where(files: Sequence[str | None]) -> None:
     """Names on stderr what was written."""
     written = " and ".join(filter(None, files))
