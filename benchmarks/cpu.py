@@ -8,6 +8,7 @@ All contestants run in one process, interleaved, on the same threads; each row h
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import pbs_attn
 from pbs_attn import PBSConfig, _environment
 from pbs_attn.bench.layers import dense_attention
+from pbs_attn.bench.stages import paper_with
 from pbs_attn.bench.timing import interleaved_medians, wall_clock
 
 TARGET = 1.3  # whole op <= TARGET * density * dense
@@ -67,8 +69,8 @@ def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
 
 
 def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, object]:
-    config = PBSConfig(
-        threshold=threshold, kv_block_size=args.kv_block_size, permute_per=args.permute_per
+    config = dataclasses.replace(
+        paper_with(args.kv_block_size), threshold=threshold, permute_per=args.permute_per
     )
     q, k, v = (
         t.to(getattr(torch, args.dtype))

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from pbs_attn import PBSConfig, _environment, mask_to_bool
+from pbs_attn import _environment, mask_to_bool
 from pbs_attn.bench.pipeline import as_text, by_stage, extra_gib, stage_columns
-from pbs_attn.bench.stages import STAGES, Pipeline, heavy_hitters, reach
+from pbs_attn.bench.stages import STAGES, Pipeline, heavy_hitters, paper_with, reach
 from pbs_attn.bench.timing import cuda_events, wall_clock
 
 CHECKS = ("output", "importance", "selection")
@@ -203,7 +203,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 def warm_up(args: argparse.Namespace) -> None:
     for permute_per in args.permute_per:
         tensors = heavy_hitters(2048, args.q_heads, args.kv_heads, args.device)
-        pipeline = Pipeline(*tensors, PBSConfig(), permute_per)
+        pipeline = Pipeline(*tensors, paper_with(128), permute_per)
         pipeline.set_threshold(0.9)
         for name in (*STAGES, "attention"):
             getattr(pipeline, name)()
@@ -213,7 +213,7 @@ def measure(
     args: argparse.Namespace, tensors, permute_per: str, kv_block_size: int
 ) -> dict[str, str]:
     """A row; prints its times before the checks, which may end the run."""
-    pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
+    pipeline = Pipeline(*tensors, paper_with(kv_block_size), permute_per)
     density = reach(pipeline, args.density)
     values = {
         "tokens": args.tokens,

@@ -50,6 +50,7 @@ function(pbs_add_cuda_kernels target)
   list(JOIN cutlass_version "." cutlass_version)
   add_library(pbs_cuda OBJECT csrc/cuda/score_keys/score_keys.cu csrc/cuda/sort_segments.cu
                               csrc/cuda/permute_kv.cu csrc/cuda/tma.cu csrc/cuda/select_blocks/select_blocks.cu
+                              csrc/cuda/select_sampled/select_sampled.cu
                               csrc/cuda/attend/attend.cu
                               csrc/cuda/attend/order.cu csrc/cuda/attend/attend_d64.cu
                               csrc/cuda/attend/attend_d96.cu csrc/cuda/attend/attend_d128.cu

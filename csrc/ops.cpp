@@ -1,4 +1,5 @@
-// Every operator of torch.ops.pbs, by stage. docs/ops.md explains the arguments.
+// Every operator of torch.ops.pbs, by stage. docs/ops.md explains the arguments. The stages' own
+// defaults are the paper's choices, those of the whole are PBSConfig's.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pbs, m) {
@@ -10,10 +11,10 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "permute_kv(Tensor k, Tensor v, Tensor perm, *, int kv_block_size=128) "
       "-> (Tensor k_perm, Tensor v_perm, Tensor k_mean)");
   m.def(
-      "select_blocks(Tensor q, Tensor k, Tensor k_mean, Tensor? perm=None, *, int block_size=128, "
-      "int? kv_block_size=None, int segment_size=256, float threshold=0.9, bool is_causal=True, "
+      "select_blocks(Tensor q, Tensor k, Tensor k_mean, Tensor? perm=None, Tensor? k_perm=None, *, "
+      "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, bool is_causal=True, "
       "float? scale=None, str mass=\"earlier\", str score=\"mean\", "
-      "int num_samples=8) "
+      "int num_samples=16) "
       "-> (Tensor block_mask, Tensor counts)");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor k_perm, Tensor v_perm, Tensor block_mask, *, "
@@ -21,7 +22,7 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "float? scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
-      "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, "
-      "str permute_per=\"kv_head\", int? num_heavy=None, str mass=\"earlier\", "
-      "str score=\"mean\", int num_samples=8) -> Tensor");
+      "int block_size=128, int? kv_block_size=32, int segment_size=256, float threshold=0.9, "
+      "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"causal\", "
+      "str score=\"sampled\", int num_samples=16) -> Tensor");
 }

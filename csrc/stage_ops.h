@@ -2,9 +2,8 @@
 //
 // A Backend has one static function per stage, named after it, that takes the params and the
 // tensor whose device it runs on; require(stage, tensor), which throws when this build or this
-// device cannot run the stage; require_sampled_score(), likewise for score="sampled"; and
-// check_attention, which throws for inputs of the whole operator that one of its stages would
-// refuse.
+// device cannot run the stage; and check_attention, which throws for inputs of the whole operator
+// that one of its stages would refuse.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -124,9 +123,9 @@ struct StageOps {
 
   static std::tuple<Tensor, Tensor> select_blocks(
       const Tensor& q, const Tensor& k, const Tensor& k_mean, std::optional<Tensor> perm,
-      int64_t block_size, std::optional<int64_t> kv_block_size, int64_t segment_size,
-      double threshold, bool is_causal, std::optional<double> scale, std::string mass,
-      std::string score, int64_t num_samples) {
+      std::optional<Tensor> k_perm, int64_t block_size, std::optional<int64_t> kv_block_size,
+      int64_t segment_size, double threshold, bool is_causal, std::optional<double> scale,
+      std::string mass, std::string score, int64_t num_samples) {
     Backend::require("select_blocks", q);
     SelectBlocksParams params{};
     Problem& problem = params.problem;
@@ -155,9 +154,18 @@ struct StageOps {
     params.scale = check_scale(scale, problem.head_dim);
     params.is_causal = is_causal;
     params.is_mass_causal = check_choice("mass", mass, "earlier", "causal");
-    params.num_samples = static_cast<int32_t>(check_samples(score, num_samples, block_size));
+    params.num_samples = static_cast<int32_t>(check_score(score, num_samples, block_size));
     params.q = const_rows(q);
     params.k = const_rows(k);
+    params.k_perm = params.k;
+    if (k_perm.has_value()) {
+      check_permuted("k_perm", *k_perm, k, problem);
+      check_size("k_perm", *k_perm, 1, problem.num_perm_heads, "heads of k_mean");
+      params.k_perm = const_rows(*k_perm);
+    } else if (params.num_samples > 0) {
+      if (perm.has_value()) fail("k_perm must be given with perm where score is \"sampled\"");
+      problem.num_perm_heads = problem.num_kv_heads;  // of the keys as they are
+    }
     params.k_mean = k_mean.const_data_ptr<float>();
 
     const int64_t num_q_blocks = ceil_div(problem.num_q, block_size);
@@ -230,24 +238,18 @@ struct StageOps {
     check_threshold(threshold);
     check_choice("mass", mass, "earlier", "causal");
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
-    check_samples(score, num_samples, block_size);
-    Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking);
+    const int64_t samples = check_score(score, num_samples, block_size);
+    Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking, samples);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
     const Tensor perm = sort_segments(scores, segment_size, num_heavy);
     const auto [k_perm, v_perm, k_mean] = permute_first_rows(
         k, v, perm, blocking.kv_block_size, num_candidate_rows(problem, blocking, is_causal));
     const auto [block_mask, counts] =
-        select_blocks(q, k, k_mean, perm, block_size, kv_block_size, segment_size, threshold,
-                      is_causal, scale, mass, score, num_samples);
+        select_blocks(q, k, k_mean, perm, k_perm, block_size, kv_block_size, segment_size,
+                      threshold, is_causal, scale, mass, score, num_samples);
     return std::get<0>(attend(q, k, v, k_perm, v_perm, block_mask, block_size, kv_block_size,
                               segment_size, is_causal, scale));
-  }
-
-  static int64_t check_samples(const std::string& score, int64_t num_samples, int64_t block_size) {
-    const int64_t checked = check_score(score, num_samples, block_size);
-    if (checked > 0) Backend::require_sampled_score();
-    return checked;
   }
 
   // Permuted keys that any query block may select: those of the last one.

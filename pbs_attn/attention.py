@@ -97,6 +97,7 @@ def select(
         key,
         k_mean,
         perm,
+        k_perm,
         block_size=config.block_size,
         kv_block_size=config.kv_block_size,
         segment_size=config.segment_size,

@@ -13,17 +13,17 @@ HEAD_DIMS = (64, 96, 128, 256)
 class PBSConfig:
     """How keys are ordered and which blocks of them are visited.
 
-    The defaults are those of the paper (arXiv 2510.21270, section 4.1), except that query heads
-    which share a KV head also share its permutation; ``PBSConfig.paper()`` restores the paper's
-    choice.
+    The defaults are those of :meth:`balanced`; :meth:`paper` has the choices of the paper (arXiv
+    2510.21270, section 4.1).
 
     Attributes:
         block_size: rows of a query block: 32, 64 or 128.
-        kv_block_size: rows of a key block: 32, 64 or 128; None takes ``block_size``.
+        kv_block_size: rows of a key block: 32, 64 or 128; None takes ``block_size`` (the paper).
         segment_size: keys are reordered only inside segments of this many rows; a multiple of
             both block sizes.
-        threshold: share of the attention mass, estimated per query block, that the selected key
-            blocks must reach, in (0, 1]. 1 visits everything.
+        threshold: share of the mass, estimated per query block, that the selected key blocks must
+            reach, in (0, 1]. 1 visits everything. Shares of different scores mean different
+            things.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important
@@ -31,25 +31,25 @@ class PBSConfig:
         mass: what ``threshold`` is a share of: ``"earlier"``, the mass of the segments before the
             query block's own (the paper), or ``"causal"``, all causal mass, the own segment's
             counted first.
-        score: how blocks are scored: ``"mean"``, the product of mean query and mean key (the
-            paper), or ``"sampled"``, the attention of a few queries of the block to every key, by
-            key block (CPU only so far).
+        score: how blocks are scored: ``"sampled"``, by the largest share of its attention that any
+            of a few queries of the block gives to the key block; or ``"mean"``, by the product of
+            mean query and mean key (the paper).
         num_samples: queries of a block that ``"sampled"`` takes, evenly spaced; up to
-            ``block_size``.
+            ``block_size``, and to 64 on CUDA.
 
     Raises:
         ValueError: if a value is outside its range.
     """
 
     block_size: int = 128
-    kv_block_size: int | None = None
+    kv_block_size: int | None = 32
     segment_size: int = 256
     threshold: float = 0.9
     permute_per: Literal["kv_head", "query_head"] = "kv_head"
-    num_heavy: int | None = None
-    mass: Literal["earlier", "causal"] = "earlier"
-    score: Literal["mean", "sampled"] = "mean"
-    num_samples: int = 8
+    num_heavy: int | None = 32
+    mass: Literal["earlier", "causal"] = "causal"
+    score: Literal["mean", "sampled"] = "sampled"
+    num_samples: int = 16
 
     def __post_init__(self) -> None:
         _check_choice("block_size", self.block_size, BLOCK_SIZES)
@@ -76,8 +76,31 @@ class PBSConfig:
 
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:
-        """The paper's own setting: a permutation per query head, full sort, earlier mass."""
-        return cls(threshold=threshold, permute_per="query_head")
+        """The paper's own choices: an order per query head, a full sort, key blocks as long as query
+        blocks, mean scores, and a threshold on the mass of earlier segments."""
+        return cls(
+            kv_block_size=None,
+            threshold=threshold,
+            permute_per="query_head",
+            num_heavy=None,
+            mass="earlier",
+            score="mean",
+        )
+
+    @classmethod
+    def fast(cls) -> PBSConfig:
+        """Fewer visited keys than :meth:`balanced`."""
+        return cls(threshold=0.8)
+
+    @classmethod
+    def balanced(cls) -> PBSConfig:
+        """The default."""
+        return cls()
+
+    @classmethod
+    def accurate(cls) -> PBSConfig:
+        """More visited keys than :meth:`balanced`."""
+        return cls(threshold=0.95)
 
     @property
     def key_block_size(self) -> int:

@@ -67,6 +67,7 @@ def _(
     k,
     k_mean,
     perm=None,
+    k_perm=None,
     *,
     block_size=128,
     kv_block_size=None,
@@ -76,9 +77,9 @@ def _(
     scale=None,
     mass="earlier",
     score="mean",
-    num_samples=8,
+    num_samples=16,
 ):
-    _check_one_device(q, k, k_mean, perm)
+    _check_one_device(q, k, k_mean, perm, k_perm)
     shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
 
@@ -111,14 +112,14 @@ def _(
     is_causal=True,
     scale=None,
     block_size=128,
-    kv_block_size=None,
+    kv_block_size=32,
     segment_size=256,
     threshold=0.9,
     permute_per="kv_head",
-    num_heavy=None,
-    mass="earlier",
-    score="mean",
-    num_samples=8,
+    num_heavy=32,
+    mass="causal",
+    score="sampled",
+    num_samples=16,
 ):
     _check_one_device(q, k, v)
     return torch.empty_like(q)

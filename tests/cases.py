@@ -106,6 +106,6 @@ def run_stages(case, q, k, v):
     perm = ops.sort_segments(scores, **case.options("segment_size", "num_heavy"))
     k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
     selection = {**case.options("threshold", "mass", "score", "num_samples"), **case.sizes}
-    words, counts = ops.select_blocks(q, k, k_mean, perm, **selection)
+    words, counts = ops.select_blocks(q, k, k_mean, perm, k_perm, **selection)
     out, lse = ops.attend(q, k, v, k_perm, v_perm, words, **case.sizes)
     return Outputs(scores, perm, k_perm, v_perm, k_mean, words, counts, out, lse)

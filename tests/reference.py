@@ -192,7 +192,8 @@ def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
 def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier"):
     """As `block_mass`, from single queries: of each block num_samples, or all if it has fewer, the
     i-th at the end of the i-th of so many equal parts. Each weighs every key it may see, one by
-    one; a block's share is the sum over its keys, and the mean over the samples."""
+    one, and a block by the sum over its keys; a block's mass is the largest that a sample gives it,
+    as a share of the sum over all blocks."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, own = block_roles(layout)
     width = kv_block_size or block_size
@@ -216,11 +217,12 @@ def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier")
         permuted = logits.gather(-1, places[:, :, None].expand_as(logits))
         permuted = permuted.masked_fill(~is_candidate, -torch.inf)
         original = logits.masked_fill(~is_own, -torch.inf)
-        weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0).mean(2)
-        on_candidates, on_own = weights.split(num_keys, -1)
-        padded = F.pad(on_candidates, (0, -num_keys % width))
-        candidate_share.append(padded.unflatten(-1, (-1, width)).sum(-1))
-        own_share.append(on_own.sum(-1))
+        weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
+        padded = F.pad(weights.unflatten(-1, (2, num_keys)), (0, -num_keys % width))
+        largest = padded.unflatten(-1, (-1, width)).sum(-1).amax(2)
+        share = (largest / largest.sum((-2, -1), keepdim=True)).nan_to_num(0.0)
+        candidate_share.append(share[:, :, 0])
+        own_share.append(share[:, :, 1].sum(-1))
     return torch.stack(candidate_share, 2), torch.stack(own_share, 2)
 
 

@@ -48,6 +48,24 @@ CASES = [
         BFLOAT16,
     ),
     (Case(600, 1500, head_dim=256, permute_per="query_head"), FLOAT16),
+    # Sampled scores: several units a CTA, the last of each head with fewer stacks than warpgroups.
+    (
+        Case(
+            1500,
+            1500,
+            num_heads=80,
+            num_kv_heads=10,
+            head_dim=128,
+            batch=2,
+            kv_block_size=64,
+            num_heavy=32,
+            mass="causal",
+            score="sampled",
+            num_samples=13,
+        ),
+        BFLOAT16,
+    ),
+    (Case(700, 1300, head_dim=256, is_causal=False, score="sampled", num_samples=32), FLOAT16),
 ]
 
 

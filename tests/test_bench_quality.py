@@ -211,17 +211,17 @@ def test_permutation_keeps_its_worth():
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],
-            "--settings must be given, paper, narrow or FIELD=VALUE,..., got threshold: "
+            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got threshold: "
             "could not convert string to float: ''",
         ),
         (
             ["--settings", "size=3"],
-            "--settings must be given, paper, narrow or FIELD=VALUE,..., got size=3: "
+            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got size=3: "
             "PBSConfig has no size",
         ),
         (
             ["--settings", "segment_size=100"],
-            "--settings must be given, paper, narrow or FIELD=VALUE,..., got segment_size=100: "
+            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got segment_size=100: "
             "segment_size must be a positive multiple of block_size (128), got 100",
         ),
         (["--picture", "x.gif"], "a picture must end in .png, .pdf, .svg, got x.gif"),

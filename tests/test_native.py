@@ -3,7 +3,9 @@
 import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -277,6 +279,184 @@ def test_select_tiles_keep_every_cta_busy(native, num_tokens, rows):
     tiles, _ = native.select_tiles(32, num_tokens, 128, False, 128, 128, 256)
     assert tiles.rows == rows
     assert tiles.num_slots >= 3  # 96 KiB
+
+
+class SampledCase(NamedTuple):
+    """Arguments of sampled_plan."""
+
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_perm_heads: int
+    num_q: int
+    num_kv: int
+    head_dim: int
+    block_size: int
+    kv_block_size: int
+    segment_size: int
+    is_causal: bool
+    is_mass_causal: bool
+    num_samples: int
+    num_sms: int
+
+    @property
+    def num_q_blocks(self):
+        return -(-self.num_q // self.block_size)
+
+
+@st.composite
+def sampled_cases(draw):
+    block_size, kv_block_size = (draw(st.sampled_from([32, 64, 128])) for _ in range(2))
+    num_kv_heads = draw(st.integers(1, 3))
+    num_q_heads = num_kv_heads * draw(st.integers(1, 5))
+    num_q = draw(st.integers(1, 2000))
+    return SampledCase(
+        draw(st.integers(1, 2)),
+        num_q_heads,
+        num_kv_heads,
+        draw(st.sampled_from([num_kv_heads, num_q_heads])),
+        num_q,
+        num_q + draw(st.integers(0, 2000)),
+        draw(st.sampled_from([64, 96, 128, 256])),
+        block_size,
+        kv_block_size,
+        max(block_size, kv_block_size) * draw(st.integers(1, 8)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(1, min(64, block_size))),
+        draw(st.integers(1, 150)),
+    )
+
+
+def stacks_of(native, case, plan, unit_idx):
+    """Head and query blocks of each stack of a unit, as unit_of and SampledUnit::stack
+    (select_sampled/walk.cuh) find them."""
+    perm_head, from_longest = divmod(unit_idx, plan.units_per_perm)
+    b, hp = divmod(perm_head, case.num_perm_heads)
+    first_stack = (plan.units_per_perm - 1 - from_longest) * native.sampled_warpgroups
+    last_stack = min(first_stack + native.sampled_warpgroups, plan.stacks_per_perm) - 1
+    stacks = []
+    for idx in range(first_stack, last_stack + 1):
+        hq = hp * plan.heads_per_perm + idx % plan.heads_per_perm
+        first = idx // plan.heads_per_perm * plan.blocks_per_stack
+        blocks = range(first, min(first + plan.blocks_per_stack, case.num_q_blocks))
+        stacks.append((b * case.num_q_heads + hq, blocks))
+    return stacks
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases())
+def test_sampled_rows_fill_a_stack(native, case):
+    plan = native.sampled_plan(*case)
+    assert plan.rows_per_block in (1, 2, 4, 8, 16, 32, 64)
+    assert plan.rows_per_block / 2 < case.num_samples <= plan.rows_per_block
+    assert plan.blocks_per_stack * plan.rows_per_block == native.stack_rows == 64
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases())
+def test_sampled_units_hold_every_query_block_once(native, case):
+    plan = native.sampled_plan(*case)
+    found = []
+    for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
+        stacks = stacks_of(native, case, plan, unit_idx)
+        assert stacks and all(blocks for _, blocks in stacks)
+        # One permutation, so that all stacks read the same keys.
+        assert len({head // plan.heads_per_perm for head, _ in stacks}) == 1
+        found += [(head, block_idx) for head, blocks in stacks for block_idx in blocks]
+    assert sorted(found) == list(
+        product(range(case.batch * case.num_q_heads), range(case.num_q_blocks))
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases(), random=st.randoms())
+def test_sampled_units_are_drawn_once(native, case, random):
+    """As SampledLoader draws them: each CTA first its own, then what the counter says."""
+    plan = native.sampled_plan(*case)
+    num_units = plan.units_per_perm * plan.num_perm_heads
+    assert 0 < plan.num_ctas <= case.num_sms
+    drawn = list(range(plan.num_ctas))  # of each CTA that is at work
+    counter = 0
+    found = []
+    while drawn:
+        cta = random.randrange(len(drawn))
+        if drawn[cta] < num_units:
+            found.append(drawn[cta])
+            drawn[cta] = plan.num_ctas + counter
+            counter += 1
+        else:
+            del drawn[cta]
+    assert sorted(found) == list(range(num_units))
+
+
+@settings(deadline=None, max_examples=500)
+@given(case=sampled_cases())
+def test_sampled_tables_hold_what_units_see(native, case):
+    plan = native.sampled_plan(*case)
+    tile_keys = native.sampled_tile_keys
+    sizes = (case.block_size, case.kv_block_size, case.segment_size)
+    blocks = [
+        native.query_block(idx, case.num_q, case.num_kv, *sizes, case.is_causal)
+        for idx in range(case.num_q_blocks)
+    ]
+    for unit_idx in range(plan.units_per_perm):
+        stacks = stacks_of(native, case, plan, unit_idx)
+        first, last = blocks[stacks[0][1][0]], blocks[stacks[-1][1][-1]]
+        if case.is_mass_causal:
+            assert -(-(last.own_end - first.own_begin) // tile_keys) <= plan.own_tiles
+        assert last.num_candidates * case.kv_block_size <= plan.candidate_tiles * tile_keys
+        # Masses are followed by zeros up to a multiple of four.
+        assert -(-last.num_candidates // 4) * 4 <= plan.mass_stride
+    if not case.is_mass_causal:
+        assert plan.own_tiles == 0
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=sampled_cases())
+def test_sampled_workspace_is_at_most_what_the_docs_say(native, case):
+    """docs/ops.md, Memory."""
+    plan = native.sampled_plan(*case)
+    num_tiles = plan.own_tiles + plan.candidate_tiles
+    # Two bytes for every 32 keys of each row.
+    assert native.table_bytes(plan) == 2 * num_tiles * native.stack_rows * 128 // 32
+    tables = native.sampled_tables * native.sampled_warpgroups * native.table_bytes(plan)
+    masses = native.select_warps * 4 * plan.mass_stride
+    assert native.sampled_workspace_bytes(plan) == plan.num_ctas * (tables + masses) + 4
+    # The kernel's vectors need every part to start at a multiple of 16 bytes.
+    assert native.table_bytes(plan) % 16 == plan.mass_stride * 4 % 16 == 0
+    rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
+    own_keys = min(case.num_kv, 128 // rows * case.block_size + case.segment_size)
+    num_tiles = math.ceil(case.num_kv / 128) + case.is_mass_causal * math.ceil(own_keys / 128)
+    num_kv_blocks = math.ceil(case.num_kv / case.kv_block_size)
+    documented = case.num_sms * (2048 * num_tiles + 112 * math.ceil(num_kv_blocks / 4)) + 4
+    assert native.sampled_workspace_bytes(plan) <= documented
+
+
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("num_perm_heads", [8, 32])
+def test_sampled_workspace_in_the_docs(native, num_perm_heads, mass):
+    def gib(num_tokens):
+        shape = (1, 32, 8, num_perm_heads, num_tokens, num_tokens, 128)
+        plan = native.sampled_plan(*shape, 128, 128, 256, True, mass == "causal", 16, 132)
+        return native.sampled_workspace_bytes(plan) / 2**30
+
+    text = " ".join((ROOT / "docs" / "ops.md").read_text().split())
+    assert f"{gib(131072):.2f} GiB at 131072 tokens and {gib(1048576):.2f} GiB at 1048576" in text
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
+    stages = native.sampled_key_stages(head_dim)
+    assert stages >= 2  # pairs of tiles are multiplied at once
+    queries = native.sampled_warpgroups * native.stack_rows
+    tiles = 2 * head_dim * (queries + stages * native.sampled_tile_keys)
+    weights = 4 * native.sampled_tables * queries
+    scratch = 4 * native.select_warps * native.sampled_cut_scratch
+    barriers = 8 * 2 * (stages + native.drawn_units + native.sampled_tables)
+    drawn = 4 * native.drawn_units
+    used = tiles + weights + scratch + drawn + barriers + native.swizzle_bytes
+    assert used <= native.shared_bytes_per_cta
 
 
 def test_capability(native):

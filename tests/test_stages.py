@@ -195,11 +195,12 @@ def test_permute_kv(case, dtype):
 
 @every_case
 def test_select_blocks(case, dtype):
-    q, k, _, _, perm, _, _, k_mean, exact = stages_of(case, dtype)
+    q, k, _, _, perm, k_perm, _, k_mean, exact = stages_of(case, dtype)
     words = ref.pack_mask(exact)
     leave_ones_behind(words)
     options = case.options("threshold", "mass", "score", "num_samples")
-    mask, counts = ops.select_blocks(q, k, k_mean.float(), perm.int(), **options, **case.sizes)
+    tensors = q, k, k_mean.float(), perm.int(), k_perm.to(dtype)
+    mask, counts = ops.select_blocks(*tensors, **options, **case.sizes)
     assert mask.dtype == counts.dtype == torch.int32
     assert torch.equal(mask, words)
     assert torch.equal(counts.long(), exact.sum(-1))

@@ -46,6 +46,8 @@ def random_case(seed):
         permute_per=rng.choice(["kv_head", "query_head"]),
         num_heavy=rng.choice([None, rng.randint(1, segment_size)]),
         mass=rng.choice(["earlier", "causal"]),
+        score=rng.choice(["mean", "sampled"]),
+        num_samples=rng.choice([1, 8, 16, rng.randint(1, min(block_size, 64))]),
         threshold=rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0]),
         strides=rng.choice(STRIDES),
     )
@@ -229,26 +231,92 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
     assert_smallest_set(words, *masses, candidate, sink, 0.9, eps=1e-4)
 
 
+# Sums of sampled weights are rounded to bfloat16.
+SAMPLED_EPS = 2**-8
+
+
 def assert_selection(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
     scoring = case.options("block_size", "segment_size", "scale", "permute_per")
     perm = ops.sort_segments(ops.score_keys(q, k, **scoring), segment_size=case.segment_size)
-    k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)[2]
+    k_perm, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
     candidate, _ = ref.block_roles(case.layout)
-    masses = ref.block_mass(q, k, k_mean, case.layout, scale=case.scale, mass=case.mass)
+    masses = ref.masses_of(case, q, k, k_mean, perm)
     sink = ref.sink_block(perm, k_mean, case.num_heads, case.kv_block)
-    options = {**case.options("threshold", "mass"), **case.sizes}
+    options = {**case.options("threshold", "mass", "score", "num_samples"), **case.sizes}
     poison(ref.pack_mask(candidate.expand(case.batch, case.num_heads, -1, -1)))
-    words, counts = ops.select_blocks(*to_gpu(case, q, k), k_mean.cuda(), perm.cuda(), **options)
+    q, k, k_perm = to_gpu(case, q, k, k_perm)
+    words, counts = ops.select_blocks(q, k, k_mean.cuda(), perm.cuda(), k_perm, **options)
     mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
-    assert_smallest_set(mask, *masses, candidate, sink, case.threshold, eps=1e-4)
+    eps = SAMPLED_EPS if case.score == "sampled" else 1e-4
+    assert_smallest_set(mask, *masses, candidate, sink, case.threshold, eps=eps)
     assert torch.equal(counts.cpu().long(), mask.sum(-1))
 
 
 @some
 @given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
 def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype):
+    if case.score == "sampled" and dtype == torch.float32:
+        dtype = torch.bfloat16
     assert_selection(case, seed, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "num_samples", "kv_block_size"),
+    [(64, 8, 32), (96, 5, 64), (128, 16, 32), (256, 64, 128)],
+)
+def test_sampled_score_takes_the_smallest_set(
+    head_dim, num_samples, kv_block_size, is_causal, mass, dtype
+):
+    """So many query blocks that a CTA works on several units of them."""
+    case = Case(
+        3900,
+        4100,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=64,
+        kv_block_size=kv_block_size,
+        segment_size=256,
+        num_heavy=32,
+        is_causal=is_causal,
+        mass=mass,
+        score="sampled",
+        num_samples=num_samples,
+    )
+    assert_selection(case, 0, dtype)
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+def test_sampled_score_of_growing_logits(factor):
+    """Logits that grow along the keys by hundreds of powers of two: shares stay right."""
+    case = Case(
+        1024, 1024, batch=1, block_size=128, kv_block_size=32, segment_size=256,
+        mass="causal", score="sampled", num_samples=16,
+    )  # fmt: skip
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=3)
+    ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > 900).float()
+    k[..., 0], q[..., 0] = ramp.bfloat16(), factor
+    k_mean = ref.block_mean(k.double(), 32)
+    options = {**case.options("mass", "score", "num_samples"), "threshold": 0.9, **case.sizes}
+    words, _ = ops.select_blocks(q.cuda(), k.cuda(), k_mean.float().cuda(), **options)
+    masses = ref.masses_of(case, q, k, k_mean, None)
+    candidate, _ = ref.block_roles(case.layout)
+    sink = torch.zeros(1, case.num_heads, dtype=torch.long)
+    mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
+    assert_smallest_set(mask, *masses, candidate, sink, 0.9, eps=SAMPLED_EPS)
+
+
+def test_nan_visits_everything_with_sampled_scores():
+    q = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
+    q[0, 0, 1023] = torch.nan
+    k_mean = torch.randn(1, 2, 8, 64, device="cuda")
+    _, counts = ops.select_blocks(q, q, k_mean, threshold=0.1, score="sampled", mass="causal")
+    assert counts[0, 0, 7] == 6
+    assert counts[0, 1, 7] < 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,7 +345,7 @@ def assert_attention(case, q, k, v):
     visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout).cuda()
     exact, _ = ref.masked_attention(q, k, v, visited, scale=case.scale)
     poison(q)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass")
+    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
     out = ops.attention(q, k, v, **options, **case.sizes)
     assert out.stride() == torch.empty_like(q).stride()
     assert_output(out, q, k, v, visited, exact, scale=case.scale)

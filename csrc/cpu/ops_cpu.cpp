@@ -33,9 +33,8 @@ void for_each_item(int64_t num_items, int64_t scratch_floats, const Body& body) 
 
 struct CpuBackend {
   static void require(const char*, const Tensor&) {}
-  static void require_sampled_score() {}
   static void check_attention(const Tensor&, const Tensor&, const Tensor&, float, const Problem&,
-                              const Blocking&) {}
+                              const Blocking&, int64_t) {}
 
   static void score_keys(ScoreKeysParams& params, const Tensor& like) {
     const Problem& problem = params.problem;

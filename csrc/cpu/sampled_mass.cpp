@@ -1,5 +1,5 @@
 // select_blocks with score="sampled": a few queries of a block, evenly spaced, weigh every key that
-// they may see; a key block's mass is what falls on its keys.
+// they may see; a key block's mass is the largest share that falls on its keys.
 //
 // One pass: each key block leaves its own maximum and sum, which are put on a common scale at the
 // end. Samples lie along the vector lanes.
@@ -19,7 +19,7 @@ struct Samples {
   int64_t count;
   int64_t padded;
   float* queries;    // (D, padded), times scale * log2(e); 0 in the padding
-  float* keys;       // (kv_block_size, D)
+  float* keys;       // (kv_block_size, D), where inputs are not float32
   float* row;        // (D), where inputs are not float32
   float* scores;     // (kv_block_size, group)
   float* block_max;  // (entries, padded)
@@ -87,7 +87,8 @@ void fold_block(const Samples& samples, const float* keys, int64_t stride, int64
   });
 }
 
-// mass[j]: the mean over the samples of their weights on block j.
+// mass[j]: the largest share that a sample gives to block j, as a share of the sum of these. NaN
+// where a sample's weights are.
 void merge_blocks(const Samples& samples, int64_t num_entries, float* mass) {
   for (int64_t j = 0; j < num_entries; ++j) mass[j] = 0.0f;
   for (int64_t s = 0; s < samples.count; ++s) {
@@ -103,9 +104,17 @@ void merge_blocks(const Samples& samples, int64_t num_entries, float* mass) {
     };
     double total = 0.0;
     for (int64_t j = 0; j < num_entries; ++j) total += weight(j);
-    const float share = static_cast<float>(1.0 / (total * samples.count));
-    for (int64_t j = 0; j < num_entries; ++j) mass[j] += weight(j) * share;
+    if (total == 0.0) continue;  // it sees nothing
+    const float share = static_cast<float>(1.0 / total);
+    for (int64_t j = 0; j < num_entries; ++j) {
+      const float found = weight(j) * share;
+      if (!(found <= mass[j])) mass[j] = found;
+    }
   }
+  double total = 0.0;
+  for (int64_t j = 0; j < num_entries; ++j) total += mass[j];
+  const float share = total == 0.0 ? 0.0f : static_cast<float>(1.0 / total);
+  for (int64_t j = 0; j < num_entries; ++j) mass[j] *= share;
 }
 
 }  // namespace
@@ -123,22 +132,15 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
   const int64_t head_dim = problem.head_dim, kv_block_size = params.blocking.kv_block_size;
   const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
   const int64_t hp = hq / (problem.num_q_heads / problem.num_perm_heads);
-  const int32_t* perm = params.perm == nullptr
-                            ? nullptr
-                            : params.perm + (b * problem.num_perm_heads + hp) * problem.num_kv;
   const Samples samples = carve(params, block, scratch);
   pack_samples(params, block, b, hq, samples);
 
   const auto all_seen = [](float*, int64_t, int64_t) {};
   for (int64_t j = 0; j < block.num_candidates; ++j) {
-    for (int64_t i = 0; i < kv_block_size; ++i) {
-      const int64_t place = j * kv_block_size + i;
-      const int64_t row = perm == nullptr ? place : perm[place];
-      int64_t stride = 0;
-      const float* src = float_rows(params.k, problem, b, hkv, row, 1, samples.row, &stride);
-      std::memcpy(samples.keys + i * head_dim, src, head_dim * sizeof(float));
-    }
-    fold_block(samples, samples.keys, head_dim, head_dim, kv_block_size, j, all_seen);
+    int64_t stride = 0;
+    const float* keys = float_rows(params.k_perm, problem, b, hp, j * kv_block_size, kv_block_size,
+                                   samples.keys, &stride);
+    fold_block(samples, keys, stride, head_dim, kv_block_size, j, all_seen);
   }
   int64_t num_entries = block.num_candidates;
   if (params.is_mass_causal) {

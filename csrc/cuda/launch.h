@@ -14,6 +14,9 @@ const char* launch_permute_kv(const PermuteKVParams& params, void* stream);
 // workspace: select_workspace_floats of them.
 const char* launch_select_blocks(const SelectBlocksParams& params, float* workspace, void* stream);
 int64_t select_workspace_floats(const SelectBlocksParams& params);
+// The same with num_samples > 0; bfloat16 and float16 only.
+const char* launch_select_sampled(const SelectBlocksParams& params, float* workspace, void* stream);
+int64_t sampled_workspace_floats(const SelectBlocksParams& params);
 // bfloat16 and float16 only. workspace: attend_workspace_ints of them.
 const char* launch_attend(const AttendParams& params, int32_t* workspace, void* stream);
 int64_t attend_workspace_ints(const AttendParams& params);

@@ -7,6 +7,7 @@
 
 #include "launch.h"
 #include "pbs/arch.h"
+#include "pbs/sampled_plan.h"
 #include "pbs/select_tiles.h"
 #endif
 
@@ -78,7 +79,11 @@ void check_segment_fits(int64_t segment_size) {
   }
 }
 
-void check_rows_fit(const Problem& problem, const Blocking& blocking) {
+void check_score_fits(const Problem& problem, const Blocking& blocking, int64_t num_samples) {
+  if (num_samples > kStackRows) {
+    fail("num_samples must be at most ", kStackRows, " on CUDA, got ", num_samples);
+  }
+  if (num_samples > 0) return;
   const int64_t num_blocks = ceil_div(problem.num_kv, blocking.kv_block_size);
   const int64_t most = most_key_blocks(problem, blocking);
   if (num_blocks > most) {
@@ -105,12 +110,11 @@ struct CudaBackend {
 #endif
   }
 
-  static void require_sampled_score() { fail("score must be \"mean\" on CUDA, got \"sampled\""); }
-
   static void check_attention([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& k,
                               [[maybe_unused]] const Tensor& v, [[maybe_unused]] float scale,
                               [[maybe_unused]] const Problem& problem,
-                              [[maybe_unused]] const Blocking& blocking) {
+                              [[maybe_unused]] const Blocking& blocking,
+                              [[maybe_unused]] int64_t num_samples) {
 #ifdef PBS_WITH_CUDA
     const DType dtype = problem.dtype;
     check_half(dtype);
@@ -119,7 +123,7 @@ struct CudaBackend {
     check_aligned("v", const_rows(v), dtype);
     check_positive(scale);
     check_segment_fits(blocking.segment_size);
-    check_rows_fit(problem, blocking);
+    check_score_fits(problem, blocking, num_samples);
 #endif
   }
 
@@ -160,9 +164,17 @@ struct CudaBackend {
 #ifdef PBS_WITH_CUDA
     check_aligned("q", params.q, params.problem.dtype);
     check_aligned("k", params.k, params.problem.dtype);
-    check_rows_fit(params.problem, params.blocking);
+    check_score_fits(params.problem, params.blocking, params.num_samples);
+    if (params.num_samples == 0) {
+      run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
+                                cuda::select_workspace_floats, cuda::launch_select_blocks);
+      return;
+    }
+    check_half(params.problem.dtype);
+    check_aligned("k_perm", params.k_perm, params.problem.dtype);
+    check_positive(params.scale);
     run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
-                              cuda::select_workspace_floats, cuda::launch_select_blocks);
+                              cuda::sampled_workspace_floats, cuda::launch_select_sampled);
 #endif
   }
 

@@ -98,6 +98,7 @@ struct SelectBlocksParams {
   int32_t num_samples;   // queries of a block that score key by key; 0: its mean scores mean keys
   ConstRows q;           // (B, Hq, Nq, D)
   ConstRows k;           // (B, Hkv, Nkv, D)
+  ConstRows k_perm;      // (B, Hp, Nkv, D), read where num_samples is positive
   const float* k_mean;   // (B, Hp, num_kv_blocks, D)
   const int32_t* perm;   // (B, Hp, Nkv) or null for the identity
   uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)

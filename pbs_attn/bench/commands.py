@@ -68,6 +68,8 @@ def _add_pipeline(benches):
     add_list(parser, "--presets", "NAME", default.presets, words, choices=tuple(SHAPES))
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
     _add_densities(parser)
+    words = "how blocks are chosen: as PBSConfig.paper() or as PBSConfig.balanced()"
+    add_choice(parser, "--selection", tuple(pipeline.SELECTIONS), default.selection, words)
     words = "which heads have an order of their own"
     add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
     _add_kv_block_sizes(parser, default)
@@ -130,15 +132,15 @@ def _add_quality(benches):
     words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
-        "what to sweep over thresholds: given (by the options below), paper (its own), narrow (32 "
-        "heavy keys a segment, key blocks of 32, causal mass), or changes to what is given, such "
+        "what to sweep over thresholds: given (by the options below), paper (its own), balanced "
+        "(the default), narrow (the default with mean scores), or changes to what is given, such "
         "as kv_block_size=64,mass=causal"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
     words = "what to run beside dense; pbs has to be among them"
     choices = quality.SELECTIONS
     add_list(parser, "--selections", "NAME", default.selections, words, choices=choices)
-    words = "write PBS's density by head there"
+    words = "write the density by head there"
     parser.add_argument("--heads-csv", metavar="FILE", help=words)
     parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
     add_config(parser.add_argument_group("what is visited"), has_threshold=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from .report import Row, as_table
@@ -34,7 +35,7 @@ def summarize(rows: Sequence[Row], value: str | None = None) -> dict[str, dict[s
     for probe in PROBES:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
-            if row["probe"] == probe:
+            if row["probe"] == probe and row[value or value_of(probe)] != "":
                 groups.setdefault((curve_name(row), row["threshold"]), []).append(row)
         for (name, _), group in groups.items():
             density, mean = (
@@ -46,6 +47,21 @@ def summarize(rows: Sequence[Row], value: str | None = None) -> dict[str, dict[s
         for curve in by_name.values():
             curve.sort()
     return curves
+
+
+def least_density(curve: Curve, goal: float) -> float | None:
+    """From which density on a curve that was sorted by it stays at or below a value, between two of
+    its points; None where it does not."""
+    reached = None
+    for nth in range(len(curve) - 1, -1, -1):
+        density, value = curve[nth]
+        if value > goal:
+            if reached is None:
+                return None
+            above, below = curve[nth + 1]
+            return density + (above - density) * (value - goal) / (value - below)
+        reached = density
+    return reached
 
 
 def at_density(curve: Curve, density: float) -> float | None:
@@ -71,3 +87,41 @@ def format_probe(rows: Sequence[Row], probe: str) -> str:
             cells = [cell.lstrip("+") for cell in cells]
         lines.append(dict(zip(columns, (name, *cells), strict=True)))
     return as_table(lines, columns)
+
+
+def goals(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """By `curve_name`, what PBS takes to reach each goal: the least density, between thresholds,
+    and the operator's milliseconds there."""
+    by_probe = summarize(rows)
+    times = summarize(rows, "op_ms").get("text", {})
+    recalled = summarize(rows, "recalled").get("text", {})
+    keys = by_probe.get("pass key", {})
+    found: dict[str, dict[str, float | None]] = {}
+    for name in times | recalled | keys:
+        if not name.startswith("pbs"):
+            continue
+        text = by_probe.get("text", {}).get(name, [])
+        found[name] = {
+            "loss .02": least_density(text, 0.02),
+            "loss .01": least_density(text, 0.01),
+            "mass .95": least_density([(x, -y) for x, y in recalled.get(name, [])], -0.95),
+            "repeat 1.1": least_density(by_probe.get("copy", {}).get(name, []), math.log(1.1)),
+        }
+        if "dense" in keys:
+            missed = [(x, -y) for x, y in keys[name]]
+            found[name]["keys"] = least_density(missed, 0.02 - keys["dense"][0][1])
+        for goal in ("loss .02", "loss .01"):
+            density = found[name][goal]
+            curve = times.get(name, [])
+            found[name][f"ms, {goal}"] = None if density is None else at_density(curve, density)
+    return found
+
+
+def format_goals(rows: Sequence[Row]) -> str:
+    """`goals` as a table: the loss above dense of texts, the recalled mass, the perplexity of a
+    repeat at most 1.1 times dense's, and pass keys within 2 points of dense."""
+    lines = []
+    for name, values in goals(rows).items():
+        cells = {goal: "" if x is None else f"{x:.3f}" for goal, x in values.items()}
+        lines.append({"selection": name} | cells)
+    return as_table(lines, list(lines[0])) if lines else ""

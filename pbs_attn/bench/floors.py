@@ -85,12 +85,18 @@ def permute_kv(problem: Problem) -> Work:
 
 
 def select_blocks(problem: Problem) -> Work:
+    """Mean queries by mean keys; or each sampled query by every key before its own segment."""
     words = -(-problem.kv_blocks // 32)
     mask_and_counts = problem.q_heads * problem.q_blocks * (words + 1) * INT32
     num_tokens = problem.num_tokens
     candidates, _ = candidate_blocks(num_tokens, num_tokens, config=problem.config)
     logits = problem.q_heads * candidates.sum().item()
     read = problem.rows(problem.q_heads) + problem.means
+    config = problem.config
+    if config.score == "sampled":
+        logits *= config.num_samples * config.key_block_size
+        samples = problem.rows(problem.q_heads) * config.num_samples // config.block_size
+        read = samples + problem.rows(problem.perm_heads)
     return Work(read + mask_and_counts, 2 * problem.head_dim * logits)
 
 

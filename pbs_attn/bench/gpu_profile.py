@@ -22,6 +22,7 @@ STAGE_OF_KERNEL = {
     "permute_kv_kernel": "permute_kv",
     "mean_keys_kernel": "select_blocks",
     "select_kernel": "select_blocks",
+    "select_sampled_kernel": "select_blocks",
     "order_kernel": "attend",
     "attend_kernel": "attend",
 }

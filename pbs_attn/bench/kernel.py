@@ -34,6 +34,7 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
+from .stages import paper_with
 from .timing import Call, clock_for, interleaved_medians
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -152,7 +153,7 @@ def _random_cases(
     tensors = _random_tensors(shape, num_tokens, dtype, device)
     for p in options.densities:
         for kv_block_size in options.kv_block_sizes:
-            config = PBSConfig(kv_block_size=kv_block_size)
+            config = paper_with(kv_block_size)
             selected = random_list(num_tokens, shape.num_q_heads, p, config, device)
             with_dense = p == max(options.densities)
             yield Case("random", tensors, tensors[1:], selected, config, with_dense)
@@ -161,7 +162,7 @@ def _random_cases(
 def _uneven_cases(shape: Shape, dtype: str, device: str) -> Iterator[Case]:
     """The last head visits 30 times what each other one does; then the same, spread evenly."""
     tensors = _random_tensors(shape, UNEVEN_TOKENS, dtype, device)
-    config = PBSConfig()
+    config = paper_with(BLOCK)
     uneven = torch.full((shape.num_q_heads, 1, 1), 0.02, device=device)
     uneven[-1] = 0.6
     for lists, p in (("uneven", uneven), ("even", uneven.mean())):
@@ -173,7 +174,7 @@ def _activation_cases(options: Options, shape: Shape, path: str, device: str) ->
     """Real queries, keys and values through the paper's selection, repeated to all heads."""
     q, k, v = load_activations(path, shape, device)
     for kv_block_size in options.kv_block_sizes:
-        config = PBSConfig(kv_block_size=kv_block_size)
+        config = paper_with(kv_block_size)
         chosen = pbs_attn.select(q, k, v, config=config)
         selected = pbs_attn.mask_to_bool(chosen.block_mask, -(-k.shape[2] // kv_block_size))
         permuted = [chosen.k_perm, chosen.v_perm]
@@ -230,7 +231,7 @@ def _measure(options: Options, case: Case) -> Row:
     num_heads, num_tokens, head_dim = q.shape[1:]
     width = case.config.key_block_size
     words = pbs_attn.bool_to_mask(case.selected)
-    own = own_blocks(num_tokens, PBSConfig())
+    own = own_blocks(num_tokens, paper_with(BLOCK))
     calls: dict[str, Call] = {
         "pbs": lambda: torch.ops.pbs.attend(q, k, v, *case.permuted, words, kv_block_size=width)[0]
     }

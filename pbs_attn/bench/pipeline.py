@@ -40,7 +40,15 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
-from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
+from .stages import (
+    BEFORE_ATTEND,
+    PAPER,
+    STAGES,
+    Pipeline,
+    density_at,
+    heavy_hitters,
+    reach,
+)
 from .timing import Call, clock_for, interleaved_medians
 
 PAPER_THRESHOLD = 0.9
@@ -54,7 +62,7 @@ def stage_columns(suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = "
 
 COLUMNS = (
     *("preset", "input", "tokens", "q_heads", "kv_heads", "head_dim"),
-    *("permute_per", "kv_block_size", "threshold", "density"),
+    *("selection", "permute_per", "kv_block_size", "threshold", "density"),
     *stage_columns("ms"),
     *("attention_ms", "gaps_ms", "launches"),
     *stage_columns("kernel_ms"),
@@ -65,6 +73,7 @@ COLUMNS = (
     *(f"{call}_ms" for call in DENSE),
     *("speedup", "crossover"),
 )
+SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
 TABLE = (
     *("preset", "tokens", "permute_per", "kv_block_size", "density"),
     *("before_attend_ms", "attend_ms", "attention_ms", "speedup", "crossover"),
@@ -74,7 +83,8 @@ TABLE = (
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
-    and v; they come after `tokens`, which may be ()."""
+    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key blocks
+    and orders as the other options say."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b",)
     tokens: tuple[int, ...] = tuple(PAPER)
@@ -82,6 +92,7 @@ class Options:
     permute_per: tuple[str, ...] = ("kv_head",)
     kv_block_sizes: tuple[int, ...] = (128,)
     activations: tuple[str, ...] = ()
+    selection: str = "paper"
     eager: bool = False
     crossover: bool = True
     rounds: int = 5
@@ -140,6 +151,10 @@ def _check(options: Options) -> None:
     check_outputs([options.csv], [options.picture])
 
 
+def _config(options: Options, kv_block_size: int) -> PBSConfig:
+    return dataclasses.replace(SELECTIONS[options.selection], kv_block_size=kv_block_size)
+
+
 def _settings(options: Options) -> Iterator[tuple[str, int]]:
     """`permute_per` and `kv_block_size` of the rows of an input."""
     for permute_per in options.permute_per:
@@ -172,7 +187,7 @@ def _measure_input(
     """One row a setting; the threshold is PAPER_THRESHOLD where no density is asked for."""
     dense = dense_calls(*tensors)
     for permute_per, kv_block_size in _settings(options):
-        pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
+        pipeline = Pipeline(*tensors, _config(options, kv_block_size), permute_per)
         reached = reach(pipeline, density) if density else pipeline.set_threshold(PAPER_THRESHOLD)
         problem = problem_of(pipeline, reached)
         values = {
@@ -181,6 +196,7 @@ def _measure_input(
             "q_heads": problem.q_heads,
             "kv_heads": problem.kv_heads,
             "head_dim": problem.head_dim,
+            "selection": options.selection,
             "permute_per": permute_per,
             "kv_block_size": kv_block_size,
             "threshold": pipeline.threshold,
@@ -297,7 +313,7 @@ def _wins(
 ) -> bool:
     """Whether one call beats every dense kernel, at the paper's density or its continuation."""
     tensors = _synthetic(shape, length, device)
-    pipeline = Pipeline(*tensors, PBSConfig(kv_block_size=kv_block_size), permute_per)
+    pipeline = Pipeline(*tensors, _config(options, kv_block_size), permute_per)
     reach(pipeline, density_at(length))
     calls = dense_calls(*tensors) | {"attention": pipeline.attention}
     times = interleaved_medians(

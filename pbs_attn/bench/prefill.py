@@ -34,7 +34,7 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, build, check_preset, shape_of
-from .stages import DENSITIES, Pipeline, density_at, heavy_hitters, reach
+from .stages import DENSITIES, Pipeline, density_at, heavy_hitters, paper_with, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
 
 NAME = "pbs_bench"  # with transformers
@@ -199,8 +199,8 @@ class _Contest:
             torch.cuda.synchronize(self.ids.device)
 
 
-def _pbs_attention(threshold: float, permute_per: str) -> Attention:
-    return functools.partial(torch.ops.pbs.attention, threshold=threshold, permute_per=permute_per)
+def _pbs_attention(config: PBSConfig) -> Attention:
+    return functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
 
 
 def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
@@ -214,7 +214,8 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
         num_tokens, density = options.tokens[nth], _densities(options)[nth]
         ids = torch.randint(shape.vocab_size, (1, num_tokens), device=device)
         tensors = _synthetic(shape, num_tokens, device)
-        pipeline = Pipeline(*tensors, PBSConfig(), options.permute_per)
+        config = dataclasses.replace(paper_with(None), permute_per=options.permute_per)
+        pipeline = Pipeline(*tensors, config, options.permute_per)
         reached = reach(pipeline, density)
         backend, dense = _best_dense(tensors)
         about = {
@@ -228,7 +229,7 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
             "density": f"{reached:.4f}",
             "dense_backend": backend,
         }
-        pbs = _pbs_attention(pipeline.threshold, options.permute_per)
+        pbs = _pbs_attention(dataclasses.replace(config, threshold=pipeline.threshold))
         return _Contest(model, substitute, ids, tensors, {"dense": dense, "pbs": pbs}, about)
 
     return make
@@ -252,12 +253,12 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
         densities: list[torch.Tensor] = []
 
         def recorded(q, k, v, scale):
-            out, density = selections.permuted(config)(q, k, v, scale=scale)
+            out, density, _ = selections.permuted(config)(q, k, v, scale=scale)
             densities.append(density)
             return out
 
         backend, dense = _best_dense(_synthetic(shape, ids.shape[1], device))
-        pbs = _pbs_attention(options.threshold, options.permute_per)
+        pbs = _pbs_attention(config)
         about = {
             "model": label,
             "layers": str(shape.num_layers),

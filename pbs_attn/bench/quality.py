@@ -10,9 +10,11 @@ PBS does, the truncated prompt is dense on as many of the last tokens as cost th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from pbs_attn import PBSConfig, demo, demo_model, plot
 
 from . import selections
-from .curves import GIVEN, PROBES, format_probe
+from .curves import GIVEN, PROBES, format_goals, format_probe
 from .layers import dense_attention, register_attention, require_pbs_layers
 from .report import (
     BenchError,
@@ -38,10 +40,11 @@ SWEPT = {
     "unpermuted": selections.unpermuted,
     "pooled": selections.pooled,
 }
-# Beside those given: the paper's, and narrow blocks in an order that keeps passages together.
+# Beside those given: the paper's, the default, and the default's order with mean scores.
 SETTINGS = {
     "paper": PBSConfig.paper(),
-    "narrow": PBSConfig(kv_block_size=32, num_heavy=32, mass="causal"),
+    "balanced": PBSConfig.balanced(),
+    "narrow": PBSConfig(score="mean"),
 }
 SELECTIONS = (*SWEPT, "window", "truncated")
 PASS_KEY_DIGITS = 7
@@ -85,11 +88,15 @@ class Prompt:
 @dataclasses.dataclass(frozen=True)
 class Score:
     """`choices` (tail,): the likeliest token at each place. `by_head` (layers, query heads): the
-    density of each."""
+    density of each. `recalled`: the share of dense attention's mass on visited keys, mean over
+    layers, heads and queries; `op_ms`: of the whole operator, median over layers. Both are None
+    where they were not measured."""
 
     loss: float
     choices: torch.Tensor
     by_head: torch.Tensor
+    recalled: float | None
+    op_ms: float | None
 
     @property
     def density(self) -> float:
@@ -97,23 +104,47 @@ class Score:
 
 
 class Chooser:
-    """The attention function of a model whose layers all take one selection."""
+    """The attention function of a model whose layers all take one selection. It measures mass if
+    `has_mass`, and the time of `timed` on a GPU."""
 
     def __init__(self) -> None:
-        self.attention: selections.Attention = dense
+        self.take(dense)
+
+    def take(
+        self, attention: selections.Attention, has_mass: bool = False, timed: Callable | None = None
+    ) -> None:
+        self.attention, self.has_mass, self.timed = attention, has_mass, timed
         self.densities: list[torch.Tensor] = []
+        self.recalled: list[torch.Tensor] = []
+        self.milliseconds: list[float] = []
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         """query (B, Hq, N, D), key and value (B, Hkv, N, D) -> (B, N, Hq, D), None."""
         del module, attention_mask, kwargs
-        out, density = self.attention(query, key, value, scale=scaling)
+        tensors = query, key, value
+        out, density, lse = self.attention(*tensors, scale=scaling)
         self.densities.append(density)
+        if self.has_mass and lse is not None:
+            self.recalled.append(selections.recalled_mass(lse, *tensors, scale=scaling))
+        if self.timed is not None and query.is_cuda:
+            self.milliseconds.append(time_once(lambda: self.timed(*tensors, scale=scaling)))
         return out.transpose(1, 2).contiguous(), None
+
+
+def time_once(call: Callable[[], object]) -> float:
+    """Milliseconds on the GPU, with launches that follow work already under way."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(500_000)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def dense(q, k, v, scale=None):
     """Every causal pair."""
-    return dense_attention(q, k, v, scale), torch.ones(q.shape[1])
+    return dense_attention(q, k, v, scale), torch.ones(q.shape[1]), None
 
 
 @torch.no_grad()
@@ -123,7 +154,9 @@ def run(options: Options) -> list[Row]:
     Returns:
         A row for each prompt, selection, settings and threshold: `density` visited, `loss` of the
         scored tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens,
-        and `right` (0 or 1) where a pass key was asked for.
+        and `right` (0 or 1) where a pass key was asked for. For texts also `recalled`, the share of
+        dense attention's mass on visited keys, and on a GPU `op_ms`, the whole operator's
+        milliseconds in one layer (median over layers).
 
     Raises:
         BenchError, DemoError: a mistake in `options`, a package that is missing, or a model whose
@@ -149,6 +182,7 @@ def run(options: Options) -> list[Row]:
             bar.update()
     for probe in options.probes:
         print(f"\n{_title(probe)}\n{format_probe(file.rows, probe)}")
+    print(f"\nleast density, and milliseconds of one layer's operator\n{format_goals(file.rows)}")
     title = f"{label}, {options.tokens} tokens"
     if options.picture:
         plot.draw_quality(file.rows, options.picture, title=title)
@@ -286,13 +320,20 @@ def _measure(
 ) -> Iterator[tuple[Row, Score]]:
     """Rows of one prompt."""
 
-    def score(attention: selections.Attention, ids: torch.Tensor = prompt.ids) -> Score:
-        chooser.attention, chooser.densities = attention, []
+    is_text = prompt.probe == "text"
+
+    def score(
+        attention: selections.Attention, ids: torch.Tensor = prompt.ids, timed=None
+    ) -> Score:
+        chooser.take(attention, is_text, timed if is_text else None)
         done = demo_model.prefill(model, ids, NAME)
         perplexity, choices = demo_model.score_tail(model, ids, done, prompt.tail)
-        return Score(math.log(perplexity), choices, torch.stack(chooser.densities))
+        recalled = torch.stack(chooser.recalled).mean().item() if chooser.recalled else None
+        op_ms = statistics.median(chooser.milliseconds) if chooser.milliseconds else None
+        densities = torch.stack(chooser.densities)
+        return Score(math.log(perplexity), choices, densities, recalled, op_ms)
 
-    reference = score(dense)
+    reference = score(dense, timed=dense_attention)
 
     def row(
         selection: str,
@@ -314,6 +355,8 @@ def _measure(
             "loss_above_dense": f"{found.loss - reference.loss:.4f}",
             "agreement": f"{(found.choices == reference.choices).float().mean():.4f}",
             "right": str(int(is_right)) if prompt.probe == "pass key" else "",
+            "recalled": "" if found.recalled is None else f"{found.recalled:.4f}",
+            "op_ms": "" if found.op_ms is None else f"{found.op_ms:.4f}",
         }
         return values, found
 
@@ -323,7 +366,8 @@ def _measure(
     for (settings, base), threshold in itertools.product(configs.items(), options.thresholds):
         config = dataclasses.replace(base, threshold=threshold)
         for name in filter(options.selections.__contains__, SWEPT):
-            found = score(SWEPT[name](config))
+            whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
+            found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
             yield row(name, settings, threshold, found)
             if name == "pbs":
                 of_pbs = found.density
@@ -339,14 +383,14 @@ def _measure(
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
-    """Of PBS with the first settings."""
+    """Of what was swept, with the first settings."""
     for row, found in measured:
-        if (row["selection"], row["settings"]) != ("pbs", options.settings[0]):
+        if row["selection"] not in SWEPT or row["settings"] != options.settings[0]:
             continue
         for layer, of_layer in enumerate(found.by_head.tolist()):
             for head, density in enumerate(of_layer):
                 place = {"layer": str(layer), "head": str(head), "density": f"{density:.4f}"}
-                yield {"threshold": row["threshold"]} | place
+                yield {"selection": row["selection"], "threshold": row["threshold"]} | place
 
 
 def _title(probe: str) -> str:

@@ -1,4 +1,5 @@
-"""Ways to choose which blocks a layer visits, each as an attention function that tells its density.
+"""Ways to choose which blocks a layer visits, each as an attention function that tells its density
+and its log-sum-exp.
 
 What PBS is compared with, at equal density: the same scores without permutation, plain pooled means
 over all causal blocks, and a sliding window.
@@ -19,8 +20,9 @@ from .stages import block_sizes
 
 ops = torch.ops.pbs
 
-# query (1, Hq, N, D), key and value (1, Hkv, N, D), scale -> output (1, Hq, N, D), density (Hq,)
-Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# query (1, Hq, N, D), key and value (1, Hkv, N, D), scale -> output (1, Hq, N, D), density (Hq,),
+# LSE (1, Hq, N) over the visited keys
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def permuted(config: PBSConfig) -> Attention:
@@ -51,7 +53,9 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 def pooled(config: PBSConfig) -> Attention:
     """Pooled means over all causal blocks in their own order: segments of one block."""
-    return unpermuted(dataclasses.replace(config, segment_size=config.block_size))
+    return unpermuted(
+        dataclasses.replace(config, segment_size=config.block_size, score="mean", num_samples=1)
+    )
 
 
 def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
@@ -83,6 +87,16 @@ def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
 
 
 def _attend(q, k, v, k_perm, v_perm, words, scale, config):
-    out, _ = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **block_sizes(config))
+    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **block_sizes(config))
     num_tokens = q.shape[2]
-    return out, pbs_attn.density(words, num_tokens, num_tokens, config=config)[0].cpu()
+    density = pbs_attn.density(words, num_tokens, num_tokens, config=config)[0]
+    return out, density.cpu(), lse
+
+
+def recalled_mass(lse: torch.Tensor, q, k, v, scale=None) -> torch.Tensor:
+    """The share of dense attention's mass that fell on the visited keys, whose LSE is given: mean
+    over the queries of each head, (Hq,)."""
+    num_words = -(-k.shape[2] // 128 // 32)
+    everything = q.new_full((1, q.shape[1], -(-q.shape[2] // 128), num_words), -1, dtype=torch.int32)
+    _, of_all = ops.attend(q, k, v, k, v, everything, scale=scale)
+    return (lse - of_all).exp().mean(-1)[0].cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 
 import torch
@@ -36,6 +37,13 @@ def block_sizes(config: PBSConfig) -> dict[str, int]:
         "kv_block_size": config.key_block_size,
         "segment_size": config.segment_size,
     }
+
+
+def paper_with(kv_block_size: int | None) -> PBSConfig:
+    """The paper's selection with key blocks of a width, in one order a KV head."""
+    return dataclasses.replace(
+        PBSConfig.paper(), kv_block_size=kv_block_size, permute_per="kv_head"
+    )
 
 
 def heavy_hitters(
@@ -95,14 +103,26 @@ class Pipeline:
         return ops.score_keys(self.q, self.k, **sizes, permute_per=self.permute_per)
 
     def sort_segments(self):
-        return ops.sort_segments(self.scores, segment_size=self.config.segment_size)
+        config = self.config
+        return ops.sort_segments(
+            self.scores, segment_size=config.segment_size, num_heavy=config.num_heavy
+        )
 
     def permute_kv(self):
         return ops.permute_kv(self.k, self.v, self.perm, kv_block_size=self.config.key_block_size)
 
     def select_blocks(self):
         return ops.select_blocks(
-            self.q, self.k, self.k_mean, self.perm, threshold=self.threshold, **self.blocks
+            self.q,
+            self.k,
+            self.k_mean,
+            self.perm,
+            self.k_perm,
+            threshold=self.threshold,
+            mass=self.config.mass,
+            score=self.config.score,
+            num_samples=self.config.num_samples,
+            **self.blocks,
         )
 
     def attend(self):
@@ -111,14 +131,8 @@ class Pipeline:
         )
 
     def attention(self):
-        return ops.attention(
-            self.q,
-            self.k,
-            self.v,
-            threshold=self.threshold,
-            permute_per=self.permute_per,
-            **self.blocks,
-        )
+        varied = {"threshold": self.threshold, "permute_per": self.permute_per}
+        return ops.attention(self.q, self.k, self.v, **(self.config.op_kwargs() | varied))
 
 
 def reach(pipeline: Pipeline, density: float) -> float:

@@ -140,7 +140,7 @@ def draw_heads(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
         BenchError: if the rows come from more than one process.
         DemoError: if matplotlib is missing.
     """
-    rows = _rows_of_one_run(rows)
+    rows = [row for row in _rows_of_one_run(rows) if row.get("selection", "pbs") == "pbs"]
     thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
     shape = [1 + max(int(row[name]) for row in rows) for name in ("layer", "head")]
     figure = _new_figure(1.5 + len(thresholds) * (1 + 0.14 * shape[1]), 1.5 + 0.14 * shape[0])

@@ -9,6 +9,7 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
+#include "pbs/sampled_plan.h"
 #include "pbs/score_parts.h"
 #include "pbs/select_tiles.h"
 #include "pbs/tile_shape.h"
@@ -102,6 +103,41 @@ PYBIND11_MODULE(pbs_native, m) {
                           pbs::most_key_blocks(params.problem, params.blocking));
   });
   m.attr("logit_rows") = pbs::kLogitRows;
+  py::class_<pbs::SampledPlan>(m, "SampledPlan")
+      .def_readonly("rows_per_block", &pbs::SampledPlan::rows_per_block)
+      .def_readonly("blocks_per_stack", &pbs::SampledPlan::blocks_per_stack)
+      .def_readonly("heads_per_perm", &pbs::SampledPlan::heads_per_perm)
+      .def_readonly("stacks_per_perm", &pbs::SampledPlan::stacks_per_perm)
+      .def_readonly("units_per_perm", &pbs::SampledPlan::units_per_perm)
+      .def_readonly("num_perm_heads", &pbs::SampledPlan::num_perm_heads)
+      .def_readonly("num_ctas", &pbs::SampledPlan::num_ctas)
+      .def_readonly("own_tiles", &pbs::SampledPlan::own_tiles)
+      .def_readonly("candidate_tiles", &pbs::SampledPlan::candidate_tiles)
+      .def_readonly("mass_stride", &pbs::SampledPlan::mass_stride);
+  m.def("sampled_plan",
+        [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t num_perm_heads,
+           int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
+           int64_t kv_block_size, int64_t segment_size, bool is_causal, bool is_mass_causal,
+           int32_t num_samples, int64_t num_sms) {
+          pbs::SelectBlocksParams params{};
+          params.problem = pbs::Problem{batch, num_q_heads, num_kv_heads, num_perm_heads,
+                                        num_q, num_kv,      head_dim,     pbs::DType::kBFloat16};
+          params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
+          params.is_causal = is_causal;
+          params.is_mass_causal = is_mass_causal;
+          params.num_samples = num_samples;
+          return pbs::sampled_plan(params, num_sms);
+        });
+  m.def("table_bytes", &pbs::table_bytes);
+  m.def("sampled_workspace_bytes", &pbs::sampled_workspace_bytes);
+  m.def("sampled_key_stages", &pbs::sampled_key_stages);
+  m.attr("stack_rows") = pbs::kStackRows;
+  m.attr("sampled_tile_keys") = pbs::kSampledTileKeys;
+  m.attr("drawn_units") = pbs::kDrawnUnits;
+  m.attr("sampled_tables") = pbs::kSampledTables;
+  m.attr("sampled_warpgroups") = pbs::kSampledWarpgroups;
+  m.attr("select_warps") = pbs::kSelectWarps;
+  m.attr("sampled_cut_scratch") = pbs::kSampledCutScratch;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

@@ -1,26 +1,10 @@
-// From a row of logits to a row of the block mask, by one warp.
+// From a row of logits to the cut of its weights, by one warp.
 #pragma once
 
-#include "pbs/bitmask.h"
 #include "top_mass.cuh"
 #include "walk.cuh"
 
 namespace pbs::cuda {
-
-// The permuted key block that holds token 0.
-__device__ inline int find_sink(const SelectArgs& args, const SelectTile& tile) {
-  const Problem& problem = args.params.problem;
-  if (args.params.perm == nullptr) return 0;
-  const int64_t hp = tile.hq / (problem.num_q_heads / problem.num_perm_heads);
-  const int32_t* perm = args.params.perm + (tile.b * problem.num_perm_heads + hp) * problem.num_kv;
-  const auto size = static_cast<int>(smaller(args.params.blocking.segment_size, problem.num_kv));
-  int place = 0;
-#pragma unroll 8
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < size; i += 32) {
-    if (perm[i] == 0) place = i;
-  }
-  return __reduce_max_sync(~0u, place) / static_cast<int>(args.params.blocking.kv_block_size);
-}
 
 // Logits of the own segment's key blocks behind those of the candidates. Returns how many there are
 // in all.
@@ -69,38 +53,6 @@ __device__ inline Cut cut_row(const SelectArgs& args, const SelectTile& tile,
   const float of_candidates =
       n == num_candidates ? total : lane_part_from(logits, num_candidates, 1).over_lanes().mass;
   return find_cut(logits, num_candidates, of_candidates, needed, scratch);
-}
-
-// Sets the bits of a row, and counts them.
-__device__ inline void write_row(const SelectArgs& args, int64_t row, int num_candidates, int sink,
-                                 const float* weights, const Cut& cut) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  uint32_t* words = args.params.block_mask + row * args.num_words;
-  int num_equal = 0;
-  int count = 0;
-  for (int first = 0; first < args.num_words; first += 32) {
-    uint32_t own_word = 0;  // of the lane's place
-    const int num_words = min(32, (num_candidates + 31) / 32 - first);
-#pragma unroll 4
-    for (int w = 0; w < num_words; ++w) {
-      const int i = (first + w) * 32 + lane;
-      const uint32_t weight = i < num_candidates ? __float_as_uint(weights[i]) : 0;
-      bool is_selected = weight >= cut.weight;
-      if (!cut.takes_all_equal) {
-        const bool is_equal = i < num_candidates && weight == cut.weight;
-        const uint32_t equal = __ballot_sync(~0u, is_equal);
-        const int rank = num_equal + __popc(equal & ((1u << lane) - 1));
-        if (is_equal && rank >= cut.num_equal) is_selected = false;
-        num_equal += __popc(equal);
-      }
-      const uint32_t word = __ballot_sync(~0u, i < num_candidates && (is_selected || i == sink));
-      if (lane == w) own_word = word;
-    }
-    if (first + lane < args.num_words) words[first + lane] = own_word;
-    count += __popc(own_word);
-  }
-  count = __reduce_add_sync(~0u, count);
-  if (lane == 0) args.params.counts[row] = count;
 }
 
 }  // namespace pbs::cuda

@@ -10,6 +10,7 @@
 #include "../launch.h"
 #include "../launch_kernel.h"
 #include "../tma.h"
+#include "mask_row.cuh"
 #include "query_means.cuh"
 #include "rows.cuh"
 
@@ -45,12 +46,15 @@ __global__ void __launch_bounds__(kMeanKeysThreads)
 template <class Element, int kHeadDim>
 __device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
   const int thread = static_cast<int>(threadIdx.x) - 32 * kRowWarps;
+  const int64_t heads_per_perm =
+      args.params.problem.num_q_heads / args.params.problem.num_perm_heads;
   QueryMeans<Element, kHeadDim> means(args, shared);
   for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
     const SelectTile tile = walk.tile();
     const int buffer = walk.nth() % kMeanBuffers;
     const uint32_t parity = walk.nth() / kMeanBuffers & 1;
-    const int sink = thread < 32 ? find_sink(args, tile) : 0;
+    const int64_t hp = tile.hq / heads_per_perm;
+    const int sink = thread < 32 ? find_sink(args.params, tile.b, hp) : 0;
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
     if (thread == 0) shared.barriers->sinks[buffer] = sink;
     means.add_tile(tile, shared.means_of(buffer));
@@ -81,7 +85,7 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>
       float* row = shared.logits + r * args.row_stride;
       const Cut cut =
           cut_row(args, tile, block, q_means, r, row, shared.scratch + warp * kCutScratch);
-      write_row(args,
+      write_row(args.params, args.num_words,
                 (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
                 static_cast<int>(block.num_candidates), sink, row, cut);
     }

@@ -1,0 +1,332 @@
+// Sums of the weights that sampled queries give to keys, 32 keys each, by the warpgroups that
+// multiply. Stacked queries are the rows of a product, a tile of keys its columns.
+#pragma once
+
+#include "../exp2.cuh"
+#include "walk.cuh"
+
+namespace pbs::cuda {
+
+// What a thread knows of its two rows. Weights are exp2(score - shift), where shift is the largest
+// score of the first keys that the row saw: a later score may lie kMostGrowth powers of two above
+// it. Where one lies further above, the shift is raised, and what was written shrinks.
+struct SampledRows {
+  static constexpr float kMostGrowth = 1.2676506e30f;  // 2^100
+
+  float shift[kThreadRows] = {-INFINITY, -INFINITY};
+  float total[kThreadRows] = {};
+};
+
+// A thread's sums of a tile: by 32 keys, and row.
+using TileWeights = float[kSumsPerTile][kThreadRows];
+
+// The sums of a quad's lanes, added up. Each lane gets two of the eight: of row lane % 2, and of
+// the first or the second half of the tile, as lane / 2 % 2 says; as two bfloat16.
+__device__ inline uint32_t share_quad(const TileWeights& sums, int lane) {
+  const bool is_second_half = lane & 2;
+  const bool is_second_row = lane & 1;
+  float halves[2][kThreadRows];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float own = is_second_half ? sums[2 + h][r] : sums[h][r];
+      const float other = is_second_half ? sums[h][r] : sums[2 + h][r];
+      halves[h][r] = own + __shfl_xor_sync(~0u, other, 2);
+    }
+  }
+  float found[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float own = is_second_row ? halves[h][1] : halves[h][0];
+    const float other = is_second_row ? halves[h][0] : halves[h][1];
+    found[h] = own + __shfl_xor_sync(~0u, other, 1);
+  }
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(found[1]), "f"(found[0]));
+  return pair;
+}
+
+__device__ inline float low_bfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bfloat16(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
+template <class Traits>
+class SampledSums {
+ public:
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::Shared;
+
+  __device__ SampledSums(const SampledArgs& args, Shared& shared)
+      : args_(args),
+        shared_(shared),
+        factor_(args.params.scale * kLog2e),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        warpgroup_(uniform(static_cast<int>(threadIdx.x) / 128)),
+        row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)) {}
+
+  __device__ void run() {
+    DrawnUnits<Traits> walk(args_, shared_);
+    while (walk.next()) {
+      const SampledUnit unit = walk.unit();
+      const SampledStack stack = unit.stack(warpgroup_);
+      table_ = table_of(args_, walk.table(), warpgroup_);
+      num_written_ = 0;
+      rows_ = SampledRows{};
+      if (stack.num_blocks > 0) load_queries(unit, stack);
+      set_ranges(stack);
+      shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
+      add_own(unit, stack);
+      add_candidates(unit, stack);
+      write_weights(stack, walk.table());
+      shared_.table_full[walk.table()].arrive();
+    }
+  }
+
+ private:
+  using Scores = decltype(cute::partition_fragment_C(
+      typename Traits::Mma{}, cute::Shape<typename Traits::Rows, typename Traits::Keys>{}));
+
+  // The sampled query of a row of the stack: its block and place; false where there is none.
+  struct Sample {
+    QueryBlock block;
+    int row;  // in the block
+    bool exists;
+  };
+  __device__ Sample sample_of(const SampledStack& stack, int row) const {
+    const int nth_block = row / args_.plan.rows_per_block;
+    const int nth = row % args_.plan.rows_per_block;
+    Sample sample{};
+    if (nth_block >= stack.num_blocks) return sample;
+    sample.block = describe(args_, stack.first_block + nth_block);
+    const int count = num_samples(args_, sample.block);
+    sample.exists = nth < count;
+    sample.row = sample_row(sample.block, count, nth);
+    return sample;
+  }
+
+  __device__ void load_queries(const SampledUnit& unit, const SampledStack& stack) {
+    constexpr int kPiece = 8;
+    constexpr int kPieces = Traits::kHeadDim / kPiece;  // of a row
+    const ConstRows& q = args_.params.q;
+    const char* head = static_cast<const char*>(q.data) +
+                       2 * (unit.b * q.batch_stride + stack.hq * q.head_stride);
+    char* to = reinterpret_cast<char*>(shared_.q + warpgroup_ * kStackRows * Traits::kHeadDim);
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < kStackRows * kPieces; i += 128) {
+      const int row = i / kPieces;
+      const int column = i % kPieces * kPiece;
+      const Sample sample = sample_of(stack, row);
+      uint4 piece{};
+      if (sample.exists) {
+        const int64_t place = (sample.block.first_row + sample.row) * q.row_stride + column;
+        piece = *reinterpret_cast<const uint4*>(head + 2 * place);
+      }
+      *reinterpret_cast<uint4*>(
+          to + tile_offset<Traits::kGroupColumns>(kStackRows, row, column)) = piece;
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
+  }
+
+  // What the thread's rows may see.
+  __device__ void set_ranges(const SampledStack& stack) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const Sample sample = sample_of(stack, row_ + 8 * r);
+      own_[r] = KeyRange{};
+      candidate_end_[r] = 0;
+      if (!sample.exists) continue;
+      const QueryBlock& block = sample.block;
+      const auto position = static_cast<int>(block.first_position) + sample.row;
+      own_[r].begin = static_cast<int>(block.own_begin);
+      own_[r].end = args_.params.is_causal ? position + 1 : static_cast<int>(block.own_end);
+      candidate_end_[r] =
+          static_cast<int>(block.num_candidates * args_.params.blocking.kv_block_size);
+    }
+  }
+
+  // Keys of own segments, which each row sees up to its own position.
+  __device__ void add_own(const SampledUnit& unit, const SampledStack& stack) {
+    const TileRange seen(stack.own, unit.own.begin);
+    for (int tile = 0; tile < seen.first; ++tile) skip_tile();
+    add_tiles(seen.end - seen.first, seen.first, [&](Scores& scores, int entry) {
+      const int begin = unit.own.begin + entry * kSampledTileKeys + column_of(0, lane_);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(scores); ++i) {
+        const int key = begin + column_of(i, 0);
+        const KeyRange& own = own_[row_of(i)];
+        if (key < own.begin || key >= own.end) scores(i) = -INFINITY;
+      }
+    });
+    for (int tile = seen.end; tile < unit.num_own_tiles(); ++tile) skip_tile();
+  }
+
+  __device__ void add_candidates(const SampledUnit& unit, const SampledStack& stack) {
+    const int first_entry = args_.plan.own_tiles;
+    const int num_seen = TileRange(KeyRange{0, stack.candidate_end}, 0).end;
+    const int end_of_whole = uniform(first_entry + stack.lowest_candidate / kSampledTileKeys);
+    add_tiles(num_seen, first_entry, [&](Scores& scores, int entry) {
+      if (entry < end_of_whole) return;
+      const int begin = (entry - first_entry) * kSampledTileKeys + column_of(0, lane_);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(scores); ++i) {
+        if (begin + column_of(i, 0) >= candidate_end_[row_of(i)]) scores(i) = -INFINITY;
+      }
+    });
+    for (int tile = num_seen; tile < unit.num_candidate_tiles(); ++tile) skip_tile();
+  }
+
+  // Two at once: the second product runs beside the weights of the first.
+  template <class Mask>
+  __device__ __forceinline__ void add_tiles(int num_tiles, int entry, Mask mask) {
+    Scores first = make_scores();
+    Scores second = make_scores();
+    RingState<Traits::kStages> in_work = ring_;
+    const auto take = [&](Scores& scores) CUTLASS_LAMBDA_FUNC_INLINE {
+      cute::warpgroup_fence_operand(scores);
+      release(shared_.k_empty[in_work.stage()]);
+      in_work.advance();
+      mask(scores, entry);
+      add(scores, entry++);
+    };
+    for (int left = num_tiles / 2; left > 0; --left) {
+      multiply(first);
+      multiply(second);
+      cute::warpgroup_wait<1>();
+      take(first);
+      cute::warpgroup_wait<0>();
+      take(second);
+    }
+    if (num_tiles % 2 == 0) return;
+    multiply(first);
+    cute::warpgroup_wait<0>();
+    take(first);
+  }
+
+  __device__ void skip_tile() {
+    shared_.k_full[ring_.stage()].wait(ring_.parity());
+    release(shared_.k_empty[ring_.stage()]);
+    ring_.advance();
+  }
+
+  __device__ static Scores make_scores() {
+    return cute::partition_fragment_C(typename Traits::Mma{},
+                                      cute::Shape<typename Traits::Rows, typename Traits::Keys>{});
+  }
+
+  // Starts the product with the tile of keys that comes next.
+  __device__ __forceinline__ void multiply(Scores& scores) {
+    typename Traits::Mma mma;
+    auto thread = mma.get_thread_slice(0);
+    const cute::Tensor q = thread.partition_fragment_A(
+        cute::make_tensor(cute::make_smem_ptr(shared_.q), typename Traits::LayoutQ{}));
+    const cute::Tensor k = thread.partition_fragment_B(
+        cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{}));
+    shared_.k_full[ring_.stage()].wait(ring_.parity());
+    start_gemm<true>(mma, q(cute::_, cute::_, cute::_, warpgroup_),
+                     k(cute::_, cute::_, cute::_, uniform(ring_.stage())), scores);
+    ring_.advance();
+  }
+
+  // Leaves the sums of a tile's weights in an entry of the table.
+  __device__ __forceinline__ void add(const Scores& scores, int entry) {
+    TileWeights sums;
+    float total[kThreadRows];
+    bool is_lost = false;
+    weigh(scores, rows_.shift, sums, total);
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) is_lost |= !(total[r] < SampledRows::kMostGrowth);
+    if (__any_sync(~0u, is_lost)) {
+      raise_shifts(scores);
+      float shift[kThreadRows];
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        shift[r] = rows_.shift[r] == -INFINITY ? 0.0f : rows_.shift[r];
+      }
+      weigh(scores, shift, sums, total);
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) rows_.total[r] += total[r];
+    *place_of(entry) = share_quad(sums, lane_);
+    num_written_ = entry + 1;
+  }
+
+  __device__ __forceinline__ void weigh(const Scores& scores, const float (&shift)[kThreadRows],
+                                        TileWeights& sums, float (&total)[kThreadRows]) const {
+    constexpr int kPerSum = cute::size(Scores{}) / kSumsPerTile;
+    CUTE_UNROLL
+    for (int s = 0; s < kSumsPerTile; ++s) {
+      CUTE_UNROLL
+      for (int i = 0; i < kPerSum; ++i) {
+        const int r = row_of(i);
+        const float weight =
+            exp2_approx(__fmaf_rn(scores(s * kPerSum + i), factor_, -shift[r]));
+        sums[s][r] = i < 4 && i % 2 == 0 ? weight : sums[s][r] + weight;
+      }
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      total[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
+    }
+  }
+
+  // To the maxima of what was seen, this tile included. A row that has seen nothing keeps -inf.
+  __device__ __forceinline__ void raise_shifts(const Scores& scores) {
+    float rescale[kThreadRows];
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      float top = -INFINITY;
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(scores); ++i) {
+        if (row_of(i) == r) top = fmaxf(top, scores(i));
+      }
+      const float raised = fmaxf(rows_.shift[r], quad_max(top) * factor_);
+      rescale[r] = rows_.shift[r] == raised ? 1.0f : exp2_approx(rows_.shift[r] - raised);
+      rows_.total[r] *= rescale[r];
+      rows_.shift[r] = raised;
+    }
+    // The lane's own places: nobody else has written there.
+    const float own_rescale = lane_ % 2 == 0 ? rescale[0] : rescale[1];
+    if (own_rescale == 1.0f) return;
+    for (int entry = 0; entry < num_written_; ++entry) {
+      uint32_t* place = place_of(entry);
+      const uint32_t pair = *place;
+      const float low = low_bfloat16(pair) * own_rescale;
+      const float high = high_bfloat16(pair) * own_rescale;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*place) : "f"(high), "f"(low));
+    }
+  }
+
+  // Where this lane writes what share_quad gives it.
+  __device__ uint32_t* place_of(int entry) const {
+    const int row = row_ + lane_ % 2 * 8;
+    return reinterpret_cast<uint32_t*>(table_) +
+           (entry * kStackRows + row) * (kSumsPerTile / 2) + lane_ / 2 % 2;
+  }
+
+  __device__ void write_weights(const SampledStack& stack, int table) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int row = row_ + 8 * r;
+      const float total = quad_sum(rows_.total[r]);
+      const bool exists = sample_of(stack, row).exists && total != 0.0f;
+      if (lane_ % 4 == 0) shared_.weights[table][warpgroup_][row] = exists ? 1.0f / total : 0.0f;
+    }
+  }
+
+  const SampledArgs& args_;
+  Shared& shared_;
+  float factor_;
+  int lane_;
+  int warpgroup_;
+  int row_;
+  char* table_ = nullptr;
+  int num_written_ = 0;
+  SampledRows rows_;
+  KeyRange own_[kThreadRows];
+  int candidate_end_[kThreadRows];
+  RingState<Traits::kStages> ring_;
+};
+
+}  // namespace pbs::cuda

@@ -1,0 +1,87 @@
+// How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes. Host
+// and device.
+//
+// Sampled queries of neighbouring query blocks of one head are stacked to the rows of one product.
+// A CTA works on one unit after the other: as many stacks as it has warpgroups to multiply, of the
+// heads that share a permutation, so that all of them read the same keys.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/params.h"
+#include "pbs/tile_shape.h"
+
+namespace pbs {
+
+constexpr int kStackRows = 64;        // sampled queries of a stack, one warpgroup's rows
+constexpr int kSampledTileKeys = 128;  // of one product
+constexpr int kSumKeys = 32;          // of one sum of weights
+constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
+constexpr int kDrawnUnits = 3;    // by a CTA, at once
+constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
+constexpr int kSelectWarps = 7;   // choose blocks; beside them one warp loads keys
+constexpr int kSampledCutScratch = 128;
+
+constexpr int kSampledWarpgroups = 2;  // multiply
+
+// Tiles of keys in flight, as shared memory allows.
+PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
+  return head_dim == 256 ? 2 : head_dim == 128 ? 5 : 6;
+}
+
+struct SampledPlan {
+  int32_t rows_per_block;    // of a stack: num_samples, filled up to a power of two
+  int32_t blocks_per_stack;  // query blocks
+  int32_t heads_per_perm;
+  int32_t stacks_per_perm;  // of a permutation's heads
+  int32_t units_per_perm;
+  int32_t num_perm_heads;  // of all batches
+  int32_t num_ctas;
+  int32_t own_tiles;        // of keys in their own order, in a unit at most
+  int32_t candidate_tiles;  // of permuted keys, likewise
+  int64_t mass_stride;      // floats from one row of block masses to the next
+};
+
+// Of one stack's sums: (own_tiles + candidate_tiles, kStackRows, kSumsPerTile) bfloat16.
+PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
+  return static_cast<int64_t>(plan.own_tiles + plan.candidate_tiles) * kStackRows * kSumsPerTile *
+         2;
+}
+
+constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num_sms) {
+  const Problem& problem = params.problem;
+  const Blocking& blocking = params.blocking;
+  const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
+  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
+  SampledPlan plan{};
+  plan.rows_per_block = 1;
+  while (plan.rows_per_block < params.num_samples) plan.rows_per_block *= 2;
+  plan.blocks_per_stack = kStackRows / plan.rows_per_block;
+  plan.heads_per_perm = narrow(problem.num_q_heads / problem.num_perm_heads);
+  const int64_t stacks_per_head = ceil_div(num_q_blocks, plan.blocks_per_stack);
+  plan.stacks_per_perm = narrow(stacks_per_head * plan.heads_per_perm);
+  plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, kSampledWarpgroups));
+  plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
+  plan.num_ctas =
+      narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
+  // The stacks of a unit lie in so many groups of query blocks at most; their own segments begin
+  // less than a segment before them.
+  const int64_t groups = smaller(stacks_per_head, ceil_div(kSampledWarpgroups - 1, plan.heads_per_perm) + 1);
+  const int64_t own_keys =
+      params.is_causal ? smaller(problem.num_kv, groups * plan.blocks_per_stack * blocking.block_size +
+                                                     blocking.segment_size)
+                       : problem.num_kv % blocking.segment_size;
+  plan.own_tiles = params.is_mass_causal ? narrow(ceil_div(own_keys, kSampledTileKeys)) : 0;
+  plan.candidate_tiles = narrow(ceil_div(problem.num_kv, kSampledTileKeys));
+  plan.mass_stride = ceil_div(ceil_div(problem.num_kv, blocking.kv_block_size), 4) * 4;
+  return plan;
+}
+
+// Of all CTAs: tables of sums, then rows of block masses; at the end a counter.
+constexpr int64_t sampled_workspace_bytes(const SampledPlan& plan) {
+  return plan.num_ctas * (kSampledTables * kSampledWarpgroups * table_bytes(plan) +
+                          kSelectWarps * plan.mass_stride * 4) +
+         4;
+}
+
+}  // namespace pbs
