@@ -99,8 +99,8 @@ class PBSConfig:
 
     @classmethod
     def accurate(cls) -> PBSConfig:
-        """More visited keys than :meth:`balanced`."""
-        return cls(threshold=0.95)
+        """More samples and more visited keys than :meth:`balanced`."""
+        return cls(threshold=0.95, num_samples=32)
 
     @property
     def key_block_size(self) -> int:

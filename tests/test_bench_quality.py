@@ -37,6 +37,10 @@ def options(tmp_path_factory):
     )
 
 
+def same_place(by_head, row):
+    return all(by_head[name] == row[name] for name in ("selection", "threshold"))
+
+
 def test_rows(options, tmp_path, capsys):
     files = {
         "csv": "rows.csv",
@@ -52,17 +56,24 @@ def test_rows(options, tmp_path, capsys):
         assert (tmp_path / picture).stat().st_size > 10_000
     with (tmp_path / "heads.csv").open() as file:
         by_head = list(csv.DictReader(file))
-    assert len(by_head) == 2 * 2 * 4  # thresholds, layers, heads
+    assert len(by_head) == 3 * 2 * 2 * 4  # selections, thresholds, layers, heads
     for row in (rows[1], rows[6]):
         assert (row["probe"], row["selection"]) == ("text", "pbs")
-        found = [float(r["density"]) for r in by_head if r["threshold"] == row["threshold"]]
+        found = [float(r["density"]) for r in by_head if same_place(r, row)]
         assert sum(found) / len(found) == pytest.approx(float(row["density"]), abs=1e-4)
-    assert capsys.readouterr().out.count("selection") == 3  # tables
+    assert capsys.readouterr().out.count("selection") == 4  # tables
     assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*curves.PROBES, "pass key"]
     for probe in curves.PROBES:
         of_probe = [row for row in rows if row["probe"] == probe]
         assert list(dict.fromkeys(row["selection"] for row in of_probe)) == SELECTIONS
         assert all((row["right"] != "") == (probe == "pass key") for row in of_probe)
+        for row in of_probe:
+            is_measured = probe == "text" and row["selection"] not in ("dense", "truncated")
+            assert (row["recalled"] != "") == is_measured
+            if is_measured:
+                assert 0 < float(row["recalled"]) <= 1.0001
+            if is_measured and row["threshold"] == "1" and row["selection"] != "window":
+                assert float(row["recalled"]) == pytest.approx(1, abs=1e-4)
         for row in of_probe:
             density = float(row["density"])
             assert 0 < density <= 1
@@ -156,6 +167,38 @@ def test_equal_density_lies_between_thresholds():
     assert curves.at_density(curve[:1], 0.3) is None
 
 
+def test_least_density_from_which_a_goal_is_kept():
+    curve = [(0.1, 3.0), (0.2, 1.0), (0.4, 2.0), (0.6, 0.5)]
+    assert curves.least_density(curve, 1.0) == pytest.approx(0.4 + 0.2 * 2 / 3)  # not from .2 on
+    assert curves.least_density(curve, 2.0) == pytest.approx(0.15)
+    assert curves.least_density(curve, 3.0) == 0.1
+    assert curves.least_density(curve, 0.4) is None
+
+
+def test_goals_are_read_off_the_curves():
+    def row(probe, selection, density, **values):
+        empty = dict.fromkeys(("loss_above_dense", "right", "recalled", "op_ms"), "")
+        place = {"probe": probe, "selection": selection, "settings": "paper"}
+        return empty | place | {"density": density, "threshold": density} | values
+
+    rows = [
+        row("text", "pbs", "0.2", loss_above_dense="0.03", recalled="0.9", op_ms="1"),
+        row("text", "pbs", "0.4", loss_above_dense="0.01", recalled="0.96", op_ms="2"),
+        row("copy", "pbs", "0.2", loss_above_dense="0.05"),
+        row("pass key", "dense", "1", right="1") | {"settings": ""},
+        row("pass key", "pbs", "0.2", right="0"),
+        row("pass key", "pbs", "0.4", right="1"),
+    ]
+    (name, found), = curves.goals(rows).items()
+    assert name == "pbs, paper"
+    assert found["loss .02"] == pytest.approx(0.3)
+    assert found["ms, loss .02"] == pytest.approx(1.5)
+    assert found["loss .01"] == 0.4
+    assert found["mass .95"] == pytest.approx(0.2 + 0.2 * 5 / 6)
+    assert found["repeat 1.1"] == 0.2
+    assert found["keys"] == pytest.approx(0.2 + 0.2 * 0.98)
+
+
 @pytest.mark.parametrize("name", ["permuted", "unpermuted", "pooled", "window"])
 def test_selections_visit_what_they_say(name):
     """At threshold or density 1 all of them are dense attention, below it they visit less."""
@@ -170,7 +213,7 @@ def test_selections_visit_what_they_say(name):
             if name == "window"
             else getattr(selections, name)(config)
         )
-        out, density = attention(q, k, v)
+        out, density, _ = attention(q, k, v)
         assert density.shape == (4,)
         is_dense = bool((density == 1).all())
         assert is_dense == (share == 1.0)
@@ -187,7 +230,7 @@ def test_permutation_keeps_its_worth():
     last = slice(2048, None)
 
     def error_and_density(attention):
-        out, density = attention(q, k, v)
+        out, density, _ = attention(q, k, v)
         error = (out - exact)[:, :, last].norm() / exact[:, :, last].norm()
         return error.item(), density.mean().item()
 
@@ -211,17 +254,17 @@ def test_permutation_keeps_its_worth():
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],
-            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got threshold: "
+            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got threshold: "
             "could not convert string to float: ''",
         ),
         (
             ["--settings", "size=3"],
-            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got size=3: "
+            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got size=3: "
             "PBSConfig has no size",
         ),
         (
             ["--settings", "segment_size=100"],
-            "--settings must be given, paper, balanced, narrow or FIELD=VALUE,..., got segment_size=100: "
+            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got segment_size=100: "
             "segment_size must be a positive multiple of block_size (128), got 100",
         ),
         (["--picture", "x.gif"], "a picture must end in .png, .pdf, .svg, got x.gif"),

@@ -375,7 +375,7 @@ def test_sampled_units_are_drawn_once(native, case, random):
     """As SampledLoader draws them: each CTA first its own, then what the counter says."""
     plan = native.sampled_plan(*case)
     num_units = plan.units_per_perm * plan.num_perm_heads
-    assert 0 < plan.num_ctas <= case.num_sms
+    assert 0 < plan.num_ctas <= min(case.num_sms, num_units)
     drawn = list(range(plan.num_ctas))  # of each CTA that is at work
     counter = 0
     found = []

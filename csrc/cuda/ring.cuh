@@ -13,7 +13,8 @@ struct RingState {
 
   __device__ int stage() const { return place < kStages ? place : place - kStages; }
   __device__ uint32_t parity() const { return place >= kStages; }
-  __device__ void advance() { place = place == 2 * kStages - 1 ? 0 : place + 1; }
+  __device__ void advance() { *this = next(); }
+  __device__ RingState next() const { return RingState{place == 2 * kStages - 1 ? 0 : place + 1}; }
   __device__ RingState previous() const {
     return RingState{place == 0 ? 2 * kStages - 1 : place - 1};
   }

@@ -132,8 +132,8 @@ def _add_quality(benches):
     words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
-        "what to sweep over thresholds: given (by the options below), paper (its own), balanced "
-        "(the default), narrow (the default with mean scores), or changes to what is given, such "
+        "what to sweep over thresholds: given (by the options below), paper, balanced and "
+        "accurate (presets), narrow (balanced with mean scores), or changes to what is given, such "
         "as kv_block_size=64,mass=causal"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)

@@ -67,6 +67,8 @@ class SampledSums {
         row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)) {}
 
   __device__ void run() {
+    static_assert(kSampledWarpgroups == 2);
+    if (warpgroup_ == 1) pass_turn();  // the first one is the other's
     DrawnUnits<Traits> walk(args_, shared_);
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
@@ -149,8 +151,7 @@ class SampledSums {
   // Keys of own segments, which each row sees up to its own position.
   __device__ void add_own(const SampledUnit& unit, const SampledStack& stack) {
     const TileRange seen(stack.own, unit.own.begin);
-    for (int tile = 0; tile < seen.first; ++tile) skip_tile();
-    add_tiles(seen.end - seen.first, seen.first, [&](Scores& scores, int entry) {
+    add_tiles(unit.num_own_tiles(), 0, seen, [&](Scores& scores, int entry) {
       const int begin = unit.own.begin + entry * kSampledTileKeys + column_of(0, lane_);
       CUTE_UNROLL
       for (int i = 0; i < cute::size(scores); ++i) {
@@ -159,55 +160,73 @@ class SampledSums {
         if (key < own.begin || key >= own.end) scores(i) = -INFINITY;
       }
     });
-    for (int tile = seen.end; tile < unit.num_own_tiles(); ++tile) skip_tile();
   }
 
   __device__ void add_candidates(const SampledUnit& unit, const SampledStack& stack) {
     const int first_entry = args_.plan.own_tiles;
-    const int num_seen = TileRange(KeyRange{0, stack.candidate_end}, 0).end;
-    const int end_of_whole = uniform(first_entry + stack.lowest_candidate / kSampledTileKeys);
-    add_tiles(num_seen, first_entry, [&](Scores& scores, int entry) {
-      if (entry < end_of_whole) return;
-      const int begin = (entry - first_entry) * kSampledTileKeys + column_of(0, lane_);
+    const int end_of_whole = uniform(stack.lowest_candidate / kSampledTileKeys);
+    const TileRange seen(KeyRange{0, stack.candidate_end}, 0);
+    add_tiles(unit.num_candidate_tiles(), first_entry, seen, [&](Scores& scores, int tile) {
+      if (tile < end_of_whole) return;
+      const int begin = tile * kSampledTileKeys + column_of(0, lane_);
       CUTE_UNROLL
       for (int i = 0; i < cute::size(scores); ++i) {
         if (begin + column_of(i, 0) >= candidate_end_[row_of(i)]) scores(i) = -INFINITY;
       }
     });
-    for (int tile = num_seen; tile < unit.num_candidate_tiles(); ++tile) skip_tile();
   }
 
-  // Two at once: the second product runs beside the weights of the first.
+  // All tiles of the unit, two at once: the second product runs beside the weights of the first.
+  // Those that the stack does not see are multiplied all the same, and left at that: the
+  // warpgroups have to take as many turns as each other.
   template <class Mask>
-  __device__ __forceinline__ void add_tiles(int num_tiles, int entry, Mask mask) {
+  __device__ __forceinline__ void add_tiles(int num_tiles, int first_entry, const TileRange& seen,
+                                            Mask mask) {
     Scores first = make_scores();
     Scores second = make_scores();
     RingState<Traits::kStages> in_work = ring_;
+    int tile = 0;
     const auto take = [&](Scores& scores) CUTLASS_LAMBDA_FUNC_INLINE {
       cute::warpgroup_fence_operand(scores);
       release(shared_.k_empty[in_work.stage()]);
       in_work.advance();
-      mask(scores, entry);
-      add(scores, entry++);
+      if (seen.holds(tile)) {
+        mask(scores, tile);
+        add(scores, first_entry + tile);
+      }
+      ++tile;
     };
-    for (int left = num_tiles / 2; left > 0; --left) {
+    for (int left = uniform(num_tiles / 2); left > 0; --left) {
+      await_keys(ring_);
+      await_keys(ring_.next());
+      await_turn();
       multiply(first);
       multiply(second);
+      pass_turn();
       cute::warpgroup_wait<1>();
       take(first);
       cute::warpgroup_wait<0>();
       take(second);
     }
     if (num_tiles % 2 == 0) return;
+    await_keys(ring_);
+    await_turn();
     multiply(first);
+    pass_turn();
     cute::warpgroup_wait<0>();
     take(first);
   }
 
-  __device__ void skip_tile() {
-    shared_.k_full[ring_.stage()].wait(ring_.parity());
-    release(shared_.k_empty[ring_.stage()]);
-    ring_.advance();
+  // While one warpgroup turns products into weights, the other has the tensor cores.
+  __device__ void await_turn() const {
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumers, 3 + warpgroup_);
+  }
+  __device__ void pass_turn() const {
+    cutlass::arch::NamedBarrier::arrive(Traits::kConsumers, 3 + (1 - warpgroup_));
+  }
+
+  __device__ void await_keys(const RingState<Traits::kStages>& ring) const {
+    shared_.k_full[ring.stage()].wait(ring.parity());
   }
 
   __device__ static Scores make_scores() {
@@ -215,7 +234,7 @@ class SampledSums {
                                       cute::Shape<typename Traits::Rows, typename Traits::Keys>{});
   }
 
-  // Starts the product with the tile of keys that comes next.
+  // Starts the product with the tile of keys that comes next, and is there.
   __device__ __forceinline__ void multiply(Scores& scores) {
     typename Traits::Mma mma;
     auto thread = mma.get_thread_slice(0);
@@ -223,7 +242,6 @@ class SampledSums {
         cute::make_tensor(cute::make_smem_ptr(shared_.q), typename Traits::LayoutQ{}));
     const cute::Tensor k = thread.partition_fragment_B(
         cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{}));
-    shared_.k_full[ring_.stage()].wait(ring_.parity());
     start_gemm<true>(mma, q(cute::_, cute::_, cute::_, warpgroup_),
                      k(cute::_, cute::_, cute::_, uniform(ring_.stage())), scores);
     ring_.advance();
