@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "-> (Tensor k_perm, Tensor v_perm, Tensor k_mean)");
   m.def(
       "select_blocks(Tensor q, Tensor k, Tensor k_mean, Tensor? perm=None, Tensor? k_perm=None, *, "
-      "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, bool is_causal=True, "
+      "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, "
+      "bool is_causal=True, "
       "float? scale=None, str mass=\"earlier\", str score=\"mean\", "
       "int num_samples=16) "
       "-> (Tensor block_mask, Tensor counts)");

@@ -76,8 +76,11 @@ class PBSConfig:
 
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:
-        """The paper's own choices: an order per query head, a full sort, key blocks as long as query
-        blocks, mean scores, and a threshold on the mass of earlier segments."""
+        """The paper's own choices: an order per query head, a full sort, key blocks as long as
+        query blocks, mean scores, and a threshold on the mass of earlier segments.
+
+        Measured as :meth:`balanced`: density 0.335, loss 0.047, keys 0.83.
+        """
         return cls(
             kv_block_size=None,
             threshold=threshold,
@@ -89,17 +92,28 @@ class PBSConfig:
 
     @classmethod
     def fast(cls) -> PBSConfig:
-        """Fewer visited keys than :meth:`balanced`."""
+        """Fewer visited keys.
+
+        Measured as :meth:`balanced`: density 0.094, loss 0.108, keys 0.83.
+        """
         return cls(threshold=0.8)
 
     @classmethod
     def balanced(cls) -> PBSConfig:
-        """The default."""
+        """The default: density 0.143, loss 0.041, keys 1.00.
+
+        Of SmolLM2-135M at 8192 tokens of three texts: the visited share of the causal block pairs,
+        the loss above dense in nats a token, and the share of 6 pass keys read back (dense 1.00).
+        A larger model loses less. Source: benchmarks/results/quality_tuning_smollm2_h100.csv.
+        """
         return cls()
 
     @classmethod
     def accurate(cls) -> PBSConfig:
-        """More samples and more visited keys than :meth:`balanced`."""
+        """More samples and more visited keys.
+
+        Measured as :meth:`balanced`: density 0.224, loss 0.004, keys 1.00.
+        """
         return cls(threshold=0.95, num_samples=32)
 
     @property

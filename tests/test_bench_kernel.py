@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import pbs_attn
-from pbs_attn import PBSConfig, cli
+from pbs_attn import cli
 from pbs_attn.bench import contestants, kernel, report
 from pbs_attn.bench.shapes import SHAPES, Shape
-from pbs_attn.bench.stages import heavy_hitters
+from pbs_attn.bench.stages import heavy_hitters, paper_with
 from pbs_attn.masks import candidate_blocks
 
 pytest.importorskip("tqdm")
@@ -64,8 +64,9 @@ def test_real_activations(tmp_path):
     path = tmp_path / "layer.safetensors"
     save_file(dict(zip("qkv", (q, k, v), strict=True)), path)
     (row,) = kernel.run(options(tokens=(), activations=(str(path),)))
-    chosen = pbs_attn.select(q, k, v, config=PBSConfig())
-    density = pbs_attn.density(chosen.block_mask, 1024, 1024, config=PBSConfig()).mean().item()
+    chosen = pbs_attn.select(q, k, v, config=paper_with(128))
+    density = pbs_attn.density(chosen.block_mask, 1024, 1024, config=paper_with(128))
+    density = density.mean().item()
     assert float(row["density"]) == pytest.approx(density, abs=1e-4)
     assert (row["lists"], row["q_heads"], row["kv_heads"]) == ("layer", "4", "2")
     save_file({"q": q, "k": k}, path)
@@ -78,14 +79,14 @@ def test_real_activations(tmp_path):
 
 @pytest.mark.parametrize("width", [128, 64, 32])
 def test_lists_hold_their_share_of_candidates_only(width):
-    config = PBSConfig(kv_block_size=width)
+    config = paper_with(width)
     candidates, _ = candidate_blocks(4096, 4096, config=config)
     columns = torch.arange(4096 // width)
     is_candidate = columns < candidates[:, None]
     selected = kernel.random_list(4096, 4, 0.3, config, "cpu")
     assert not (selected & ~is_candidate).any()
     assert selected[..., 2:, : 128 // width].all()  # the first 128 keys
-    wide = kernel.random_list(4096, 4, 0.3, PBSConfig(), "cpu")
+    wide = kernel.random_list(4096, 4, 0.3, paper_with(128), "cpu")
     assert torch.equal(selected.sum(-1) * width, wide.sum(-1) * 128)
     assert (
         0.2
@@ -96,8 +97,8 @@ def test_lists_hold_their_share_of_candidates_only(width):
 
 def test_flex_gets_the_lists():
     """The diagonal as the only blocks with a mask, all others whole."""
-    selected = kernel.random_list(1024, 4, 0.4, PBSConfig(), "cpu")
-    visited = selected | kernel.own_blocks(1024, PBSConfig())
+    selected = kernel.random_list(1024, 4, 0.4, paper_with(128), "cpu")
+    visited = selected | kernel.own_blocks(1024, paper_with(128))
     mask = contestants.flex_block_mask(visited)
     assert torch.equal(mask.to_dense().bool(), visited)
     diagonal = pbs_attn.lists_to_mask(mask.kv_num_blocks, mask.kv_indices, 8)

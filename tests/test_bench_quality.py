@@ -37,6 +37,9 @@ def options(tmp_path_factory):
     )
 
 
+SETTINGS_RULE = "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..."
+
+
 def same_place(by_head, row):
     return all(by_head[name] == row[name] for name in ("selection", "threshold"))
 
@@ -189,7 +192,7 @@ def test_goals_are_read_off_the_curves():
         row("pass key", "pbs", "0.2", right="0"),
         row("pass key", "pbs", "0.4", right="1"),
     ]
-    (name, found), = curves.goals(rows).items()
+    ((name, found),) = curves.goals(rows).items()
     assert name == "pbs, paper"
     assert found["loss .02"] == pytest.approx(0.3)
     assert found["ms, loss .02"] == pytest.approx(1.5)
@@ -234,7 +237,7 @@ def test_permutation_keeps_its_worth():
         error = (out - exact)[:, :, last].norm() / exact[:, :, last].norm()
         return error.item(), density.mean().item()
 
-    config = PBSConfig(threshold=0.9)
+    config = PBSConfig.paper()
     error, density = error_and_density(selections.permuted(config))
     assert error < 0.01
     assert density < 0.62
@@ -254,17 +257,15 @@ def test_permutation_keeps_its_worth():
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],
-            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got threshold: "
-            "could not convert string to float: ''",
+            f"{SETTINGS_RULE}, got threshold: could not convert string to float: ''",
         ),
         (
             ["--settings", "size=3"],
-            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got size=3: "
-            "PBSConfig has no size",
+            f"{SETTINGS_RULE}, got size=3: PBSConfig has no size",
         ),
         (
             ["--settings", "segment_size=100"],
-            "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..., got segment_size=100: "
+            f"{SETTINGS_RULE}, got segment_size=100: "
             "segment_size must be a positive multiple of block_size (128), got 100",
         ),
         (["--picture", "x.gif"], "a picture must end in .png, .pdf, .svg, got x.gif"),

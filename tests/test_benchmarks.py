@@ -1,5 +1,6 @@
 """`pbs-attn bench pipeline` and the long run: the parts that need no GPU."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -30,12 +31,11 @@ CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 )
 def test_eager_pipeline_selects_what_the_ops_select(case):
     q, k, v = clustered_qkv(case, torch.float32, seed=0)
-    config = PBSConfig(
+    config = dataclasses.replace(
+        PBSConfig.paper(case.threshold),
         block_size=case.block_size,
         kv_block_size=case.kv_block_size,
         segment_size=case.segment_size,
-        threshold=case.threshold,
-        permute_per="query_head",
     )
     chosen = pbs_attn.select(q, k, v, config=config)
     k_perm, v_perm, mask = eager.before_attend(q, k, v, case.threshold, config)
@@ -48,7 +48,7 @@ def test_eager_pipeline_selects_what_the_ops_select(case):
 def test_eager_stages_one_by_one_are_the_pipeline():
     case = Case(300, 300, permute_per="query_head")
     q, k, v = clustered_qkv(case, torch.float32, seed=0)
-    config = PBSConfig(block_size=32, segment_size=64)
+    config = dataclasses.replace(PBSConfig.paper(), block_size=32, segment_size=64)
     calls = eager.stage_calls(q, k, v, 0.9, config)
     assert tuple(calls) == eager.STAGES == stages.BEFORE_ATTEND
     mask = eager.before_attend(q, k, v, 0.9, config)[2]
@@ -57,7 +57,7 @@ def test_eager_stages_one_by_one_are_the_pipeline():
 
 def test_floors_by_hand():
     """Two segments, the second one incomplete: 3 query blocks, of which the last has candidates."""
-    config = PBSConfig(block_size=128, segment_size=256)
+    config = PBSConfig.paper()
     problem = floors.Problem(
         num_tokens=300,
         q_heads=4,
@@ -81,6 +81,10 @@ def test_floors_by_hand():
     assert list(expected) == list(stages.STAGES) == [stage.__name__ for stage in floors.STAGES]
     for stage in floors.STAGES:
         assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
+    sampled = problem._replace(config=dataclasses.replace(config, score="sampled", num_samples=16))
+    # 16 of 128 queries; every key of the first segment, by those of the last query block.
+    bytes_moved = q // 8 + k + 4 * 3 * (1 + 1) * 4
+    assert floors.select_blocks(sampled) == (bytes_moved, 2 * 64 * 4 * 16 * 256)
     assert floors.floors_ms(problem, "another card") == {}
     times = floors.floors_ms(problem, "NVIDIA H200")
     assert times["permute_kv"] == pytest.approx(1e3 * expected["permute_kv"][0] / 4.3e12)

@@ -223,6 +223,142 @@ def test_threshold_tables():
                     assert says(text, value), (file, threshold, settings, values)
 
 
+TUNING = "quality_tuning_smollm2_h100.csv"
+PRESET_ROWS = {
+    "PBSConfig.fast()": ("given", "0.8"),
+    "PBSConfig()": ("given", "0.9"),
+    "PBSConfig.accurate()": ("num_samples=32", "0.95"),
+    "PBSConfig.paper()": ("paper", "0.9"),
+}
+PRESET_COLUMNS = {
+    "density": ("text", "density"),
+    "loss": ("text", "loss_above_dense"),
+    "agreement": ("text", "agreement"),
+    "loss of a repeat": ("copy", "loss_above_dense"),
+    "keys": ("pass key", "right"),
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_preset_table(page):
+    rows = [row for row in read(TUNING) if row["selection"] == "pbs"]
+    found = table_with({"preset", "loss of a repeat"}, ROOT / page)
+    assert len(found) == len(PRESET_ROWS)
+    for said in found:
+        preset = re.match(r"`(.*?)`", said["preset"]).group(1)
+        for column in said.keys() - {"preset"}:
+            probe, name = PRESET_COLUMNS[column]
+            values = [
+                float(row[name])
+                for row in rows
+                if (row["settings"], row["threshold"]) == PRESET_ROWS[preset]
+                and row["probe"] == probe
+            ]
+            assert says(said[column], sum(values) / len(values)), (preset, column)
+
+
+def test_goals_table():
+    goals = curves.goals(read(TUNING))
+    names = {
+        "8 samples": "pbs, num_samples=8",
+        "16 samples (`balanced`)": "pbs",
+        "32 samples (`accurate`)": "pbs, num_samples=32",
+        "16 samples, segments of 512": "pbs, segment_size=512",
+        "`paper`": "pbs, paper",
+    }
+    columns = {
+        "the loss is at most 0.02": "loss .02",
+        "0.95 of dense's attention mass is visited": "mass .95",
+        "a repeat has 1.1 times dense's perplexity": "repeat 1.1",
+        "all keys but 2 % are read": "keys",
+    }
+    found = table_with(columns, ROOT / "docs" / "choosing.md")
+    assert len(found) == len(names)
+    densest = curves.summarize(read(TUNING))["text"]
+    for said in found:
+        name = names[said["settings"]]
+        for column, goal in columns.items():
+            if goals[name][goal] is None:
+                above = float(said[column].removeprefix("above "))
+                assert above <= densest[name][-1][0] < above + 0.01, (name, column)
+            else:
+                assert says(said[column], goals[name][goal]), (name, column)
+
+
+def test_prototype_tables():
+    rows = read("quality_prototypes_smollm2_h100.csv")
+    as_rows = [
+        {**row, "selection": row["variant"], "settings": "", "op_ms": "", "recalled": ""}
+        for row in rows
+    ]
+    by_probe = curves.summarize(as_rows)
+    variants = {
+        "a block weighs": {
+            "the largest share of 16 queries (`balanced`)": "s16 max",
+            "the root mean square of 16": "s16 rms",
+            "the mean of 16": "s16",
+            "the mean of 32": "s32",
+            "half the mean of 8, half the pooled mean": "s8 mix mean",
+            "the mean of 8": "s8",
+            "the attention of the means of 16 groups of 8 queries": "g16",
+            "pooled means, narrow blocks": "narrow mean",
+        },
+        "with the mean of 16, changed": {
+            "nothing": "s16",
+            "each head in the order that visits less": "s16 both",
+            "no permutation": "s16 unpermuted",
+            "a full sort": "s16 sort",
+            "16 heavy keys": "s16 heavy16",
+            "64 heavy keys": "s16 heavy64",
+            "importance from sampled queries of all blocks": "s16 imp samp",
+            "the segment before the own always visited": "s16 window1",
+            "blocks above a fixed share instead of a threshold on the sum": "s16 abs",
+            "key blocks of 64": "s16 kv64",
+        },
+    }
+    for column, names in variants.items():
+        found = table_with({column, "loss of a repeat"}, ROOT / "docs" / "choosing.md")
+        assert {said[column] for said in found} == names.keys()
+        for said in found:
+            name = names[said[column]]
+            for cell, probe in (("loss", "text"), ("loss of a repeat", "copy")):
+                curve = by_probe[probe][name]
+                value = curves.at_density(curve, 0.2)
+                if value is None or said[cell].startswith("at most"):
+                    value = next(y for x, y in reversed(curve) if x <= 0.201)
+                assert says(said[cell].removeprefix("at most "), value), (name, cell)
+
+
+def test_sampled_times():
+    rows = read("select_sampled_h100.csv")
+    found = table_with({"8 samples", "mean scores"}, ROOT / "docs" / "kernel-log.md")
+    assert len(found) == 3
+    columns = {"dense": "dense_ms", "8 samples": "sampled_8_ms", "16": "sampled_16_ms"}
+    columns |= {"32": "sampled_32_ms", "mean scores": "mean_ms"}
+    for said in found:
+        row = find(rows, tokens=said["tokens"], q_heads="32")
+        assert {c: said[c] for c in columns} == {c: row[n] for c, n in columns.items()}
+    last = find(rows, tokens="131072", q_heads="32")
+    words = f"{float(last['sampled_16_ms']):.1f} ms of the {float(last['dense_ms']):.1f} that dense"
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert words in text
+    assert f"mean scores of the same blocks take {float(last['mean_ms']):.1f} (" in text
+
+
+def test_heads_that_permutation_harms():
+    rows = read("heads_tuning_smollm2_h100.csv")
+    gains = {}
+    for row in rows:
+        sign = 1 if row["selection"] == "pbs" else -1
+        place = row["layer"], row["head"]
+        gains[place] = gains.get(place, 0.0) + sign * float(row["density"]) / 3
+    harmed = [gain for gain in gains.values() if gain > 1e-9]
+    words = f"{len(harmed)} of {len(gains)} heads visit more"
+    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    assert words in text
+    assert f"by at most {max(harmed):.4f} of all pairs" in text
+
+
 def test_settings_table():
     by_probe = curves.summarize(read("quality_settings_cpu.csv"))
     probes = {"loss of the last half": "text", "loss of a repeat": "copy"}

@@ -190,11 +190,19 @@ def test_nan_input_stays_visible():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_later_values_that_are_not_finite_leave_earlier_rows_alone(bad):
+    """Where the own segment counts, its block visits everything, as dense would."""
     q, k, v = qkv()
-    want = attention(q, k, v)
+    own = slice(256, 290)
+    want, dense = (
+        attention(q, k, v, config=c) for c in (PBSConfig.paper(), PBSConfig(threshold=1.0))
+    )
+    earlier = attention(q, k, v)[:, :, :256]
     k[:, :, 290:] = bad
     v[:, :, 290:] = bad
-    assert torch.equal(attention(q, k, v)[:, :, 256:290], want[:, :, 256:290])
+    assert torch.equal(attention(q, k, v, config=PBSConfig.paper())[:, :, own], want[:, :, own])
+    found = attention(q, k, v)
+    assert torch.equal(found[:, :, :256], earlier)
+    torch.testing.assert_close(found[:, :, own], dense[:, :, own])
 
 
 def test_extreme_scores_do_not_overflow():

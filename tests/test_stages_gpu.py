@@ -401,25 +401,35 @@ def test_other_device():
 
 @pytest.mark.parametrize("permute_per", ["kv_head", "query_head"])
 @pytest.mark.parametrize("mass", ["earlier", "causal"])
-def test_extra_memory_is_what_the_docs_say(mass, permute_per):
+@pytest.mark.parametrize("score", ["mean", "sampled"])
+def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     """docs/ops.md, Memory."""
-    num_tokens, heads, kv_heads, head_dim, block = 20000, 8, 2, 128, 128
+    num_tokens, heads, kv_heads, head_dim, block, samples = 20000, 8, 2, 128, 128, 16
     q = torch.randn(1, heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(1, kv_heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
     perm_heads = heads if permute_per == "query_head" else kv_heads
     blocks = -(-num_tokens // block)
     documented = 8 * perm_heads * num_tokens
     documented += 2 * 2 * perm_heads * num_tokens * head_dim
-    documented += 4 * (perm_heads + kv_heads * (mass == "causal")) * blocks * head_dim
+    documented += 4 * perm_heads * blocks * head_dim
+    if score == "sampled":
+        own_tiles = -(-(128 // samples * block + 256) // 128) * (mass == "causal")
+        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        tiles = -(-num_tokens // 128) + own_tiles
+        documented += num_sms * (2048 * tiles + 112 * -(-blocks // 4)) + 4
+    elif mass == "causal":
+        documented += 4 * kv_heads * blocks * head_dim
     documented += heads * blocks * (4 * -(-blocks // 32) + 16)
     documented += 4 * heads * num_tokens
     documented += 1024 * max(heads, 528 * heads // kv_heads)
-    ops.attention(q, k, k, mass=mass, permute_per=permute_per)
+    options = {"kv_block_size": block, "num_heavy": None, "num_samples": samples, "score": score}
+    options |= {"mass": mass, "permute_per": permute_per}
+    ops.attention(q, k, k, **options)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     # What was asked for: the allocator hands out up to a MiB more a tensor.
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    out = ops.attention(q, k, k, mass=mass, permute_per=permute_per)
+    out = ops.attention(q, k, k, **options)
     torch.cuda.synchronize()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
     extra = peak - before - out.numel() * out.element_size()
@@ -457,6 +467,8 @@ def test_what_cuda_does_not_take():
         ops.attention(half, half, half, segment_size=8192)
     long = torch.empty(1, 1, 1_050_000, 256, dtype=half.dtype, device="cuda")
     with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 32813"):
-        ops.attention(long[:, :, :64], long, long, kv_block_size=32)
+        ops.attention(long[:, :, :64], long, long, kv_block_size=32, score="mean")
+    with pytest.raises(RuntimeError, match="num_samples must be at most 64 on CUDA, got 65"):
+        ops.attention(half, half, half, num_samples=65)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):
         ops.sort_segments(torch.zeros(1, 1, 300, device="cuda"), segment_size=8192)

@@ -13,13 +13,13 @@
 
 namespace pbs {
 
-constexpr int kStackRows = 64;        // sampled queries of a stack, one warpgroup's rows
+constexpr int kStackRows = 64;         // sampled queries of a stack, one warpgroup's rows
 constexpr int kSampledTileKeys = 128;  // of one product
-constexpr int kSumKeys = 32;          // of one sum of weights
+constexpr int kSumKeys = 32;           // of one sum of weights
 constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
-constexpr int kDrawnUnits = 3;    // by a CTA, at once
+constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-constexpr int kSelectWarps = 7;   // choose blocks; beside them one warp loads keys
+constexpr int kSelectWarps = 7;    // choose blocks; beside them one warp loads keys
 constexpr int kSampledCutScratch = 128;
 
 constexpr int kSampledWarpgroups = 2;  // multiply
@@ -66,11 +66,13 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
       narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
   // The stacks of a unit lie in so many groups of query blocks at most; their own segments begin
   // less than a segment before them.
-  const int64_t groups = smaller(stacks_per_head, ceil_div(kSampledWarpgroups - 1, plan.heads_per_perm) + 1);
+  const int64_t groups =
+      smaller(stacks_per_head, ceil_div(kSampledWarpgroups - 1, plan.heads_per_perm) + 1);
   const int64_t own_keys =
-      params.is_causal ? smaller(problem.num_kv, groups * plan.blocks_per_stack * blocking.block_size +
-                                                     blocking.segment_size)
-                       : problem.num_kv % blocking.segment_size;
+      params.is_causal
+          ? smaller(problem.num_kv,
+                    groups * plan.blocks_per_stack * blocking.block_size + blocking.segment_size)
+          : problem.num_kv % blocking.segment_size;
   plan.own_tiles = params.is_mass_causal ? narrow(ceil_div(own_keys, kSampledTileKeys)) : 0;
   plan.candidate_tiles = narrow(ceil_div(problem.num_kv, kSampledTileKeys));
   plan.mass_stride = ceil_div(ceil_div(problem.num_kv, blocking.kv_block_size), 4) * 4;

@@ -83,8 +83,8 @@ TABLE = (
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
-    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key blocks
-    and orders as the other options say."""
+    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key
+    blocks and orders as the other options say."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b",)
     tokens: tuple[int, ...] = tuple(PAPER)

@@ -324,9 +324,7 @@ def _measure(
 
     is_text = prompt.probe == "text"
 
-    def score(
-        attention: selections.Attention, ids: torch.Tensor = prompt.ids, timed=None
-    ) -> Score:
+    def score(attention: selections.Attention, ids: torch.Tensor = prompt.ids, timed=None) -> Score:
         chooser.take(attention, is_text, timed if is_text else None)
         done = demo_model.prefill(model, ids, NAME)
         perplexity, choices = demo_model.score_tail(model, ids, done, prompt.tail)

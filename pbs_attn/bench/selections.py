@@ -97,6 +97,8 @@ def recalled_mass(lse: torch.Tensor, q, k, v, scale=None) -> torch.Tensor:
     """The share of dense attention's mass that fell on the visited keys, whose LSE is given: mean
     over the queries of each head, (Hq,)."""
     num_words = -(-k.shape[2] // 128 // 32)
-    everything = q.new_full((1, q.shape[1], -(-q.shape[2] // 128), num_words), -1, dtype=torch.int32)
+    everything = q.new_full(
+        (1, q.shape[1], -(-q.shape[2] // 128), num_words), -1, dtype=torch.int32
+    )
     _, of_all = ops.attend(q, k, v, k, v, everything, scale=scale)
     return (lse - of_all).exp().mean(-1)[0].cpu()

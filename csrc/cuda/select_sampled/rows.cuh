@@ -20,7 +20,8 @@ struct BlockSums {
     const char* rows = table + static_cast<int64_t>(entry) * kStackRows * kSumsPerTile * 2;
 #pragma unroll
     for (float& share : found) share = 0.0f;
-    if (num_rows == 1) return add_row(*reinterpret_cast<const uint2*>(rows), 0, sums_per_block, found);
+    if (num_rows == 1)
+      return add_row(*reinterpret_cast<const uint2*>(rows), 0, sums_per_block, found);
 #pragma unroll 2
     for (int first = 0; first < num_rows; first += kLoads * kRowsPerLoad) {
       uint4 pairs[kLoads];
@@ -66,8 +67,7 @@ class SampledRowsMask {
         lane_(static_cast<int>(threadIdx.x) % 32),
         sums_per_block_(static_cast<int>(args.params.blocking.kv_block_size) / kSumKeys),
         masses_(args.masses +
-                (static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp) * args.plan.mass_stride) {
-  }
+                (static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp) * args.plan.mass_stride) {}
 
   __device__ void run() {
     const int blocks_per_stack = args_.plan.blocks_per_stack;
@@ -81,10 +81,9 @@ class SampledRowsMask {
         const SampledStack stack = unit.stack(warpgroup);
         if (i % blocks_per_stack >= stack.num_blocks) continue;
         const int first_row = i % blocks_per_stack * args_.plan.rows_per_block;
-        const BlockSums sums{table_of(args_, walk.table(), warpgroup) +
-                                 first_row * kSumsPerTile * 2,
-                             shared_.weights[walk.table()][warpgroup] + first_row,
-                             args_.plan.rows_per_block};
+        const BlockSums sums{
+            table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
+            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_block};
         write_block(unit, stack, stack.first_block + i % blocks_per_stack, sums, sink);
       }
       shared_.table_empty[walk.table()].arrive();

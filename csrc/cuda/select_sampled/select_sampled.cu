@@ -93,8 +93,8 @@ const char* launch_select_sampled(const SelectBlocksParams& params, float* works
   args.params = params;
   args.plan = plan_of(params);
   args.num_q_blocks = static_cast<int>(ceil_div(problem.num_q, params.blocking.block_size));
-  args.num_words = static_cast<int>(
-      num_mask_words(ceil_div(problem.num_kv, params.blocking.kv_block_size)));
+  args.num_words =
+      static_cast<int>(num_mask_words(ceil_div(problem.num_kv, params.blocking.kv_block_size)));
   if (args.plan.num_ctas == 0) return nullptr;
   if (static_cast<int64_t>(args.plan.units_per_perm) * args.plan.num_perm_heads >
       std::numeric_limits<int32_t>::max()) {
@@ -117,8 +117,9 @@ const char* launch_select_sampled(const SelectBlocksParams& params, float* works
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaMemsetAsync(args.counter, 0, sizeof(int), cuda_stream);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  error = problem.dtype == DType::kBFloat16 ? launch_head_dim<cutlass::bfloat16_t>(args, cuda_stream)
-                                            : launch_head_dim<cutlass::half_t>(args, cuda_stream);
+  error = problem.dtype == DType::kBFloat16
+              ? launch_head_dim<cutlass::bfloat16_t>(args, cuda_stream)
+              : launch_head_dim<cutlass::half_t>(args, cuda_stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

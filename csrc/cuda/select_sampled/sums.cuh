@@ -48,9 +48,7 @@ __device__ inline uint32_t share_quad(const TileWeights& sums, int lane) {
 }
 
 __device__ inline float low_bfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_bfloat16(uint32_t pair) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
+__device__ inline float high_bfloat16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 template <class Traits>
 class SampledSums {
@@ -112,8 +110,8 @@ class SampledSums {
     constexpr int kPiece = 8;
     constexpr int kPieces = Traits::kHeadDim / kPiece;  // of a row
     const ConstRows& q = args_.params.q;
-    const char* head = static_cast<const char*>(q.data) +
-                       2 * (unit.b * q.batch_stride + stack.hq * q.head_stride);
+    const char* head =
+        static_cast<const char*>(q.data) + 2 * (unit.b * q.batch_stride + stack.hq * q.head_stride);
     char* to = reinterpret_cast<char*>(shared_.q + warpgroup_ * kStackRows * Traits::kHeadDim);
     for (int i = static_cast<int>(threadIdx.x) % 128; i < kStackRows * kPieces; i += 128) {
       const int row = i / kPieces;
@@ -124,8 +122,8 @@ class SampledSums {
         const int64_t place = (sample.block.first_row + sample.row) * q.row_stride + column;
         piece = *reinterpret_cast<const uint4*>(head + 2 * place);
       }
-      *reinterpret_cast<uint4*>(
-          to + tile_offset<Traits::kGroupColumns>(kStackRows, row, column)) = piece;
+      *reinterpret_cast<uint4*>(to + tile_offset<Traits::kGroupColumns>(kStackRows, row, column)) =
+          piece;
     }
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
@@ -278,8 +276,7 @@ class SampledSums {
       CUTE_UNROLL
       for (int i = 0; i < kPerSum; ++i) {
         const int r = row_of(i);
-        const float weight =
-            exp2_approx(__fmaf_rn(scores(s * kPerSum + i), factor_, -shift[r]));
+        const float weight = exp2_approx(__fmaf_rn(scores(s * kPerSum + i), factor_, -shift[r]));
         sums[s][r] = i < 4 && i % 2 == 0 ? weight : sums[s][r] + weight;
       }
     }
@@ -319,8 +316,8 @@ class SampledSums {
   // Where this lane writes what share_quad gives it.
   __device__ uint32_t* place_of(int entry) const {
     const int row = row_ + lane_ % 2 * 8;
-    return reinterpret_cast<uint32_t*>(table_) +
-           (entry * kStackRows + row) * (kSumsPerTile / 2) + lane_ / 2 % 2;
+    return reinterpret_cast<uint32_t*>(table_) + (entry * kStackRows + row) * (kSumsPerTile / 2) +
+           lane_ / 2 % 2;
   }
 
   __device__ void write_weights(const SampledStack& stack, int table) {

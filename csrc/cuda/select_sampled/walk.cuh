@@ -44,8 +44,9 @@ struct SampledTraits {
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  cute::Shape<Rows, Keys, cute::Int<kHeadDim>>>()));
   template <class NumRows>
-  using Atom = decltype(cutlass::gemm::collective::detail::ss_smem_selector<
-                        cute::GMMA::Major::K, Element, NumRows, cute::Int<kHeadDim>>());
+  using Atom =
+      decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Element,
+                                                                   NumRows, cute::Int<kHeadDim>>());
   using LayoutQ = decltype(cute::tile_to_shape(
       Atom<Rows>{}, cute::Shape<Rows, cute::Int<kHeadDim>, cute::Int<kSampledWarpgroups>>{}));
   using LayoutK = decltype(cute::tile_to_shape(

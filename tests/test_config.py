@@ -1,0 +1,91 @@
+"""The presets, and that the operators' defaults are what the documents say."""
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pbs_attn import PBSConfig
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+BALANCED = {
+    "block_size": 128,
+    "kv_block_size": 32,
+    "segment_size": 256,
+    "threshold": 0.9,
+    "permute_per": "kv_head",
+    "num_heavy": 32,
+    "mass": "causal",
+    "score": "sampled",
+    "num_samples": 16,
+}
+# What else than `balanced` has.
+PRESETS = {
+    "balanced": {},
+    "fast": {"threshold": 0.8},
+    "accurate": {"threshold": 0.95, "num_samples": 32},
+    "paper": {
+        "kv_block_size": None,
+        "permute_per": "query_head",
+        "num_heavy": None,
+        "mass": "earlier",
+        "score": "mean",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_pinned(name):
+    assert dataclasses.asdict(getattr(PBSConfig, name)()) == BALANCED | PRESETS[name]
+
+
+def test_the_default_is_balanced():
+    assert PBSConfig() == PBSConfig.balanced()
+    assert PBSConfig.paper(threshold=0.7) == dataclasses.replace(PBSConfig.paper(), threshold=0.7)
+
+
+def defaults_of(operator):
+    arguments = getattr(torch.ops.pbs, operator).default._schema.arguments
+    return {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+
+def test_defaults_of_the_whole_operator_are_those_of_the_config():
+    assert defaults_of("attention") == PBSConfig().op_kwargs() | {"is_causal": True, "scale": None}
+
+
+def test_defaults_of_the_stages_are_the_papers():
+    paper = PBSConfig.paper().op_kwargs() | {"permute_per": "kv_head"}
+    paper |= {"is_causal": True, "scale": None, "perm": None, "k_perm": None}
+    for operator in ("score_keys", "sort_segments", "select_blocks", "attend"):
+        defaults = defaults_of(operator)
+        assert defaults == {name: paper[name] for name in defaults}, operator
+    assert defaults_of("permute_kv") == {"kv_block_size": paper["block_size"]}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_were_measured_as_they_say(name):
+    """Density, loss and pass keys of the docstring are those of the CSV."""
+    settings = {"paper": "paper", "accurate": "num_samples=32"}.get(name, "given")
+    threshold = f"{getattr(PBSConfig, name)().threshold:g}"
+    with (RESULTS / "quality_tuning_smollm2_h100.csv").open() as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["selection"], row["settings"], row["threshold"]) == ("pbs", settings, threshold)
+        ]
+
+    def mean(probe, column):
+        values = [float(row[column]) for row in rows if row["probe"] == probe]
+        return sum(values) / len(values)
+
+    words = " ".join(getattr(PBSConfig, name).__doc__.split())
+    density, loss, keys = map(
+        float, re.search(r"density ([\d.]+), loss ([\d.]+), keys ([\d.]+\d)", words).groups()
+    )
+    assert density == round(mean("text", "density"), 3)
+    assert loss == round(mean("text", "loss_above_dense"), 3)
+    assert keys == round(mean("pass key", "right"), 2)
+    assert sum(row["probe"] == "pass key" for row in rows) == 6
