@@ -20,7 +20,6 @@ constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
 constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
 constexpr int kSelectWarps = 7;    // choose blocks; beside them one warp loads keys
-constexpr int kSampledCutScratch = 128;
 
 constexpr int kSampledWarpgroups = 2;  // multiply
 

@@ -137,7 +137,7 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("sampled_tables") = pbs::kSampledTables;
   m.attr("sampled_warpgroups") = pbs::kSampledWarpgroups;
   m.attr("select_warps") = pbs::kSelectWarps;
-  m.attr("sampled_cut_scratch") = pbs::kSampledCutScratch;
+  m.attr("sampled_cut_scratch") = pbs::kCutScratch;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

@@ -11,6 +11,7 @@
 #include "../warpgroup.cuh"
 #include "pbs/params.h"
 #include "pbs/sampled_plan.h"
+#include "pbs/select_tiles.h"
 
 namespace pbs::cuda {
 
@@ -56,7 +57,7 @@ struct SampledTraits {
     alignas(kSwizzleBytes) Element q[kSampledWarpgroups * kStackRows * kHeadDim];
     alignas(kSwizzleBytes) Element k[kStages * kSampledTileKeys * kHeadDim];
     float weights[kSampledTables][kSampledWarpgroups][kStackRows];  // 1 / (sum of a row)
-    uint32_t scratch[kSelectWarps][kSampledCutScratch];
+    uint32_t scratch[kSelectWarps][kCutScratch];
     int units[kDrawnUnits];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_empty[kStages];
