@@ -24,9 +24,7 @@ def add_config(group, has_threshold=True):
             "share of the estimated attention mass that the visited blocks must reach",
         )
     add_value(group, "--block-size", "N", default.block_size, "queries a block")
-    group.add_argument(
-        "--kv-block-size", metavar="N", type=int, help="keys a block (default: as --block-size)"
-    )
+    add_value(group, "--kv-block-size", "N", default.kv_block_size, "keys a block")
     add_value(
         group,
         "--segment-size",
@@ -41,11 +39,13 @@ def add_config(group, has_threshold=True):
         default.permute_per,
         "which heads have an order of their own",
     )
+    words = "keys that move to the front of their segment, or all to sort them"
     group.add_argument(
         "--num-heavy",
         metavar="N",
-        type=int,
-        help="keys that move to the front of their segment (default: sort them all)",
+        type=number_or_all,
+        default=default.num_heavy,
+        help=f"{words} (default: {default.num_heavy})",
     )
     add_choice(
         group, "--mass", ("earlier", "causal"), default.mass, "what the threshold is a share of"
@@ -53,6 +53,11 @@ def add_config(group, has_threshold=True):
     add_choice(group, "--score", ("mean", "sampled"), default.score, "how blocks are scored")
     words = "queries of a block that --score sampled takes"
     add_value(group, "--num-samples", "N", default.num_samples, words)
+
+
+def number_or_all(text):
+    """As PBSConfig has `num_heavy`."""
+    return None if text == "all" else int(text)
 
 
 def add_value(parser, name, metavar, default, words, **options):

@@ -114,7 +114,7 @@ def _(
     block_size=128,
     kv_block_size=32,
     segment_size=256,
-    threshold=0.9,
+    threshold=0.95,
     permute_per="kv_head",
     num_heavy=32,
     mass="causal",

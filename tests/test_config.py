@@ -15,7 +15,7 @@ BALANCED = {
     "block_size": 128,
     "kv_block_size": 32,
     "segment_size": 256,
-    "threshold": 0.9,
+    "threshold": 0.95,
     "permute_per": "kv_head",
     "num_heavy": 32,
     "mass": "causal",
@@ -25,10 +25,11 @@ BALANCED = {
 # What else than `balanced` has.
 PRESETS = {
     "balanced": {},
-    "fast": {"threshold": 0.8},
-    "accurate": {"threshold": 0.95, "num_samples": 32},
+    "fast": {"threshold": 0.9},
+    "accurate": {"num_samples": 32},
     "paper": {
         "kv_block_size": None,
+        "threshold": 0.9,
         "permute_per": "query_head",
         "num_heavy": None,
         "mass": "earlier",

@@ -225,8 +225,8 @@ def test_threshold_tables():
 
 TUNING = "quality_tuning_smollm2_h100.csv"
 PRESET_ROWS = {
-    "PBSConfig.fast()": ("given", "0.8"),
-    "PBSConfig()": ("given", "0.9"),
+    "PBSConfig.fast()": ("given", "0.9"),
+    "PBSConfig()": ("given", "0.95"),
     "PBSConfig.accurate()": ("num_samples=32", "0.95"),
     "PBSConfig.paper()": ("paper", "0.9"),
 }
@@ -255,6 +255,64 @@ def test_preset_table(page):
                 and row["probe"] == probe
             ]
             assert says(said[column], sum(values) / len(values)), (preset, column)
+
+
+def test_unseen_texts():
+    rows = read("quality_smollm2_4096_cpu.csv")
+
+    def mean(settings, threshold, probe, column):
+        place = ("pbs", settings, threshold, probe)
+        names = ("selection", "settings", "threshold", "probe")
+        found = [float(r[column]) for r in rows if tuple(r[name] for name in names) == place]
+        assert len(found) == 5
+        return sum(found) / len(found)
+
+    def figures(settings, threshold):
+        density, loss = (
+            mean(settings, threshold, "text", column) for column in ("density", "loss_above_dense")
+        )
+        keys = 5 * mean(settings, threshold, "pass key", "right")
+        return f"{density:.3f}", f"{loss:.3f}", f"{keys:.0f}"
+
+    own, paper = figures("balanced", "0.95"), figures("paper", "0.9")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"visits {own[0]} and loses {own[1]}, the paper's settings {paper[0]} and" in text
+    assert (
+        f"and {paper[1]}; of a pass key in each, it reads {own[2]}, the paper's {paper[2]}" in text
+    )
+    goals = curves.goals(rows)
+    found = [
+        goals["pbs, balanced"][name] for name in ("loss .02", "repeat 1.1", "keys", "mass .95")
+    ]
+    words = (
+        "density is {:.3f} for a loss of at most 0.02, {:.3f} for a repeat, {:.3f} for the keys "
+        "and {:.3f} for 0.95 of the mass"
+    )
+    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    assert words.format(*found) in text
+    last = {name: goals["pbs, paper"][name] for name in ("loss .02", "repeat 1.1", "keys")}
+    assert set(last.values()) == {None}
+    assert f"and {goals['pbs, paper']['mass .95']:.3f})" in text
+
+
+def test_recall_of_qwen_layers():
+    rows = read("recall_qwen_layers_cpu.csv")
+    found = table_with({"settings", "layer 14"}, ROOT / "docs" / "choosing.md")
+    assert len(found) == 7
+    for said in found:
+        settings = said["settings"].strip("`")
+        for layer in ("14", "26"):
+            curve = sorted(
+                (float(row["density"]), -float(row["recalled"]))
+                for row in rows
+                if (row["settings"], row["layer"]) == (settings, layer)
+            )
+            value = curves.least_density(curve, -0.95)
+            text = said[f"layer {layer}"]
+            if value is None:
+                assert float(text.removeprefix("above ")) <= curve[-1][0]
+            else:
+                assert says(text, value), (settings, layer)
 
 
 def test_goals_table():

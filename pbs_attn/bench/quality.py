@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pbs_attn import PBSConfig, demo, demo_model, plot
+from pbs_attn._arguments import number_or_all
 
 from . import selections
 from .curves import GIVEN, PROBES, format_goals, format_probe
@@ -226,7 +227,7 @@ def _configs(options: Options) -> dict[str, PBSConfig]:
 def _change(config: PBSConfig, changes: str) -> PBSConfig:
     """With fields replaced, as "kv_block_size=32,mass=causal" says."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    types |= {"kv_block_size": int, "num_heavy": int}  # both None by default
+    types |= {"kv_block_size": int, "num_heavy": number_or_all}
     pairs = [change.partition("=") for change in changes.split(",")]
     unknown = [name for name, _, _ in pairs if name not in types]
     try:
