@@ -19,6 +19,8 @@ MEASURED = {
     ("paper", "copy"): (0.673, 1.136, 0.725),
     ("narrow", "text"): (0.331, 0.093, 0.858),
     ("narrow", "copy"): (0.352, 0.750, 0.826),
+    ("balanced", "text"): (0.325, 0.042, 0.901),
+    ("balanced", "copy"): (0.341, 0.013, 0.955),
 }
 
 
@@ -30,7 +32,7 @@ def test_quality_is_kept(monkeypatch):
         tokens=2048,
         thresholds=(0.9,),
         probes=("text", "copy"),
-        settings=("paper", "narrow"),
+        settings=("paper", "narrow", "balanced"),
         device="cpu",
     )
     rows = quality.run(options)
