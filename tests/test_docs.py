@@ -343,13 +343,30 @@ def test_goals_table():
                 assert says(said[column], goals[name][goal]), (name, column)
 
 
+def curves_of_prototypes(name):
+    rows = [{**row, "selection": row["variant"], "settings": ""} for row in read(name)]
+    return curves.summarize(rows)
+
+
+def test_antidiagonal_table():
+    by_probe = curves_of_prototypes("quality_antidiagonal_smollm2_cpu.csv")
+    column = "a block weighs, at 4096 tokens"
+    names = {
+        "the largest share of 16 queries": "s16 max top",
+        "its antidiagonals, stride 8": "antidiagonal 8",
+        "its antidiagonals, stride 16": "antidiagonal 16",
+        "its antidiagonals, stride 8, no permutation": "antidiagonal 8 unpermuted",
+    }
+    found = table_with({column, "loss of a repeat"}, ROOT / "docs" / "choosing.md")
+    assert {said[column] for said in found} == names.keys()
+    for said in found:
+        for cell, probe in (("loss", "text"), ("loss of a repeat", "copy")):
+            value = curves.at_density(by_probe[probe][names[said[column]]], 0.2)
+            assert says(said[cell], value), said
+
+
 def test_prototype_tables():
-    rows = read("quality_prototypes_smollm2_h100.csv")
-    as_rows = [
-        {**row, "selection": row["variant"], "settings": "", "op_ms": "", "recalled": ""}
-        for row in rows
-    ]
-    by_probe = curves.summarize(as_rows)
+    by_probe = curves_of_prototypes("quality_prototypes_smollm2_h100.csv")
     variants = {
         "a block weighs": {
             "the largest share of 16 queries (`balanced`)": "s16 max",
