@@ -70,7 +70,7 @@ def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
 
 def measure(args: argparse.Namespace, threshold: float, seed: int) -> dict[str, object]:
     config = dataclasses.replace(
-        paper_with(args.kv_block_size), threshold=threshold, permute_per=args.permute_per
+        paper_with(args.kv_block_size, args.permute_per), threshold=threshold
     )
     q, k, v = (
         t.to(getattr(torch, args.dtype))

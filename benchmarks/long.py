@@ -203,7 +203,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 def warm_up(args: argparse.Namespace) -> None:
     for permute_per in args.permute_per:
         tensors = heavy_hitters(2048, args.q_heads, args.kv_heads, args.device)
-        pipeline = Pipeline(*tensors, paper_with(128), permute_per)
+        pipeline = Pipeline(*tensors, paper_with(128, permute_per))
         pipeline.set_threshold(0.9)
         for name in (*STAGES, "attention"):
             getattr(pipeline, name)()
@@ -213,7 +213,7 @@ def measure(
     args: argparse.Namespace, tensors, permute_per: str, kv_block_size: int
 ) -> dict[str, str]:
     """A row; prints its times before the checks, which may end the run."""
-    pipeline = Pipeline(*tensors, paper_with(kv_block_size), permute_per)
+    pipeline = Pipeline(*tensors, paper_with(kv_block_size, permute_per))
     density = reach(pipeline, args.density)
     values = {
         "tokens": args.tokens,

@@ -89,11 +89,8 @@ def select_blocks(
     """Algorithm 2 (Appendix D.1): bool mask (B, Hq, num_q_blocks, num_kv_blocks) and its counts."""
     layout = Layout(q.shape[2], k.shape[2], block_size, kv_block_size, segment_size, is_causal)
     candidate, _ = block_roles(layout)
-    if score == "sampled":
-        masses = sampled_mass(q, k, perm, layout, num_samples, scale=scale, mass=mass)
-    else:
-        masses = block_mass(q, k, k_mean, layout, scale=scale, mass=mass)
-    candidate_mass, own_mass = masses
+    options = {"scale": scale, "mass": mass, "score": score, "num_samples": num_samples}
+    candidate_mass, own_mass = mass_by_score(q, k, k_mean, perm, layout, **options)
 
     largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
     reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
@@ -226,12 +223,17 @@ def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier")
     return torch.stack(candidate_share, 2), torch.stack(own_share, 2)
 
 
+def mass_by_score(q, k, k_mean, perm, layout, *, score, num_samples, **options):
+    """`sampled_mass` or `block_mass`, with what both take as `options`."""
+    if score == "sampled":
+        return sampled_mass(q, k, perm, layout, num_samples, **options)
+    return block_mass(q, k, k_mean, layout, **options)
+
+
 def masses_of(case, q, k, k_mean, perm):
-    """`sampled_mass` or `block_mass`, as a case of the tests asks for."""
-    options = {"scale": case.scale, "mass": case.mass}
-    if case.score == "sampled":
-        return sampled_mass(q, k, perm, case.layout, case.num_samples, **options)
-    return block_mass(q, k, k_mean, case.layout, **options)
+    """As a case of the tests asks for."""
+    options = case.options("scale", "mass", "score", "num_samples")
+    return mass_by_score(q, k, k_mean, perm, case.layout, **options)
 
 
 def sink_block(perm, k_mean, num_heads, kv_block_size):

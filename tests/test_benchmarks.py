@@ -205,7 +205,7 @@ def test_what_a_gpu_adds_to_a_row(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     tensors = stages.heavy_hitters(1024, 4, 2, "cpu")
-    made = stages.Pipeline(*tensors, PBSConfig.paper(), "kv_head")
+    made = stages.Pipeline(*tensors, stages.paper_with(None))
     made.set_threshold(0.9)
     options = pipeline_options(eager=True)
     values = pipeline._gpu_values(options, made, pipeline.problem_of(made, 0.8))

@@ -28,15 +28,10 @@ struct Samples {
 
 int64_t max_padded(const SelectBlocksParams& params) { return padded_rows(params.num_samples); }
 
-// The query row, counted in its block, of one of `count` samples.
-int64_t sample_row(const QueryBlock& block, int64_t count, int64_t sample_idx) {
-  return (sample_idx + 1) * block.num_rows / count - 1;
-}
-
 Samples carve(const SelectBlocksParams& params, const QueryBlock& block, float* scratch) {
   const int64_t head_dim = params.problem.head_dim;
   Samples samples{};
-  samples.count = smaller(static_cast<int64_t>(params.num_samples), block.num_rows);
+  samples.count = num_samples_of<int64_t>(block.num_rows, params.num_samples);
   samples.padded = padded_rows(samples.count);
   samples.queries = scratch;
   samples.keys = samples.queries + head_dim * max_padded(params);
@@ -52,7 +47,7 @@ void pack_samples(const SelectBlocksParams& params, const QueryBlock& block, int
   const int64_t head_dim = params.problem.head_dim;
   std::memset(samples.queries, 0, head_dim * samples.padded * sizeof(float));
   for (int64_t s = 0; s < samples.count; ++s) {
-    const int64_t row = block.first_row + sample_row(block, samples.count, s);
+    const int64_t row = block.first_row + sample_row(block.num_rows, samples.count, s);
     int64_t stride = 0;
     const float* src = float_rows(params.q, params.problem, b, hq, row, 1, samples.row, &stride);
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -152,7 +147,7 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
       const auto until_own_position = [&](float* scores, int64_t group, int64_t lane) {
         for (int64_t i = 0; params.is_causal && i < smaller(group, samples.count - lane); ++i) {
           const int64_t position =
-              block.first_position + sample_row(block, samples.count, lane + i);
+              block.first_position + sample_row(block.num_rows, samples.count, lane + i);
           for (int64_t key = larger(0, position + 1 - begin); key < num_keys; ++key) {
             scores[key * group + i] = kNegInf;
           }

@@ -44,4 +44,15 @@ PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t nu
   return block;
 }
 
+// Queries of a block that are sampled: as many as asked for or there are, each at the end of one of
+// so many equal parts. In the caller's integers.
+template <class Int>
+PBS_HOST_DEVICE constexpr Int num_samples_of(Int num_rows, Int num_samples) {
+  return num_samples < num_rows ? num_samples : num_rows;
+}
+template <class Int>
+PBS_HOST_DEVICE constexpr Int sample_row(Int num_rows, Int count, Int nth) {
+  return (nth + 1) * num_rows / count - 1;
+}
+
 }  // namespace pbs

@@ -40,15 +40,7 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
-from .stages import (
-    BEFORE_ATTEND,
-    PAPER,
-    STAGES,
-    Pipeline,
-    density_at,
-    heavy_hitters,
-    reach,
-)
+from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
 from .timing import Call, clock_for, interleaved_medians
 
 PAPER_THRESHOLD = 0.9
@@ -151,8 +143,10 @@ def _check(options: Options) -> None:
     check_outputs([options.csv], [options.picture])
 
 
-def _config(options: Options, kv_block_size: int) -> PBSConfig:
-    return dataclasses.replace(SELECTIONS[options.selection], kv_block_size=kv_block_size)
+def _config(options: Options, permute_per: str, kv_block_size: int) -> PBSConfig:
+    return dataclasses.replace(
+        SELECTIONS[options.selection], permute_per=permute_per, kv_block_size=kv_block_size
+    )
 
 
 def _settings(options: Options) -> Iterator[tuple[str, int]]:
@@ -187,7 +181,7 @@ def _measure_input(
     """One row a setting; the threshold is PAPER_THRESHOLD where no density is asked for."""
     dense = dense_calls(*tensors)
     for permute_per, kv_block_size in _settings(options):
-        pipeline = Pipeline(*tensors, _config(options, kv_block_size), permute_per)
+        pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
         reached = reach(pipeline, density) if density else pipeline.set_threshold(PAPER_THRESHOLD)
         problem = problem_of(pipeline, reached)
         values = {
@@ -313,7 +307,7 @@ def _wins(
 ) -> bool:
     """Whether one call beats every dense kernel, at the paper's density or its continuation."""
     tensors = _synthetic(shape, length, device)
-    pipeline = Pipeline(*tensors, _config(options, kv_block_size), permute_per)
+    pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
     reach(pipeline, density_at(length))
     calls = dense_calls(*tensors) | {"attention": pipeline.attention}
     times = interleaved_medians(

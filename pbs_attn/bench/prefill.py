@@ -214,8 +214,8 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
         num_tokens, density = options.tokens[nth], _densities(options)[nth]
         ids = torch.randint(shape.vocab_size, (1, num_tokens), device=device)
         tensors = _synthetic(shape, num_tokens, device)
-        config = dataclasses.replace(paper_with(None), permute_per=options.permute_per)
-        pipeline = Pipeline(*tensors, config, options.permute_per)
+        config = paper_with(None, options.permute_per)
+        pipeline = Pipeline(*tensors, config)
         reached = reach(pipeline, density)
         backend, dense = _best_dense(tensors)
         about = {

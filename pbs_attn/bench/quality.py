@@ -34,6 +34,7 @@ from .report import (
     require_packages,
     say_where,
 )
+from .timing import cuda_events
 
 NAME = "pbs_bench_quality"  # with transformers
 SWEPT = {
@@ -130,19 +131,9 @@ class Chooser:
         if self.has_mass and lse is not None:
             self.recalled.append(selections.recalled_mass(lse, *tensors, scale=scaling))
         if self.timed is not None and query.is_cuda:
-            self.milliseconds.append(time_once(lambda: self.timed(*tensors, scale=scaling)))
+            torch.cuda._sleep(500_000)  # its launches follow work already under way
+            self.milliseconds.append(cuda_events(lambda: self.timed(*tensors, scale=scaling), 1))
         return out.transpose(1, 2).contiguous(), None
-
-
-def time_once(call: Callable[[], object]) -> float:
-    """Milliseconds on the GPU, with launches that follow work already under way."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(500_000)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def dense(q, k, v, scale=None):

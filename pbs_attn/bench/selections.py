@@ -53,9 +53,7 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 def pooled(config: PBSConfig) -> Attention:
     """Pooled means over all causal blocks in their own order: segments of one block."""
-    return unpermuted(
-        dataclasses.replace(config, segment_size=config.block_size, score="mean", num_samples=1)
-    )
+    return unpermuted(dataclasses.replace(config, segment_size=config.block_size, score="mean"))
 
 
 def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:

@@ -39,10 +39,10 @@ def block_sizes(config: PBSConfig) -> dict[str, int]:
     }
 
 
-def paper_with(kv_block_size: int | None) -> PBSConfig:
-    """The paper's selection with key blocks of a width, in one order a KV head."""
+def paper_with(kv_block_size: int | None, permute_per: str = "kv_head") -> PBSConfig:
+    """The paper's selection with key blocks of a width, and orders of KV or query heads."""
     return dataclasses.replace(
-        PBSConfig.paper(), kv_block_size=kv_block_size, permute_per="kv_head"
+        PBSConfig.paper(), kv_block_size=kv_block_size, permute_per=permute_per
     )
 
 
@@ -79,9 +79,9 @@ def heavy_hitters(
 class Pipeline:
     """One input and one configuration; each stage on the outputs of those before."""
 
-    def __init__(self, q, k, v, config: PBSConfig, permute_per: str):
+    def __init__(self, q, k, v, config: PBSConfig):
         self.q, self.k, self.v = q, k, v
-        self.config, self.permute_per = config, permute_per
+        self.config = config
         self.blocks = block_sizes(config)
         self.scores = self.score_keys()
         self.perm = self.sort_segments()
@@ -100,7 +100,7 @@ class Pipeline:
 
     def score_keys(self):
         sizes = {"block_size": self.config.block_size, "segment_size": self.config.segment_size}
-        return ops.score_keys(self.q, self.k, **sizes, permute_per=self.permute_per)
+        return ops.score_keys(self.q, self.k, **sizes, permute_per=self.config.permute_per)
 
     def sort_segments(self):
         config = self.config
@@ -131,8 +131,8 @@ class Pipeline:
         )
 
     def attention(self):
-        varied = {"threshold": self.threshold, "permute_per": self.permute_per}
-        return ops.attention(self.q, self.k, self.v, **(self.config.op_kwargs() | varied))
+        config = dataclasses.replace(self.config, threshold=self.threshold)
+        return ops.attention(self.q, self.k, self.v, **config.op_kwargs())
 
 
 def reach(pipeline: Pipeline, density: float) -> float:

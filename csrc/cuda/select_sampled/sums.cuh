@@ -17,6 +17,14 @@ struct SampledRows {
   float total[kThreadRows] = {};
 };
 
+__device__ inline float low_bfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bfloat16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ inline uint32_t bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // A thread's sums of a tile: by 32 keys, and row.
 using TileWeights = float[kSumsPerTile][kThreadRows];
 
@@ -42,13 +50,8 @@ __device__ inline uint32_t share_quad(const TileWeights& sums, int lane) {
     const float other = is_second_row ? halves[h][0] : halves[h][1];
     found[h] = own + __shfl_xor_sync(~0u, other, 1);
   }
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(found[1]), "f"(found[0]));
-  return pair;
+  return bfloat16_pair(found[0], found[1]);
 }
-
-__device__ inline float low_bfloat16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_bfloat16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 template <class Traits>
 class SampledSums {
@@ -100,9 +103,10 @@ class SampledSums {
     Sample sample{};
     if (nth_block >= stack.num_blocks) return sample;
     sample.block = describe(args_, stack.first_block + nth_block);
-    const int count = num_samples(args_, sample.block);
+    const auto num_rows = static_cast<int>(sample.block.num_rows);
+    const int count = num_samples_of(num_rows, args_.params.num_samples);
     sample.exists = nth < count;
-    sample.row = sample_row(sample.block, count, nth);
+    sample.row = sample_row(num_rows, count, nth);
     return sample;
   }
 
@@ -307,9 +311,7 @@ class SampledSums {
     for (int entry = 0; entry < num_written_; ++entry) {
       uint32_t* place = place_of(entry);
       const uint32_t pair = *place;
-      const float low = low_bfloat16(pair) * own_rescale;
-      const float high = high_bfloat16(pair) * own_rescale;
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*place) : "f"(high), "f"(low));
+      *place = bfloat16_pair(low_bfloat16(pair) * own_rescale, high_bfloat16(pair) * own_rescale);
     }
   }
 

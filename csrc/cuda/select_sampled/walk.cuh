@@ -111,14 +111,6 @@ __device__ inline QueryBlock describe(const SampledArgs& args, int block_idx) {
                      blocking.kv_block_size, blocking.segment_size, args.params.is_causal);
 }
 
-// The query row, counted in its block, of one of `count` samples.
-__device__ inline int sample_row(const QueryBlock& block, int count, int sample) {
-  return (sample + 1) * static_cast<int>(block.num_rows) / count - 1;
-}
-__device__ inline int num_samples(const SampledArgs& args, const QueryBlock& block) {
-  return min(args.params.num_samples, static_cast<int>(block.num_rows));
-}
-
 // One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
