@@ -30,7 +30,7 @@ using TileWeights = float[kSumsPerTile][kThreadRows];
 
 // The sums of a quad's lanes, added up. Each lane gets two of the eight: of row lane % 2, and of
 // the first or the second half of the tile, as lane / 2 % 2 says; as two bfloat16.
-__device__ inline uint32_t share_quad(const TileWeights& sums, int lane) {
+__device__ __forceinline__ uint32_t share_quad(const TileWeights& sums, int lane) {
   const bool is_second_half = lane & 2;
   const bool is_second_row = lane & 1;
   float halves[2][kThreadRows];
@@ -53,6 +53,31 @@ __device__ inline uint32_t share_quad(const TileWeights& sums, int lane) {
   return bfloat16_pair(found[0], found[1]);
 }
 
+// The tiles of a unit as one of its stacks sees them.
+struct StackTiles {
+  int num_own;  // of the unit; its candidates' follow
+  int own_begin;
+  TileRange own;
+  int end_of_whole;  // of candidates that every row sees
+  int end_of_candidates;
+  int first_candidate;  // in the table
+
+  __device__ StackTiles(const SampledUnit& unit, const SampledStack& stack, const SampledPlan& plan)
+      : num_own(unit.num_own_tiles()),
+        own_begin(unit.own.begin),
+        own(stack.own, unit.own.begin),
+        end_of_whole(stack.lowest_candidate / kSampledTileKeys),
+        end_of_candidates(TileRange(KeyRange{0, stack.candidate_end}, 0).end),
+        first_candidate(plan.own_tiles) {}
+
+  __device__ int entry(int tile) const {
+    return tile < num_own ? tile : first_candidate + tile - num_own;
+  }
+};
+
+#ifndef BURST
+#define BURST 4
+#endif
 template <class Traits>
 class SampledSums {
  public:
@@ -68,8 +93,6 @@ class SampledSums {
         row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)) {}
 
   __device__ void run() {
-    static_assert(kSampledWarpgroups == 2);
-    if (warpgroup_ == 1) pass_turn();  // the first one is the other's
     DrawnUnits<Traits> walk(args_, shared_);
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
@@ -80,14 +103,14 @@ class SampledSums {
       if (stack.num_blocks > 0) load_queries(unit, stack);
       set_ranges(stack);
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
-      add_own(unit, stack);
-      add_candidates(unit, stack);
+      add_tiles(unit, stack);
       write_weights(stack, walk.table());
       shared_.table_full[walk.table()].arrive();
     }
   }
 
- private:
+private:
+  static constexpr int kBurst = BURST;
   using Scores = decltype(cute::partition_fragment_C(
       typename Traits::Mma{}, cute::Shape<typename Traits::Rows, typename Traits::Keys>{}));
 
@@ -150,85 +173,89 @@ class SampledSums {
     }
   }
 
-  // Keys of own segments, which each row sees up to its own position.
-  __device__ void add_own(const SampledUnit& unit, const SampledStack& stack) {
-    const TileRange seen(stack.own, unit.own.begin);
-    add_tiles(unit.num_own_tiles(), 0, seen, [&](Scores& scores, int entry) {
-      const int begin = unit.own.begin + entry * kSampledTileKeys + column_of(0, lane_);
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size(scores); ++i) {
-        const int key = begin + column_of(i, 0);
-        const KeyRange& own = own_[row_of(i)];
-        if (key < own.begin || key >= own.end) scores(i) = -INFINITY;
+  // All tiles of the unit: of keys in their own order, then of candidates. Most of the candidates'
+  // are seen by every row; the next products run beside the weights of these.
+  __device__ __forceinline__ void add_tiles(const SampledUnit& unit, const SampledStack& stack) {
+    const StackTiles tiles(unit, stack, args_.plan);
+    const int num_tiles = uniform(unit.num_tiles());
+    const int end_of_bursts = kBurst == 1 ? 0 : uniform(tiles.num_own + tiles.end_of_whole / kBurst * kBurst);
+    int tile = 0;
+    while (true) {
+      const int end = tile == 0 && tiles.num_own > 0 ? uniform(tiles.num_own) : num_tiles;
+      if (tile == tiles.num_own) {
+        for (; tile < end_of_bursts; tile += kBurst) add_burst(tiles.first_candidate - tiles.num_own + tile);
       }
-    });
+      if (tile >= num_tiles) return;
+      for (; tile < end; ++tile) {
+        Scores scores = make_scores();
+        multiply(scores);
+        cute::warpgroup_wait<0>();
+        await(scores);
+        if (hide(scores, tiles, tile)) add(scores, tiles.entry(tile));
+      }
+    }
   }
 
-  __device__ void add_candidates(const SampledUnit& unit, const SampledStack& stack) {
-    const int first_entry = args_.plan.own_tiles;
-    const int end_of_whole = uniform(stack.lowest_candidate / kSampledTileKeys);
-    const TileRange seen(KeyRange{0, stack.candidate_end}, 0);
-    add_tiles(unit.num_candidate_tiles(), first_entry, seen, [&](Scores& scores, int tile) {
-      if (tile < end_of_whole) return;
-      const int begin = tile * kSampledTileKeys + column_of(0, lane_);
-      CUTE_UNROLL
-      for (int i = 0; i < cute::size(scores); ++i) {
-        if (begin + column_of(i, 0) >= candidate_end_[row_of(i)]) scores(i) = -INFINITY;
-      }
-    });
-  }
-
-  // All tiles of the unit, two at once: the second product runs beside the weights of the first.
-  // Those that the stack does not see are multiplied all the same, and left at that: the
-  // warpgroups have to take as many turns as each other.
-  template <class Mask>
-  __device__ __forceinline__ void add_tiles(int num_tiles, int first_entry, const TileRange& seen,
-                                            Mask mask) {
+  // Tiles that all rows see, two at once.
+  __device__ __forceinline__ void add_burst(int entry) {
     Scores first = make_scores();
     Scores second = make_scores();
-    RingState<Traits::kStages> in_work = ring_;
-    int tile = 0;
-    const auto take = [&](Scores& scores) CUTLASS_LAMBDA_FUNC_INLINE {
-      cute::warpgroup_fence_operand(scores);
-      release(shared_.k_empty[in_work.stage()]);
-      in_work.advance();
-      if (seen.holds(tile)) {
-        mask(scores, tile);
-        add(scores, first_entry + tile);
-      }
-      ++tile;
-    };
-    for (int left = uniform(num_tiles / 2); left > 0; --left) {
-      await_keys(ring_);
-      await_keys(ring_.next());
-      await_turn();
-      multiply(first);
-      multiply(second);
-      pass_turn();
-      cute::warpgroup_wait<1>();
-      take(first);
-      cute::warpgroup_wait<0>();
-      take(second);
-    }
-    if (num_tiles % 2 == 0) return;
-    await_keys(ring_);
-    await_turn();
+    if constexpr (kBurst == 1) return;
     multiply(first);
-    pass_turn();
-    cute::warpgroup_wait<0>();
-    take(first);
+    multiply(second);
+    CUTE_UNROLL
+    for (int i = 0; i < kBurst; i += 2) {
+      const bool is_last = i + 2 == kBurst;
+      cute::warpgroup_wait<1>();
+      await(first);
+      add(first, entry + i);
+      if (!is_last) {
+        multiply(first);
+        cute::warpgroup_wait<1>();
+      } else {
+        cute::warpgroup_wait<0>();
+      }
+      await(second);
+      add(second, entry + i + 1);
+      if (!is_last) multiply(second);
+    }
   }
 
-  // While one warpgroup turns products into weights, the other has the tensor cores.
-  __device__ void await_turn() const {
-    cutlass::arch::NamedBarrier::sync(Traits::kConsumers, 3 + warpgroup_);
-  }
-  __device__ void pass_turn() const {
-    cutlass::arch::NamedBarrier::arrive(Traits::kConsumers, 3 + (1 - warpgroup_));
+  // The product is there: its keys are not needed any more.
+  __device__ __forceinline__ void await(Scores& scores) {
+    cute::warpgroup_fence_operand(scores);
+    release(shared_.k_empty[in_work_.stage()]);
+    in_work_.advance();
   }
 
-  __device__ void await_keys(const RingState<Traits::kStages>& ring) const {
-    shared_.k_full[ring.stage()].wait(ring.parity());
+  // Whether the stack sees the tile; leaves -inf where a row does not.
+  __device__ __forceinline__ bool hide(Scores& scores, const StackTiles& tiles, int tile) const {
+    const int candidate = tile - tiles.num_own;
+    if (candidate < 0) {
+      if (!tiles.own.holds(tile)) return false;
+      hide_all_but_own(scores, tiles.own_begin + tile * kSampledTileKeys);
+    } else if (candidate >= tiles.end_of_whole) {
+      if (candidate >= tiles.end_of_candidates) return false;
+      hide_all_but_candidates(scores, candidate * kSampledTileKeys);
+    }
+    return true;
+  }
+
+  // Keys of its own segment a row sees up to its own position.
+  __device__ __forceinline__ void hide_all_but_own(Scores& scores, int begin) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      const int key = begin + column_of(i, lane_);
+      const KeyRange& own = own_[row_of(i)];
+      if (key < own.begin || key >= own.end) scores(i) = -INFINITY;
+    }
+  }
+
+  __device__ __forceinline__ void hide_all_but_candidates(Scores& scores, int begin) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      if (begin + column_of(i, lane_) >= candidate_end_[row_of(i)]) scores(i) = -INFINITY;
+    }
   }
 
   __device__ static Scores make_scores() {
@@ -236,8 +263,9 @@ class SampledSums {
                                       cute::Shape<typename Traits::Rows, typename Traits::Keys>{});
   }
 
-  // Starts the product with the tile of keys that comes next, and is there.
+  // Starts the product with the tile of keys that comes next.
   __device__ __forceinline__ void multiply(Scores& scores) {
+    shared_.k_full[ring_.stage()].wait(ring_.parity());
     typename Traits::Mma mma;
     auto thread = mma.get_thread_slice(0);
     const cute::Tensor q = thread.partition_fragment_A(
@@ -316,7 +344,7 @@ class SampledSums {
   }
 
   // Where this lane writes what share_quad gives it.
-  __device__ uint32_t* place_of(int entry) const {
+  __device__ __forceinline__ uint32_t* place_of(int entry) const {
     const int row = row_ + lane_ % 2 * 8;
     return reinterpret_cast<uint32_t*>(table_) + (entry * kStackRows + row) * (kSumsPerTile / 2) +
            lane_ / 2 % 2;
@@ -344,6 +372,7 @@ class SampledSums {
   KeyRange own_[kThreadRows];
   int candidate_end_[kThreadRows];
   RingState<Traits::kStages> ring_;
+  RingState<Traits::kStages> in_work_;
 };
 
 }  // namespace pbs::cuda

@@ -35,9 +35,9 @@ struct SampledTraits {
   static constexpr int kConsumers = 128 * kSampledWarpgroups;
   static constexpr int kThreads = kConsumers + 32 * (1 + kSelectWarps);  // one loads
   // 128 a thread are there at launch (65536 / 512).
-  static constexpr int kOtherRegisters = 88;
-  static constexpr int kConsumerRegisters = 168;
-  static_assert(kThreads == 512 && kOtherRegisters + kConsumerRegisters == 256);
+  static constexpr int kOtherRegisters = kSampledWarpgroups == 2 ? 88 : 104;
+  static constexpr int kConsumerRegisters = kSampledWarpgroups == 2 ? 168 : 136;
+  static_assert(kThreads == 512);
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   using Rows = cute::Int<kStackRows>;
   using Keys = cute::Int<kSampledTileKeys>;
@@ -154,18 +154,23 @@ class SampledUnit {
   __device__ int num_candidate_tiles() const {
     return TileRange(KeyRange{0, candidate_end}, 0).end;
   }
+  __device__ int num_tiles() const { return num_own_tiles() + num_candidate_tiles(); }
 
  private:
   const SampledArgs& args_;
   int first_stack_;
 };
 
-// Units are numbered head by head, so that all CTAs read the keys of one head at about the same
-// time and these stay in L2, and from the longest to the shortest.
+// Units are numbered by groups of heads, so that all CTAs read keys that stay in L2, and in a group
+// from the longest to the shortest.
 __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
-  const int from_longest = idx % args.plan.units_per_perm;
-  return SampledUnit(args, idx / args.plan.units_per_perm,
-                     (args.plan.units_per_perm - 1 - from_longest) * kSampledWarpgroups);
+  const SampledPlan& plan = args.plan;
+  const int per_group = plan.units_per_perm * plan.heads_per_group;
+  const int first_head = idx / per_group * plan.heads_per_group;
+  const int num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head);
+  const int from_longest = idx % per_group / num_heads;
+  return SampledUnit(args, first_head + idx % per_group % num_heads,
+                     (plan.units_per_perm - 1 - from_longest) * kSampledWarpgroups);
 }
 
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
@@ -226,7 +231,7 @@ class SampledLoader {
       for (int i = 0; i < unit.num_candidate_tiles(); ++i) {
         load(args_.k_perm, i * kSampledTileKeys, unit.hp, unit.b);
       }
-    }
+        }
   }
 
  private:
