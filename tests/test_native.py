@@ -331,8 +331,11 @@ def sampled_cases(draw):
 def stacks_of(native, case, plan, unit_idx):
     """Head and query blocks of each stack of a unit, as unit_of and SampledUnit::stack
     (select_sampled/walk.cuh) find them."""
-    perm_head, from_longest = divmod(unit_idx, plan.units_per_perm)
-    b, hp = divmod(perm_head, case.num_perm_heads)
+    group, in_group = divmod(unit_idx, plan.units_per_perm * plan.heads_per_group)
+    first_head = group * plan.heads_per_group
+    num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)
+    from_longest, head = divmod(in_group, num_heads)
+    b, hp = divmod(first_head + head, case.num_perm_heads)
     first_stack = (plan.units_per_perm - 1 - from_longest) * native.sampled_warpgroups
     last_stack = min(first_stack + native.sampled_warpgroups, plan.stacks_per_perm) - 1
     stacks = []
@@ -357,6 +360,7 @@ def test_sampled_rows_fill_a_stack(native, case):
 @given(case=sampled_cases())
 def test_sampled_units_hold_every_query_block_once(native, case):
     plan = native.sampled_plan(*case)
+    assert 1 <= plan.heads_per_group <= plan.num_perm_heads
     found = []
     for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
         stacks = stacks_of(native, case, plan, unit_idx)
@@ -400,7 +404,7 @@ def test_sampled_tables_hold_what_units_see(native, case):
         native.query_block(idx, case.num_q, case.num_kv, *sizes, case.is_causal)
         for idx in range(case.num_q_blocks)
     ]
-    for unit_idx in range(plan.units_per_perm):
+    for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
         stacks = stacks_of(native, case, plan, unit_idx)
         first, last = blocks[stacks[0][1][0]], blocks[stacks[-1][1][-1]]
         if case.is_mass_causal:

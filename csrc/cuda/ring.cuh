@@ -33,7 +33,7 @@ struct DynamicRingState {
 
 // Tells a barrier that counts warps that this one is done.
 template <class Barrier>
-__device__ __forceinline__ void release(Barrier& barrier) {
+__device__ void release(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }

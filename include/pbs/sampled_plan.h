@@ -19,16 +19,13 @@ constexpr int kSumKeys = 32;           // of one sum of weights
 constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
 constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-#ifndef WGS
-#define WGS 2
-#endif
-constexpr int kSelectWarps = WGS == 2 ? 7 : 3;    // choose blocks; beside them one warp loads keys
+constexpr int kSelectWarps = 7;    // choose blocks; beside them one warp loads keys
 
-constexpr int kSampledWarpgroups = WGS;  // multiply
+constexpr int kSampledWarpgroups = 2;  // multiply
 
 // Tiles of keys in flight, as shared memory allows.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
-  return head_dim == 256 ? (kSampledWarpgroups == 2 ? 2 : 1) : head_dim == 128 ? 5 : 6;
+  return head_dim == 256 ? 2 : head_dim == 128 ? 5 : 6;
 }
 
 constexpr int64_t kGroupBytes = 32 << 20;  // of keys that are read at about the same time
@@ -68,8 +65,8 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, kSampledWarpgroups));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
   const int64_t bytes_per_head = 2 * problem.num_kv * problem.head_dim;
-  plan.heads_per_group = narrow(
-      larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
+  plan.heads_per_group =
+      narrow(larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
   plan.num_ctas =
       narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
   // The stacks of a unit lie in so many groups of query blocks at most; their own segments begin

@@ -110,6 +110,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("stacks_per_perm", &pbs::SampledPlan::stacks_per_perm)
       .def_readonly("units_per_perm", &pbs::SampledPlan::units_per_perm)
       .def_readonly("num_perm_heads", &pbs::SampledPlan::num_perm_heads)
+      .def_readonly("heads_per_group", &pbs::SampledPlan::heads_per_group)
       .def_readonly("num_ctas", &pbs::SampledPlan::num_ctas)
       .def_readonly("own_tiles", &pbs::SampledPlan::own_tiles)
       .def_readonly("candidate_tiles", &pbs::SampledPlan::candidate_tiles)

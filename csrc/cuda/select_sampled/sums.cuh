@@ -25,8 +25,12 @@ __device__ inline uint32_t bfloat16_pair(float low, float high) {
   return pair;
 }
 
-// A thread's sums of a tile: by 32 keys, and row.
-using TileWeights = float[kSumsPerTile][kThreadRows];
+// A thread's sums of a tile.
+using TileWeights = float[kSumsPerTile][kThreadRows];  // by 32 keys, and row
+struct Weights {
+  TileWeights sums;
+  float total[kThreadRows];
+};
 
 // The sums of a quad's lanes, added up. Each lane gets two of the eight: of row lane % 2, and of
 // the first or the second half of the tile, as lane / 2 % 2 says; as two bfloat16.
@@ -75,9 +79,6 @@ struct StackTiles {
   }
 };
 
-#ifndef BURST
-#define BURST 4
-#endif
 template <class Traits>
 class SampledSums {
  public:
@@ -109,8 +110,8 @@ class SampledSums {
     }
   }
 
-private:
-  static constexpr int kBurst = BURST;
+ private:
+  static constexpr int kBurst = 4;  // tiles
   using Scores = decltype(cute::partition_fragment_C(
       typename Traits::Mma{}, cute::Shape<typename Traits::Rows, typename Traits::Keys>{}));
 
@@ -174,50 +175,47 @@ private:
   }
 
   // All tiles of the unit: of keys in their own order, then of candidates. Most of the candidates'
-  // are seen by every row; the next products run beside the weights of these.
+  // are seen by every row.
   __device__ __forceinline__ void add_tiles(const SampledUnit& unit, const SampledStack& stack) {
     const StackTiles tiles(unit, stack, args_.plan);
     const int num_tiles = uniform(unit.num_tiles());
-    const int end_of_bursts = kBurst == 1 ? 0 : uniform(tiles.num_own + tiles.end_of_whole / kBurst * kBurst);
-    int tile = 0;
-    while (true) {
-      const int end = tile == 0 && tiles.num_own > 0 ? uniform(tiles.num_own) : num_tiles;
-      if (tile == tiles.num_own) {
-        for (; tile < end_of_bursts; tile += kBurst) add_burst(tiles.first_candidate - tiles.num_own + tile);
-      }
-      if (tile >= num_tiles) return;
-      for (; tile < end; ++tile) {
-        Scores scores = make_scores();
-        multiply(scores);
-        cute::warpgroup_wait<0>();
-        await(scores);
-        if (hide(scores, tiles, tile)) add(scores, tiles.entry(tile));
-      }
+    const int end_of_bursts = uniform(tiles.num_own + tiles.end_of_whole / kBurst * kBurst);
+    int end = uniform(tiles.num_own);
+    for (int tile = 0; tile < num_tiles; end = num_tiles) {
+      // One loop for both ends: the code of a tile is long.
+      for (; tile < end; ++tile) add_tile(tiles, tile);
+      for (; tile < end_of_bursts; tile += kBurst) add_burst(tiles.entry(tile));
     }
   }
 
-  // Tiles that all rows see, two at once.
+  // Any tile.
+  __device__ __forceinline__ void add_tile(const StackTiles& tiles, int tile) {
+    Scores scores = make_scores();
+    multiply(scores);
+    cute::warpgroup_wait<0>();
+    await(scores);
+    if (hide(scores, tiles, tile)) leave(weigh(scores), tiles.entry(tile));
+  }
+
+  // Tiles that all rows see. Two products are in work at once, so that the next one is there when
+  // the weights of the last one are; over the end of a loop ptxas lets none be in work.
   __device__ __forceinline__ void add_burst(int entry) {
     Scores first = make_scores();
     Scores second = make_scores();
-    if constexpr (kBurst == 1) return;
     multiply(first);
     multiply(second);
     CUTE_UNROLL
-    for (int i = 0; i < kBurst; i += 2) {
-      const bool is_last = i + 2 == kBurst;
-      cute::warpgroup_wait<1>();
-      await(first);
-      add(first, entry + i);
-      if (!is_last) {
-        multiply(first);
+    for (int i = 0; i < kBurst; ++i) {
+      Scores& scores = i % 2 == 0 ? first : second;
+      if (i + 1 < kBurst) {
         cute::warpgroup_wait<1>();
       } else {
         cute::warpgroup_wait<0>();
       }
-      await(second);
-      add(second, entry + i + 1);
-      if (!is_last) multiply(second);
+      await(scores);
+      const Weights weights = weigh(scores);
+      if (i + 2 < kBurst) multiply(scores);
+      leave(weights, entry + i);
     }
   }
 
@@ -277,14 +275,12 @@ private:
     ring_.advance();
   }
 
-  // Leaves the sums of a tile's weights in an entry of the table.
-  __device__ __forceinline__ void add(const Scores& scores, int entry) {
-    TileWeights sums;
-    float total[kThreadRows];
+  // Raises shifts where they are too low.
+  __device__ __forceinline__ Weights weigh(const Scores& scores) {
+    Weights weights = weigh(scores, rows_.shift);
     bool is_lost = false;
-    weigh(scores, rows_.shift, sums, total);
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) is_lost |= !(total[r] < SampledRows::kMostGrowth);
+    for (int r = 0; r < kThreadRows; ++r) is_lost |= !(weights.total[r] < SampledRows::kMostGrowth);
     if (__any_sync(~0u, is_lost)) {
       raise_shifts(scores);
       float shift[kThreadRows];
@@ -292,16 +288,25 @@ private:
       for (int r = 0; r < kThreadRows; ++r) {
         shift[r] = rows_.shift[r] == -INFINITY ? 0.0f : rows_.shift[r];
       }
-      weigh(scores, shift, sums, total);
+      weights = weigh(scores, shift);
     }
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) rows_.total[r] += total[r];
-    *place_of(entry) = share_quad(sums, lane_);
+    for (float (&sums)[kThreadRows] : weights.sums) fence_operands(sums);
+    return weights;
+  }
+
+  // Leaves the sums of a tile's weights in an entry of the table.
+  __device__ __forceinline__ void leave(const Weights& weights, int entry) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) rows_.total[r] += weights.total[r];
+    *place_of(entry) = share_quad(weights.sums, lane_);
     num_written_ = entry + 1;
   }
 
-  __device__ __forceinline__ void weigh(const Scores& scores, const float (&shift)[kThreadRows],
-                                        TileWeights& sums, float (&total)[kThreadRows]) const {
+  __device__ __forceinline__ Weights weigh(const Scores& scores,
+                                           const float (&shift)[kThreadRows]) const {
+    Weights weights;
+    auto& [sums, total] = weights;
     constexpr int kPerSum = cute::size(Scores{}) / kSumsPerTile;
     CUTE_UNROLL
     for (int s = 0; s < kSumsPerTile; ++s) {
@@ -316,6 +321,7 @@ private:
     for (int r = 0; r < kThreadRows; ++r) {
       total[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
     }
+    return weights;
   }
 
   // To the maxima of what was seen, this tile included. A row that has seen nothing keeps -inf.

@@ -35,9 +35,9 @@ struct SampledTraits {
   static constexpr int kConsumers = 128 * kSampledWarpgroups;
   static constexpr int kThreads = kConsumers + 32 * (1 + kSelectWarps);  // one loads
   // 128 a thread are there at launch (65536 / 512).
-  static constexpr int kOtherRegisters = kSampledWarpgroups == 2 ? 88 : 104;
-  static constexpr int kConsumerRegisters = kSampledWarpgroups == 2 ? 168 : 136;
-  static_assert(kThreads == 512);
+  static constexpr int kOtherRegisters = 88;
+  static constexpr int kConsumerRegisters = 168;
+  static_assert(kThreads == 512 && kOtherRegisters + kConsumerRegisters == 256);
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   using Rows = cute::Int<kStackRows>;
   using Keys = cute::Int<kSampledTileKeys>;
@@ -231,7 +231,7 @@ class SampledLoader {
       for (int i = 0; i < unit.num_candidate_tiles(); ++i) {
         load(args_.k_perm, i * kSampledTileKeys, unit.hp, unit.b);
       }
-        }
+    }
   }
 
  private:
