@@ -290,15 +290,17 @@ def test_sampled_score_takes_the_smallest_set(
     assert_selection(case, 0, dtype)
 
 
-@pytest.mark.parametrize("factor", [1.0, 300.0])
-def test_sampled_score_of_growing_logits(factor):
-    """Logits that grow along the keys by hundreds of powers of two: shares stay right."""
+@pytest.mark.parametrize("last", [500, 900])
+@pytest.mark.parametrize("factor", [1.0, 300.0, 3000.0])
+def test_sampled_score_of_growing_logits(factor, last):
+    """Logits that grow up to key `last` by hundreds of powers of two: shares stay right. Up to 500,
+    the later query blocks find their own segment far below the candidates."""
     case = Case(
         1024, 1024, batch=1, block_size=128, kv_block_size=32, segment_size=256,
         mass="causal", score="sampled", num_samples=16,
     )  # fmt: skip
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=3)
-    ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > 900).float()
+    ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > last).float()
     k[..., 0], q[..., 0] = ramp.bfloat16(), factor
     k_mean = ref.block_mean(k.double(), 32)
     options = {**case.options("mass", "score", "num_samples"), "threshold": 0.9, **case.sizes}
@@ -432,8 +434,9 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     out = ops.attention(q, k, k, **options)
     torch.cuda.synchronize()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
-    extra = peak - before - out.numel() * out.element_size()
-    assert documented / 2 < extra <= documented
+    # The output comes last: where an earlier stage has the peak, it is not part of it.
+    assert peak - before - out.numel() * out.element_size() <= documented
+    assert peak - before > documented / 2
 
 
 def test_attention_does_not_wait_for_the_gpu():
