@@ -153,8 +153,10 @@ struct StageOps {
     params.threshold = check_threshold(threshold);
     params.scale = check_scale(scale, problem.head_dim);
     params.is_causal = is_causal;
-    params.is_mass_causal = check_choice("mass", mass, "earlier", "causal");
     params.num_samples = static_cast<int32_t>(check_score(score, num_samples, block_size));
+    const MassRule rule = check_mass(mass, params.num_samples);
+    params.is_mass_causal = rule.is_causal;
+    params.is_by_block = rule.is_by_block;
     params.q = const_rows(q);
     params.k = const_rows(k);
     params.k_perm = params.k;
@@ -236,9 +238,9 @@ struct StageOps {
     check_key_value(k, v);
     check_num_heavy(num_heavy);
     check_threshold(threshold);
-    check_choice("mass", mass, "earlier", "causal");
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
     const int64_t samples = check_score(score, num_samples, block_size);
+    check_mass(mass, samples);
     Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking, samples);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);

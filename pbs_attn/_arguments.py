@@ -48,7 +48,11 @@ def add_config(group, has_threshold=True):
         help=f"{words} (default: {default.num_heavy})",
     )
     add_choice(
-        group, "--mass", ("earlier", "causal"), default.mass, "what the threshold is a share of"
+        group,
+        "--mass",
+        ("earlier", "causal", "block"),
+        default.mass,
+        "what the threshold is a share of; block: the least share of each",
     )
     add_choice(group, "--score", ("mean", "sampled"), default.score, "how blocks are scored")
     words = "queries of a block that --score sampled takes"

@@ -23,14 +23,15 @@ class PBSConfig:
             both block sizes.
         threshold: share of the mass, estimated per query block, that the selected key blocks must
             reach, in (0, 1]. 1 visits everything. Shares of different scores mean different
-            things.
+            things. With ``mass="block"`` a much smaller number: the least share of a single block.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important
             keys of each segment to its front and keeps the original order on both sides.
         mass: what ``threshold`` is a share of: ``"earlier"``, the mass of the segments before the
             query block's own (the paper), or ``"causal"``, all causal mass, the own segment's
-            counted first.
+            counted first. With ``"block"``, for sampled scores, nothing is summed: a block is
+            visited if a sampled query gives it that share of its causal mass.
         score: how blocks are scored: ``"sampled"``, by the largest share of its attention that any
             of a few queries of the block gives to the key block; or ``"mean"``, by the product of
             mean query and mean key (the paper).
@@ -47,7 +48,7 @@ class PBSConfig:
     threshold: float = 0.95
     permute_per: Literal["kv_head", "query_head"] = "kv_head"
     num_heavy: int | None = 32
-    mass: Literal["earlier", "causal"] = "causal"
+    mass: Literal["earlier", "causal", "block"] = "causal"
     score: Literal["mean", "sampled"] = "sampled"
     num_samples: int = 16
 
@@ -66,8 +67,10 @@ class PBSConfig:
         if self.num_heavy is not None and self.num_heavy < 0:
             raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
         _check_choice("permute_per", self.permute_per, ("kv_head", "query_head"))
-        _check_choice("mass", self.mass, ("earlier", "causal"))
+        _check_choice("mass", self.mass, ("earlier", "causal", "block"))
         _check_choice("score", self.score, ("mean", "sampled"))
+        if self.mass == "block" and self.score == "mean":
+            raise ValueError("mass must be 'earlier' or 'causal' with score 'mean', got 'block'")
         if not 1 <= self.num_samples <= self.block_size:
             raise ValueError(
                 f"num_samples must lie in [1, block_size ({self.block_size})], "

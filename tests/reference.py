@@ -92,10 +92,13 @@ def select_blocks(
     options = {"scale": scale, "mass": mass, "score": score, "num_samples": num_samples}
     candidate_mass, own_mass = mass_by_score(q, k, k_mean, perm, layout, **options)
 
-    largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
-    reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
-    needed = (reached_before < threshold) | (threshold == 1)
-    mask = torch.zeros_like(needed).scatter(-1, order, needed)
+    if mass == "block":
+        mask = candidate_mass >= threshold
+    else:
+        largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
+        reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
+        needed = (reached_before < threshold) | (threshold == 1)
+        mask = torch.zeros_like(needed).scatter(-1, order, needed)
 
     sink = sink_block(perm, k_mean, q.shape[1], kv_block_size or block_size)
     mask |= torch.arange(mask.shape[-1]) == sink[..., None, None]
@@ -190,7 +193,7 @@ def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier")
     """As `block_mass`, from single queries: of each block num_samples, or all if it has fewer, the
     i-th at the end of the i-th of so many equal parts. Each weighs every key it may see, one by
     one, and a block by the sum over its keys; a block's mass is the largest that a sample gives it,
-    as a share of the sum over all blocks."""
+    as a share of the sum over all blocks unless mass="block"."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, own = block_roles(layout)
     width = kv_block_size or block_size
@@ -217,7 +220,9 @@ def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier")
         weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
         padded = F.pad(weights.unflatten(-1, (2, num_keys)), (0, -num_keys % width))
         largest = padded.unflatten(-1, (-1, width)).sum(-1).amax(2)
-        share = (largest / largest.sum((-2, -1), keepdim=True)).nan_to_num(0.0)
+        share = largest
+        if mass != "block":
+            share = (largest / largest.sum((-2, -1), keepdim=True)).nan_to_num(0.0)
         candidate_share.append(share[:, :, 0])
         own_share.append(share[:, :, 1].sum(-1))
     return torch.stack(candidate_share, 2), torch.stack(own_share, 2)

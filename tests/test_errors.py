@@ -82,6 +82,7 @@ def test_last_dim_must_be_contiguous(position):
         ),
         ({"num_heavy": -1}, "num_heavy must not be negative, got -1"),
         ({"mass": "all"}, "mass must be .*got .all."),
+        ({"mass": "block", "score": "mean"}, "mass must be .* with score .mean., got .block."),
         ({"permute_per": "head"}, "permute_per must be .*got .head."),
         ({"score": "max"}, "score must be .*got .max."),
         ({"num_samples": 0}, r"num_samples must lie in \[1, .*128.*\], got 0"),

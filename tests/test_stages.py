@@ -59,6 +59,9 @@ SAMPLED = [
     Case(513, 513, batch=1, block_size=128, kv_block_size=32, segment_size=256, num_heavy=32,
          score="sampled", mass="causal", num_samples=16),
     Case(270, 270, head_dim=256, batch=1, score="sampled", block_size=64, segment_size=128),
+    Case(331, 331, score="sampled", mass="block", threshold=0.1, num_heavy=8, strides="slice"),
+    Case(77, 431, score="sampled", mass="block", threshold=0.3, kv_block_size=64, num_samples=3),
+    Case(300, 300, score="sampled", mass="block", threshold=0.02, is_causal=False),
 ]  # fmt: skip
 WIDE = [
     Case(*lengths, head_dim=head_dim, batch=1, block_size=64, segment_size=128, strides=strides)
@@ -107,7 +110,7 @@ def draw_stages(case, dtype, seed):
     options = case.options("threshold", "mass", "score", "num_samples")
     mask, _ = ref.select_blocks(q, k, k_mean, perm, **options, **case.sizes)
     masses = ref.masses_of(case, q, k, k_mean, perm)
-    is_settled = is_decided(*masses, case.threshold).all() and sorts_clearly(case, scores)
+    is_settled = is_decided(masses, case).all() and sorts_clearly(case, scores)
     return Stages(q, k, v, scores, perm, k_perm, v_perm, k_mean, mask), is_settled
 
 

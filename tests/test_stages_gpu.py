@@ -11,7 +11,7 @@ from cases import DTYPES, STRIDES, Case, clustered_qkv, run_stages, with_strides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stages import CASES, WIDE, stages_of
-from tolerances import assert_output, assert_smallest_set, assert_within_twice
+from tolerances import assert_output, assert_selects, assert_smallest_set, assert_within_twice
 
 import pbs_attn
 
@@ -31,6 +31,7 @@ def random_case(seed):
     segment_size = max(block_size, kv_block_size or 0) * rng.choice([1, 2, 3, 8])
     num_keys = rng.choice([rng.randint(1, 1500), rng.randint(600, 1500), segment_size])
     num_kv_heads = rng.randint(1, 3)
+    score = rng.choice(["mean", "sampled"])
     return Case(
         num_queries=rng.choice([num_keys, rng.randint(1, num_keys)]),
         num_keys=num_keys,
@@ -45,8 +46,8 @@ def random_case(seed):
         scale=rng.choice([None, None, 0.1]),
         permute_per=rng.choice(["kv_head", "query_head"]),
         num_heavy=rng.choice([None, rng.randint(1, segment_size)]),
-        mass=rng.choice(["earlier", "causal"]),
-        score=rng.choice(["mean", "sampled"]),
+        mass=rng.choice(["earlier", "causal"] + ["block"] * (score == "sampled")),
+        score=score,
         num_samples=rng.choice([1, 8, 16, rng.randint(1, min(block_size, 64))]),
         threshold=rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0]),
         strides=rng.choice(STRIDES),
@@ -249,7 +250,7 @@ def assert_selection(case, seed, dtype):
     words, counts = ops.select_blocks(q, k, k_mean.cuda(), perm.cuda(), k_perm, **options)
     mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
     eps = SAMPLED_EPS if case.score == "sampled" else 1e-4
-    assert_smallest_set(mask, *masses, candidate, sink, case.threshold, eps=eps)
+    assert_selects(mask, masses, candidate, sink, case, eps=eps)
     assert torch.equal(counts.cpu().long(), mask.sum(-1))
 
 
@@ -262,13 +263,13 @@ def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("mass", ["earlier", "causal"])
+@pytest.mark.parametrize("mass", ["earlier", "causal", "block"])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(
     ("head_dim", "num_samples", "kv_block_size"),
     [(64, 8, 32), (96, 5, 64), (128, 16, 32), (256, 64, 128)],
 )
-def test_sampled_score_takes_the_smallest_set(
+def test_sampled_score_selects_by_rule(
     head_dim, num_samples, kv_block_size, is_causal, mass, dtype
 ):
     """So many query blocks that a CTA works on several units of them."""
@@ -284,6 +285,7 @@ def test_sampled_score_takes_the_smallest_set(
         num_heavy=32,
         is_causal=is_causal,
         mass=mass,
+        threshold=0.05 if mass == "block" else 0.9,
         score="sampled",
         num_samples=num_samples,
     )
@@ -316,9 +318,10 @@ def test_nan_visits_everything_with_sampled_scores():
     q = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
     q[0, 0, 1023] = torch.nan
     k_mean = torch.randn(1, 2, 8, 64, device="cuda")
-    _, counts = ops.select_blocks(q, q, k_mean, threshold=0.1, score="sampled", mass="causal")
-    assert counts[0, 0, 7] == 6
-    assert counts[0, 1, 7] < 6
+    for mass in ("causal", "block"):
+        _, counts = ops.select_blocks(q, q, k_mean, threshold=0.1, score="sampled", mass=mass)
+        assert counts[0, 0, 7] == 6
+        assert counts[0, 1, 7] < 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

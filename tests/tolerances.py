@@ -64,6 +64,24 @@ def assert_smallest_set(mask, candidate_mass, own_mass, candidate, sink, thresho
     assert (with_sink | without_sink).all(), "not the smallest set that reaches the threshold"
 
 
+def assert_each_reaches(mask, candidate_mass, candidate, sink, threshold, *, eps=1e-5):
+    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the block
+    `sink` (B, Hq) besides. `eps` is what rounding may move a mass."""
+    is_sink = torch.arange(mask.shape[-1]) == sink[..., None, None]
+    assert not (mask & ~candidate).any(), "a selected block is no candidate"
+    assert (mask | ~(is_sink & candidate)).all(), "the block of token 0 is not selected"
+    assert (mask | ~candidate | (candidate_mass < threshold + eps)).all(), "a block is missing"
+    assert (~mask | is_sink | (candidate_mass > threshold - eps)).all(), "a block is too light"
+
+
+def assert_selects(mask, masses, candidate, sink, case, **options):
+    """As the rule of a case says, for its masses (candidates', own)."""
+    if case.mass == "block":
+        assert_each_reaches(mask, masses[0], candidate, sink, case.threshold, **options)
+    else:
+        assert_smallest_set(mask, *masses, candidate, sink, case.threshold, **options)
+
+
 def is_smallest_set(mask, candidate_mass, own_mass, candidate, threshold, eps):
     reached = own_mass + (candidate_mass * mask).sum(-1)
     reaches = (reached >= threshold - eps) | (mask == candidate).all(-1)
@@ -73,8 +91,12 @@ def is_smallest_set(mask, candidate_mass, own_mass, candidate, threshold, eps):
     return reaches & falls_below_without & (lightest_kept >= heaviest_left - eps)
 
 
-def is_decided(candidate_mass, own_mass, threshold, *, eps=1e-5):
+def is_decided(masses, case, *, eps=1e-5):
     """Rows whose selection no rounding below `eps` can change, bool (B, Hq, num_q_blocks)."""
+    candidate_mass, own_mass = masses
+    threshold = case.threshold
+    if case.mass == "block":
+        return ((candidate_mass - threshold).abs() > eps).all(-1)
     if threshold == 1:
         return torch.ones_like(own_mass, dtype=torch.bool)
     ranked = F.pad(candidate_mass.sort(-1, descending=True).values, (0, 1))

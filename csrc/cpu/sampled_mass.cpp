@@ -1,5 +1,6 @@
 // select_blocks with score="sampled": a few queries of a block, evenly spaced, weigh every key that
-// they may see; a key block's mass is the largest share that falls on its keys.
+// they may see; a key block's mass is the largest share that falls on its keys, of the sum of these
+// unless each block is judged by itself.
 //
 // One pass: each key block leaves its own maximum and sum, which are put on a common scale at the
 // end. Samples lie along the vector lanes.
@@ -82,8 +83,7 @@ void fold_block(const Samples& samples, const float* keys, int64_t stride, int64
   });
 }
 
-// mass[j]: the largest share that a sample gives to block j, as a share of the sum of these. NaN
-// where a sample's weights are.
+// mass[j]: the largest share that a sample gives to block j. NaN where a sample's weights are.
 void merge_blocks(const Samples& samples, int64_t num_entries, float* mass) {
   for (int64_t j = 0; j < num_entries; ++j) mass[j] = 0.0f;
   for (int64_t s = 0; s < samples.count; ++s) {
@@ -106,6 +106,9 @@ void merge_blocks(const Samples& samples, int64_t num_entries, float* mass) {
       if (!(found <= mass[j])) mass[j] = found;
     }
   }
+}
+
+void divide_by_sum(int64_t num_entries, float* mass) {
   double total = 0.0;
   for (int64_t j = 0; j < num_entries; ++j) total += mass[j];
   const float share = total == 0.0 ? 0.0f : static_cast<float>(1.0 / total);
@@ -157,6 +160,7 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
     }
   }
   merge_blocks(samples, num_entries, mass);
+  if (!params.is_by_block) divide_by_sum(num_entries, mass);
 }
 
 }  // namespace pbs::cpu::PBS_CPU_ARCH

@@ -1,4 +1,5 @@
-// select_blocks, second half: the smallest set of candidates whose mass reaches the threshold.
+// select_blocks, second half: the smallest set of candidates whose mass reaches the threshold, or
+// all that reach it by themselves.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -28,8 +29,12 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
   // With a NaN among the inputs no order means anything: visit everything, as dense would.
   const bool is_ordered =
       std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; });
-  if (params.threshold >= 1.0 || !is_ordered) {
-    for (int64_t j = 0; j < num_candidates; ++j) set_bit(words, j);
+  const bool takes_all = !is_ordered || (params.threshold >= 1.0 && !params.is_by_block);
+  if (takes_all || params.is_by_block) {
+    const auto least = static_cast<float>(params.threshold);
+    for (int64_t j = 0; j < num_candidates; ++j) {
+      if (takes_all || mass[j] >= least) set_bit(words, j);
+    }
     return;
   }
   double reached = std::accumulate(mass + num_candidates, mass + num_entries, 0.0);

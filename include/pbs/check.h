@@ -235,6 +235,23 @@ inline int64_t check_score(const std::string& score, int64_t num_samples, int64_
   return check_choice("score", score, "mean", "sampled") ? num_samples : 0;
 }
 
+// What `threshold` is compared with.
+struct MassRule {
+  bool is_causal;    // the own segment's mass counts
+  bool is_by_block;  // not a sum of masses, but each of them
+};
+
+inline MassRule check_mass(const std::string& mass, int64_t num_samples) {
+  if (mass == "earlier") return {false, false};
+  if (mass == "causal") return {true, false};
+  if (mass != "block") {
+    fail("mass must be \"earlier\", \"causal\" or \"block\", got \"", mass, "\"");
+  }
+  if (num_samples == 0)
+    fail("mass must be \"earlier\" or \"causal\" with score \"mean\", got \"block\"");
+  return {true, true};
+}
+
 inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
   if (num_heavy.has_value() && *num_heavy < 0) {
     fail("num_heavy must not be negative, got ", *num_heavy);

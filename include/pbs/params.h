@@ -95,6 +95,7 @@ struct SelectBlocksParams {
   double threshold;
   bool is_causal;
   bool is_mass_causal;   // the own segment's mass counts towards the threshold
+  bool is_by_block;      // each block has to reach the threshold by itself
   int32_t num_samples;   // queries of a block that score key by key; 0: its mean scores mean keys
   ConstRows q;           // (B, Hq, Nq, D)
   ConstRows k;           // (B, Hkv, Nkv, D)

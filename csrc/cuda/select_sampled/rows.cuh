@@ -96,7 +96,7 @@ class SampledRowsMask {
     const QueryBlock block = describe(args_, block_idx);
     const auto num_candidates = static_cast<int>(block.num_candidates);
     const float of_candidates = write_masses(sums, num_candidates);
-    const float own = own_mass(unit, stack, sums);
+    const float own = args_.params.is_by_block ? 0.0f : own_mass(unit, stack, sums);
     const int64_t row = (unit.b * args_.params.problem.num_q_heads + stack.hq) *
                             static_cast<int64_t>(args_.num_q_blocks) +
                         block_idx;
@@ -151,11 +151,16 @@ class SampledRowsMask {
     // With a NaN among the inputs no order means anything: visit everything, as dense would.
     bool is_ordered = true;
     for (int row = lane_; row < sums.num_rows; row += 32) is_ordered &= sums.weights[row] >= 0.0f;
+    is_ordered = __all_sync(~0u, is_ordered);
+    const auto threshold = static_cast<float>(args_.params.threshold);
+    if (is_ordered && args_.params.is_by_block) {
+      return Cut{__float_as_uint(threshold), num_candidates, true};
+    }
     const float total = of_candidates + own;
-    if (args_.params.threshold >= 1.0 || !__all_sync(~0u, is_ordered) || !(total > 0.0f)) {
+    if (args_.params.threshold >= 1.0 || !is_ordered || !(total > 0.0f)) {
       return Cut{0, num_candidates, true};
     }
-    const float needed = static_cast<float>(args_.params.threshold) * total - own;
+    const float needed = threshold * total - own;
     return find_cut(masses_, num_candidates, of_candidates, needed, shared_.scratch[warp_]);
   }
 
