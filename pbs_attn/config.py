@@ -70,7 +70,7 @@ class PBSConfig:
         _check_choice("mass", self.mass, ("earlier", "causal", "block"))
         _check_choice("score", self.score, ("mean", "sampled"))
         if self.mass == "block" and self.score == "mean":
-            raise ValueError("mass must be 'earlier' or 'causal' with score 'mean', got 'block'")
+            raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
         if not 1 <= self.num_samples <= self.block_size:
             raise ValueError(
                 f"num_samples must lie in [1, block_size ({self.block_size})], "

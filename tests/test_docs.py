@@ -354,6 +354,33 @@ def test_recall_of_qwen_layers():
                 assert says(text, value), (settings, layer)
 
 
+def test_each_block_or_the_sum():
+    smollm2 = curves.goals(read("quality_block_smollm2_cpu.csv"))
+    names = {"`PBSConfig()`": "pbs", '`PBSConfig(mass="block")`': "pbs, mass=block"}
+    goals = {"loss at most 0.02": "loss .02", "0.95 of the mass": "mass .95"}
+    goals["a repeat at 1.1 times dense's perplexity"] = "repeat 1.1"
+    rows = read("recall_qwen_8192_cpu.csv")
+    found = table_with({"settings", "Qwen: 0.95 of the mass"}, ROOT / "docs" / "choosing.md")
+    assert {said["settings"].strip("`") for said in found} == {row["settings"] for row in rows}
+    for said in found:
+        for words, goal in goals.items():
+            text = said[f"SmolLM2: {words}"].removeprefix("at most ")
+            name = names.get(said["settings"])
+            assert text == "" if name is None else says(text, smollm2[name][goal]), said
+        points = {}
+        for row in rows:
+            if row["settings"] == said["settings"].strip("`"):
+                point = float(row["density"]), -float(row["recalled"])
+                points.setdefault(row["threshold"], []).append(point)
+        curve = sorted((sum(x) / len(x), sum(y) / len(y)) for x, y in map(zipped, points.values()))
+        value = curves.least_density(curve, -0.95)
+        assert says(said["Qwen: 0.95 of the mass"], value), said
+
+
+def zipped(points):
+    return zip(*points, strict=True)
+
+
 def test_goals_table():
     goals = curves.goals(read(TUNING))
     names = {
