@@ -25,20 +25,15 @@ SAMPLES = (8, 16, 32)
 
 def measure(num_tokens: int, q_heads: int, kv_heads: int, head_dim: int) -> dict[str, object]:
     tensors = heavy_hitters(num_tokens, q_heads, kv_heads, head_dim=head_dim)
-    base = PBSConfig()
-    configs = {
-        f"sampled_{num}": dataclasses.replace(base, num_samples=num, threshold=0.9)
-        for num in SAMPLES
-    }
-    configs["mean"] = dataclasses.replace(base, score="mean", threshold=0.9)
-    pipelines = {name: Pipeline(*tensors, config) for name, config in configs.items()}
+    base = PBSConfig(threshold=0.9)
+    configs = {"dense": PBSConfig(threshold=1.0)}
+    configs |= {f"sampled_{num}": dataclasses.replace(base, num_samples=num) for num in SAMPLES}
+    configs["mean"] = dataclasses.replace(base, score="mean")
     calls = {}
-    for name, pipeline in pipelines.items():
-        pipeline.set_threshold(pipeline.config.threshold)
-        calls[name] = pipeline.select_blocks
-    dense = Pipeline(*tensors, dataclasses.replace(base, threshold=1.0))
-    dense.set_threshold(1.0)
-    calls["dense"] = dense.attend
+    for name, config in configs.items():
+        pipeline = Pipeline(*tensors, config)
+        pipeline.set_threshold(config.threshold)
+        calls[name] = pipeline.attend if name == "dense" else pipeline.select_blocks
     times = interleaved_medians(calls, ROUNDS, cuda_clock(BUDGET_MS))
     return {
         "tokens": num_tokens,
@@ -46,7 +41,7 @@ def measure(num_tokens: int, q_heads: int, kv_heads: int, head_dim: int) -> dict
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "kv_block_size": base.key_block_size,
-        **{f"{name}_ms": f"{times[name]:.3f}" for name in ("dense", *configs)},
+        **{f"{name}_ms": f"{times[name]:.3f}" for name in configs},
         **_environment.describe("cuda"),
     }
 
@@ -73,6 +68,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="CSV file to write")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it times kernels on a GPU, and torch finds no CUDA device")
     rows = []
     with torch.inference_mode():
         for sizes in args.shapes:

@@ -122,7 +122,7 @@ def test_permutation_stays_inside_each_segment(case, seed, levels):
 
 
 @some(case=cases(), seed=seeds)
-def test_selected_set_is_the_rule_s(case, seed):
+def test_selection_follows_its_rule(case, seed):
     q, k, v = clustered_qkv(case, torch.float32, seed)
     stages = run_stages(case, q, k, v)
     candidate, _ = ref.block_roles(case.layout)

@@ -256,7 +256,7 @@ def assert_selection(case, seed, dtype):
 
 @some
 @given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
-def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype):
+def test_select_blocks_of_random_shapes_follows_its_rule(case, seed, dtype):
     if case.score == "sampled" and dtype == torch.float32:
         dtype = torch.bfloat16
     assert_selection(case, seed, dtype)
@@ -269,7 +269,7 @@ def test_select_blocks_of_random_shapes_takes_the_smallest_set(case, seed, dtype
     ("head_dim", "num_samples", "kv_block_size"),
     [(64, 8, 32), (96, 5, 64), (128, 16, 32), (256, 64, 128)],
 )
-def test_sampled_score_selects_by_rule(
+def test_sampled_score_follows_its_rule(
     head_dim, num_samples, kv_block_size, is_causal, mass, dtype
 ):
     """So many query blocks that a CTA works on several units of them."""

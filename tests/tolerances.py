@@ -56,9 +56,7 @@ def largest(x):
 def assert_smallest_set(mask, candidate_mass, own_mass, candidate, sink, threshold, *, eps=1e-5):
     """Every row of `mask` keeps the fewest, heaviest candidates whose mass reaches `threshold`, and
     the block `sink` (B, Hq) besides. `eps` is what rounding may move a sum or a mass."""
-    is_sink = torch.arange(mask.shape[-1]) == sink[..., None, None]
-    assert not (mask & ~candidate).any(), "a selected block is no candidate"
-    assert (mask | ~(is_sink & candidate)).all(), "the block of token 0 is not selected"
+    is_sink = assert_takes_sink(mask, candidate, sink)
     with_sink = is_smallest_set(mask, candidate_mass, own_mass, candidate, threshold, eps)
     without_sink = is_smallest_set(
         mask & ~is_sink, candidate_mass, own_mass, candidate, threshold, eps
@@ -66,12 +64,18 @@ def assert_smallest_set(mask, candidate_mass, own_mass, candidate, sink, thresho
     assert (with_sink | without_sink).all(), "not the smallest set that reaches the threshold"
 
 
-def assert_each_reaches(mask, candidate_mass, candidate, sink, threshold, *, eps=1e-5):
-    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the block
-    `sink` (B, Hq) besides. `eps` is what rounding may move a mass."""
+def assert_takes_sink(mask, candidate, sink):
+    """Every row keeps candidates only, the block `sink` (B, Hq) among them. Returns where it is."""
     is_sink = torch.arange(mask.shape[-1]) == sink[..., None, None]
     assert not (mask & ~candidate).any(), "a selected block is no candidate"
     assert (mask | ~(is_sink & candidate)).all(), "the block of token 0 is not selected"
+    return is_sink
+
+
+def assert_each_reaches(mask, candidate_mass, candidate, sink, threshold, *, eps=1e-5):
+    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the block
+    `sink` (B, Hq) besides. `eps` is what rounding may move a mass."""
+    is_sink = assert_takes_sink(mask, candidate, sink)
     assert (mask | ~candidate | (candidate_mass < threshold + eps)).all(), "a block is missing"
     assert (~mask | is_sink | (candidate_mass > threshold - eps)).all(), "a block is too light"
 
