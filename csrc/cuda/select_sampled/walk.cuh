@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/gemm/collective/builders/sm90_common.inl>
 
@@ -18,13 +19,19 @@ namespace pbs::cuda {
 struct SampledArgs {
   SelectBlocksParams params;
   SampledPlan plan;
-  char* tables;   // (num_ctas, kSampledTables, warpgroups) of table_bytes
-  float* masses;  // (num_ctas, kSelectWarps, mass_stride)
-  int* counter;   // of drawn units, without the first of each CTA
+  char* tables;   // (num_pairs, kSampledTables, warpgroups) of table_bytes
+  float* masses;  // (num_pairs, kPairCtas, kSelectWarps, mass_stride)
+  int* counter;   // of drawn units, without the first of each pair
   int num_q_blocks;
   int num_words;
   CUtensorMap k;
   CUtensorMap k_perm;
+};
+
+// The sum of a row's weights exp2(score - shift), over the half of the keys that a CTA has seen.
+struct RowSum {
+  float shift;
+  float total;  // 0: it has seen nothing
 };
 
 template <class Element_, int kHeadDim_>
@@ -56,13 +63,14 @@ struct SampledTraits {
   struct Shared {
     alignas(kSwizzleBytes) Element q[kSampledWarpgroups * kStackRows * kHeadDim];
     alignas(kSwizzleBytes) Element k[kStages * kSampledTileKeys * kHeadDim];
-    float weights[kSampledTables][kSampledWarpgroups][kStackRows];  // 1 / (sum of a row)
+    RowSum rows[kSampledTables][kSampledWarpgroups][kPairCtas][kStackRows];  // in both CTAs
+    float weights[kSelectWarps][kPairCtas][kStackRows];  // of a query block's sums, by half
     uint32_t scratch[kSelectWarps][kCutScratch];
     int units[kDrawnUnits];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_empty[kStages];
-    cutlass::arch::ClusterBarrier unit_full[kDrawnUnits];
-    cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];
+    cutlass::arch::ClusterTransactionBarrier unit_full[kDrawnUnits];
+    cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];  // the first CTA's count both
     cutlass::arch::ClusterBarrier table_full[kSampledTables];
     cutlass::arch::ClusterBarrier table_empty[kSampledTables];
   };
@@ -111,7 +119,10 @@ __device__ inline QueryBlock describe(const SampledArgs& args, int block_idx) {
                      blocking.kv_block_size, blocking.segment_size, args.params.is_causal);
 }
 
-// One unit: the stacks that the warpgroups of a CTA work on at once.
+__device__ inline int pair_rank() { return static_cast<int>(blockIdx.x) % kPairCtas; }
+__device__ inline int pair_idx() { return static_cast<int>(blockIdx.x) / kPairCtas; }
+
+// One unit: the stacks that the warpgroups of a pair of CTAs work on at once.
 class SampledUnit {
  public:
   __device__ SampledUnit(const SampledArgs& args, int perm_head, int first_stack)
@@ -154,7 +165,12 @@ class SampledUnit {
   __device__ int num_candidate_tiles() const {
     return TileRange(KeyRange{0, candidate_end}, 0).end;
   }
+  // Those in their own order come first.
   __device__ int num_tiles() const { return num_own_tiles() + num_candidate_tiles(); }
+  // The half of a CTA of the pair.
+  __device__ TileWalk walk(int rank, int end_of_whole = 0) const {
+    return tile_walk(num_tiles(), num_own_tiles(), end_of_whole, rank);
+  }
 
  private:
   const SampledArgs& args_;
@@ -173,7 +189,8 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      (plan.units_per_perm - 1 - from_longest) * kSampledWarpgroups);
 }
 
-// The units of a CTA, one after the other, as its loader draws them; for everybody else.
+// The units of a pair, one after the other, as its first CTA's loader draws them; for everybody
+// else.
 template <class Traits>
 class DrawnUnits {
  public:
@@ -187,7 +204,7 @@ class DrawnUnits {
     // Selecting warps wait long, and would take turns from those that multiply.
     while (!full.try_wait(ring_.parity())) __nanosleep(64);
     idx_ = shared_.units[ring_.stage()];
-    shared_.unit_empty[ring_.stage()].arrive();
+    shared_.unit_empty[ring_.stage()].arrive(0u);
     ring_.advance();
     return idx_ < num_units(args_);
   }
@@ -203,15 +220,16 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// The sums of a stack: its own keys' tiles, and behind them its candidates'.
+// The sums of a stack: its own keys' tiles, and behind them its candidates'. Each CTA of the pair
+// writes those of its half.
 __device__ inline char* table_of(const SampledArgs& args, int table, int warpgroup) {
   const int64_t idx =
-      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * kSampledWarpgroups + warpgroup;
+      (static_cast<int64_t>(pair_idx()) * kSampledTables + table) * kSampledWarpgroups + warpgroup;
   return args.tables + idx * table_bytes(args.plan);
 }
 
-// Draws units from the counter of the grid and loads their keys, in the order in which they are
-// multiplied. By one warp.
+// Loads the keys of units, in the order in which they are multiplied. By one warp; that of the
+// pair's first CTA draws the units from the counter of the grid.
 template <class Traits>
 class SampledLoader {
  public:
@@ -221,35 +239,51 @@ class SampledLoader {
       : args_(args), shared_(shared) {}
 
   __device__ void run() {
-    for (int idx = static_cast<int>(blockIdx.x);; idx = draw()) {
+    if (pair_rank() > 0) {
+      DrawnUnits<Traits> walk(args_, shared_);
+      while (walk.next()) load(walk.unit());
+      return;
+    }
+    for (int idx = pair_idx();; idx = draw()) {
       publish(idx);
       if (idx >= num_units(args_)) return;
-      const SampledUnit unit = unit_of(args_, idx);
-      for (int i = 0; i < unit.num_own_tiles(); ++i) {
-        load(args_.k, unit.own.begin + i * kSampledTileKeys, unit.hkv, unit.b);
-      }
-      for (int i = 0; i < unit.num_candidate_tiles(); ++i) {
-        load(args_.k_perm, i * kSampledTileKeys, unit.hp, unit.b);
-      }
+      load(unit_of(args_, idx));
     }
   }
 
  private:
-  // The first ones are the CTAs' own.
+  // The first ones are the pairs' own.
   __device__ int draw() const {
     int drawn = 0;
     if (threadIdx.x % 32 == 0) drawn = atomicAdd(args_.counter, 1);
-    return static_cast<int>(gridDim.x) + uniform(drawn);
+    return args_.plan.num_pairs + uniform(drawn);
   }
 
+  // To both CTAs.
   __device__ void publish(int idx) {
     shared_.unit_empty[unit_.stage()].wait(unit_.parity() ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      shared_.units[unit_.stage()] = idx;
-      shared_.unit_full[unit_.stage()].arrive();
+    if (threadIdx.x % 32 < kPairCtas) {
+      const uint32_t rank = threadIdx.x % 32;
+      auto& full = shared_.unit_full[unit_.stage()];
+      full.arrive_and_expect_tx(sizeof(int), rank);
+      cute::store_shared_remote(static_cast<uint32_t>(idx),
+                                cute::cast_smem_ptr_to_uint(&shared_.units[unit_.stage()]),
+                                cute::cast_smem_ptr_to_uint(&full), rank);
     }
     __syncwarp();
     unit_.advance();
+  }
+
+  __device__ void load(const SampledUnit& unit) {
+    const int num_own = unit.num_own_tiles();
+    const TileWalk walk = unit.walk(pair_rank());
+    for (int tile = walk.first; tile < walk.end; ++tile) {
+      if (tile < num_own) {
+        load(args_.k, unit.own.begin + tile * kSampledTileKeys, unit.hkv, unit.b);
+      } else {
+        load(args_.k_perm, (tile - num_own) * kSampledTileKeys, unit.hp, unit.b);
+      }
+    }
   }
 
   __device__ void load(const CUtensorMap& map, int row, int head, int b) {
