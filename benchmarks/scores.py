@@ -25,14 +25,14 @@ SAMPLES = (8, 16, 32)
 
 def measure(num_tokens: int, q_heads: int, kv_heads: int, head_dim: int) -> dict[str, object]:
     tensors = heavy_hitters(num_tokens, q_heads, kv_heads, head_dim=head_dim)
-    base = PBSConfig(threshold=0.9)
+    base = PBSConfig()
     configs = {"dense": PBSConfig(threshold=1.0)}
     configs |= {f"sampled_{num}": dataclasses.replace(base, num_samples=num) for num in SAMPLES}
-    configs["mean"] = dataclasses.replace(base, score="mean")
+    configs["mean"] = PBSConfig(score="mean", mass="causal")
     calls = {}
     for name, config in configs.items():
         pipeline = Pipeline(*tensors, config)
-        pipeline.set_threshold(config.threshold)
+        pipeline.set_threshold(config.resolved_threshold)
         calls[name] = pipeline.attend if name == "dense" else pipeline.select_blocks
     times = interleaved_medians(calls, ROUNDS, cuda_clock(BUDGET_MS))
     return {

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "float? scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
-      "int block_size=128, int? kv_block_size=32, int segment_size=256, float threshold=0.95, "
-      "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"causal\", "
+      "int block_size=128, int? kv_block_size=32, int segment_size=256, float? threshold=None, "
+      "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"block\", "
       "str score=\"sampled\", int num_samples=16) -> Tensor");
 }

@@ -150,13 +150,13 @@ struct StageOps {
       check_contiguous("perm", *perm);
       params.perm = perm->const_data_ptr<int32_t>();
     }
-    params.threshold = check_threshold(threshold);
     params.scale = check_scale(scale, problem.head_dim);
     params.is_causal = is_causal;
     params.num_samples = static_cast<int32_t>(check_score(score, num_samples, block_size));
     const MassRule rule = check_mass(mass, params.num_samples);
-    params.is_mass_causal = rule.is_causal;
-    params.is_by_block = rule.is_by_block;
+    params.threshold = check_threshold(threshold, rule);
+    params.is_mass_causal = rule != MassRule::kEarlier;
+    params.is_by_block = rule == MassRule::kBlock && threshold < 1.0;
     params.q = const_rows(q);
     params.k = const_rows(k);
     params.k_perm = params.k;
@@ -229,7 +229,7 @@ struct StageOps {
   static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
                           std::optional<double> scale, int64_t block_size,
                           std::optional<int64_t> kv_block_size, int64_t segment_size,
-                          double threshold, std::string permute_per,
+                          std::optional<double> threshold, std::string permute_per,
                           std::optional<int64_t> num_heavy, std::string mass, std::string score,
                           int64_t num_samples) {
     Backend::require("attention", q);
@@ -237,10 +237,9 @@ struct StageOps {
     const Problem problem = check_query_key(q, k);
     check_key_value(k, v);
     check_num_heavy(num_heavy);
-    check_threshold(threshold);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
     const int64_t samples = check_score(score, num_samples, block_size);
-    check_mass(mass, samples);
+    const double share = check_threshold(threshold, check_mass(mass, samples));
     Backend::check_attention(q, k, v, check_scale(scale, q.size(3)), problem, blocking, samples);
 
     const Tensor scores = score_keys(q, k, block_size, segment_size, scale, permute_per);
@@ -249,7 +248,7 @@ struct StageOps {
         k, v, perm, blocking.kv_block_size, num_candidate_rows(problem, blocking, is_causal));
     const auto [block_mask, counts] =
         select_blocks(q, k, k_mean, perm, k_perm, block_size, kv_block_size, segment_size,
-                      threshold, is_causal, scale, mass, score, num_samples);
+                      share, is_causal, scale, mass, score, num_samples);
     return std::get<0>(attend(q, k, v, k_perm, v_perm, block_mask, block_size, kv_block_size,
                               segment_size, is_causal, scale));
   }

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pbs_attn import PBSConfig, demo
+from pbs_attn.config import THRESHOLDS
 
 
 def options_of(options_type, args, **others):
@@ -16,13 +17,7 @@ def options_of(options_type, args, **others):
 def add_config(group, has_threshold=True):
     default = PBSConfig()
     if has_threshold:
-        add_value(
-            group,
-            "--threshold",
-            "T",
-            default.threshold,
-            "share of the estimated attention mass that the visited blocks must reach",
-        )
+        add_threshold(group)
     add_value(group, "--block-size", "N", default.block_size, "queries a block")
     add_value(group, "--kv-block-size", "N", default.kv_block_size, "keys a block")
     add_value(
@@ -52,11 +47,19 @@ def add_config(group, has_threshold=True):
         "--mass",
         ("earlier", "causal", "block"),
         default.mass,
-        "what the threshold is a share of; block: the least share of each",
+        "what the threshold is a share of; block: of all causal mass, by each block itself",
     )
     add_choice(group, "--score", ("mean", "sampled"), default.score, "how blocks are scored")
     words = "queries of a block that --score sampled takes"
     add_value(group, "--num-samples", "N", default.num_samples, words)
+
+
+def add_threshold(group, words=""):
+    words += "share of the estimated attention mass that each visited block, or their sum, must reach"
+    by_mass = ", ".join(f"{value} with --mass {mass}" for mass, value in THRESHOLDS.items())
+    group.add_argument(
+        "--threshold", metavar="T", type=float, help=f"{words} (default: {by_mass})"
+    )
 
 
 def number_or_all(text):
@@ -83,7 +86,7 @@ def read_config(args):
             block_size=args.block_size,
             kv_block_size=args.kv_block_size,
             segment_size=args.segment_size,
-            threshold=getattr(args, "threshold", PBSConfig().threshold),
+            threshold=getattr(args, "threshold", None),
             permute_per=args.permute_per,
             num_heavy=args.num_heavy,
             mass=args.mass,

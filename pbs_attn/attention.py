@@ -101,7 +101,7 @@ def select(
         block_size=config.block_size,
         kv_block_size=config.kv_block_size,
         segment_size=config.segment_size,
-        threshold=config.threshold,
+        threshold=config.resolved_threshold,
         is_causal=is_causal,
         scale=scale,
         mass=config.mass,

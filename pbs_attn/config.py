@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 BLOCK_SIZES = (32, 64, 128)
 HEAD_DIMS = (64, 96, 128, 256)
+THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.01}  # by mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +23,18 @@ class PBSConfig:
         segment_size: keys are reordered only inside segments of this many rows; a multiple of
             both block sizes.
         threshold: share of the mass, estimated per query block, that the selected key blocks must
-            reach, in (0, 1]. 1 visits everything. Shares of different scores mean different
-            things. With ``mass="block"`` a much smaller number: the least share of a single block.
+            reach, in (0, 1]. 1 visits everything. With ``mass="block"`` a much smaller number, at
+            most 0.5: the least share of a single block. Shares of different masses and scores mean
+            different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``, 0.9
+            with ``"earlier"``.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important
             keys of each segment to its front and keeps the original order on both sides.
-        mass: what ``threshold`` is a share of: ``"earlier"``, the mass of the segments before the
-            query block's own (the paper), or ``"causal"``, all causal mass, the own segment's
-            counted first. With ``"block"``, for sampled scores, nothing is summed: a block is
-            visited if a sampled query gives it that share of its causal mass.
+        mass: what ``threshold`` is a share of: with ``"block"``, for sampled scores, nothing is
+            summed, and a block is visited if a sampled query gives it that share of its causal
+            mass; ``"causal"``, all causal mass, the own segment's counted first; or ``"earlier"``,
+            the mass of the segments before the query block's own (the paper).
         score: how blocks are scored: ``"sampled"``, by the largest share of its attention that any
             of a few queries of the block gives to the key block; or ``"mean"``, by the product of
             mean query and mean key (the paper).
@@ -45,10 +48,10 @@ class PBSConfig:
     block_size: int = 128
     kv_block_size: int | None = 32
     segment_size: int = 256
-    threshold: float = 0.95
+    threshold: float | None = None
     permute_per: Literal["kv_head", "query_head"] = "kv_head"
     num_heavy: int | None = 32
-    mass: Literal["earlier", "causal", "block"] = "causal"
+    mass: Literal["earlier", "causal", "block"] = "block"
     score: Literal["mean", "sampled"] = "sampled"
     num_samples: int = 16
 
@@ -62,15 +65,14 @@ class PBSConfig:
                     f"segment_size must be a positive multiple of {name} ({size}), "
                     f"got {self.segment_size}"
                 )
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
         if self.num_heavy is not None and self.num_heavy < 0:
             raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
         _check_choice("permute_per", self.permute_per, ("kv_head", "query_head"))
-        _check_choice("mass", self.mass, ("earlier", "causal", "block"))
+        _check_choice("mass", self.mass, tuple(THRESHOLDS))
         _check_choice("score", self.score, ("mean", "sampled"))
         if self.mass == "block" and self.score == "mean":
             raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
+        check_threshold("threshold", self.resolved_threshold, self.mass)
         if not 1 <= self.num_samples <= self.block_size:
             raise ValueError(
                 f"num_samples must lie in [1, block_size ({self.block_size})], "
@@ -99,7 +101,7 @@ class PBSConfig:
 
         Measured as :meth:`balanced`: density 0.143, loss 0.041, keys 1.00.
         """
-        return cls(threshold=0.9)
+        return cls(threshold=0.015)
 
     @classmethod
     def balanced(cls) -> PBSConfig:
@@ -124,6 +126,11 @@ class PBSConfig:
         """Rows of a key block, with None resolved."""
         return self.block_size if self.kv_block_size is None else self.kv_block_size
 
+    @property
+    def resolved_threshold(self) -> float:
+        """The threshold, with None resolved."""
+        return THRESHOLDS[self.mass] if self.threshold is None else self.threshold
+
     def op_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of ``torch.ops.pbs.attention``."""
         # Not dataclasses.asdict: it deep-copies, which torch.compile under torch 2.10 cannot trace.
@@ -131,6 +138,14 @@ class PBSConfig:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
+
+
+def check_threshold(name: str, threshold: float, mass: str) -> None:
+    """Raises ValueError unless `mass` may be compared with it."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {threshold}")
+    if mass == "block" and 0.5 < threshold < 1:
+        raise ValueError(f'{name} must lie in (0, 0.5] or be 1 with mass "block", got {threshold}')
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:

@@ -235,7 +235,7 @@ def _picture_title(label, report):
     before, after = (f"{order.share_needed:.0%}" for order in (view.original, view.permuted))
     return (
         f"{label}, layer {view.layer}, query head {view.head}, threshold "
-        f"{view.config.threshold:g} (the last {shown} of {len(view.query)} tokens)\n"
+        f"{view.config.resolved_threshold:g} (the last {shown} of {len(view.query)} tokens)\n"
         f"{plot.GATHERED_MASS:.0%} of its attention to earlier segments lies in {before} of their "
         f"blocks, after permuting in {after}: the largest gain of all heads"
     )
@@ -303,7 +303,7 @@ def _describe_config(report):
     heavy = "" if config.num_heavy is None else f", {config.num_heavy} heavy keys"
     return (
         f"PBS in {len(report.density)} of {report.num_layers} layers: threshold "
-        f"{config.threshold:g} of {config.mass} mass, blocks of {config.block_size} queries and "
+        f"{config.resolved_threshold:g} of {config.mass} mass, blocks of {config.block_size} queries and "
         f"{config.key_block_size} keys, segments of {config.segment_size}, "
         f"permuted per {config.permute_per}{heavy}"
     )

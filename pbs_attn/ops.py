@@ -114,10 +114,10 @@ def _(
     block_size=128,
     kv_block_size=32,
     segment_size=256,
-    threshold=0.95,
+    threshold=None,
     permute_per="kv_head",
     num_heavy=32,
-    mass="causal",
+    mass="block",
     score="sampled",
     num_samples=16,
 ):

@@ -56,6 +56,12 @@ class Case(NamedTuple):
         return "-".join([f"{self.num_queries}of{self.num_keys}", *changed])
 
 
+def threshold_for(mass, share):
+    """`share` of a sum, in (0, 1], as `mass` may be compared with it: a single block has half of
+    all to reach at most."""
+    return share / 2 if mass == "block" and share < 1 else share
+
+
 def clustered_qkv(case, dtype, seed):
     """Random q, k, v with one direction that all queries and some runs of 16 keys lean towards, so
     that a few blocks hold most of the mass."""

@@ -93,7 +93,7 @@ def select_blocks(
     candidate_mass, own_mass = mass_by_score(q, k, k_mean, perm, layout, **options)
 
     if mass == "block":
-        mask = candidate_mass >= threshold
+        mask = (candidate_mass >= threshold) | (candidate & (threshold == 1))
     else:
         largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
         reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))

@@ -46,7 +46,7 @@ def operator_calls(config, num_q, num_kv):
         "permute_kv": ((k, v, chosen.perm), {"kv_block_size": config.key_block_size}),
         "select_blocks": (
             (q, k, chosen.k_mean, chosen.perm),
-            {**sizes, **kv_size, "threshold": config.threshold, "mass": config.mass},
+            {**sizes, **kv_size, "threshold": 0.3, "mass": "causal"},
         ),
         "attend": ((q, k, v, *permuted, chosen.block_mask), {**sizes, **kv_size}),
         "attention": ((q, k, v), config.op_kwargs()),

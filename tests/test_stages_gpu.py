@@ -7,7 +7,15 @@ import random
 import pytest
 import reference as ref
 import torch
-from cases import DTYPES, STRIDES, Case, clustered_qkv, run_stages, with_strides
+from cases import (
+    DTYPES,
+    STRIDES,
+    Case,
+    clustered_qkv,
+    run_stages,
+    threshold_for,
+    with_strides,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stages import CASES, WIDE, stages_of
@@ -32,6 +40,7 @@ def random_case(seed):
     num_keys = rng.choice([rng.randint(1, 1500), rng.randint(600, 1500), segment_size])
     num_kv_heads = rng.randint(1, 3)
     score = rng.choice(["mean", "sampled"])
+    mass = rng.choice(["earlier", "causal"] + ["block"] * (score == "sampled"))
     return Case(
         num_queries=rng.choice([num_keys, rng.randint(1, num_keys)]),
         num_keys=num_keys,
@@ -46,10 +55,10 @@ def random_case(seed):
         scale=rng.choice([None, None, 0.1]),
         permute_per=rng.choice(["kv_head", "query_head"]),
         num_heavy=rng.choice([None, rng.randint(1, segment_size)]),
-        mass=rng.choice(["earlier", "causal"] + ["block"] * (score == "sampled")),
+        mass=mass,
         score=score,
         num_samples=rng.choice([1, 8, 16, rng.randint(1, min(block_size, 64))]),
-        threshold=rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0]),
+        threshold=threshold_for(mass, rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0])),
         strides=rng.choice(STRIDES),
     )
 
@@ -473,7 +482,9 @@ def test_what_cuda_does_not_take():
         ops.attention(half, half, half, segment_size=8192)
     long = torch.empty(1, 1, 1_050_000, 256, dtype=half.dtype, device="cuda")
     with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 32813"):
-        ops.attention(long[:, :, :64], long, long, kv_block_size=32, score="mean")
+        ops.attention(
+            long[:, :, :64], long, long, kv_block_size=32, score="mean", mass="causal"
+        )
     with pytest.raises(RuntimeError, match="num_samples must be at most 64 on CUDA, got 65"):
         ops.attention(half, half, half, num_samples=65)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):

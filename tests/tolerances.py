@@ -74,7 +74,8 @@ def assert_takes_sink(mask, candidate, sink):
 
 def assert_each_reaches(mask, candidate_mass, candidate, sink, threshold, *, eps=1e-5):
     """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the block
-    `sink` (B, Hq) besides. `eps` is what rounding may move a mass."""
+    `sink` (B, Hq) besides; all of them for 1. `eps` is what rounding may move a mass."""
+    threshold = -1.0 if threshold == 1 else threshold
     is_sink = assert_takes_sink(mask, candidate, sink)
     assert (mask | ~candidate | (candidate_mass < threshold + eps)).all(), "a block is missing"
     assert (~mask | is_sink | (candidate_mass > threshold - eps)).all(), "a block is too light"
@@ -101,10 +102,10 @@ def is_decided(masses, case, *, eps=1e-5):
     """Rows whose selection no rounding below `eps` can change, bool (B, Hq, num_q_blocks)."""
     candidate_mass, own_mass = masses
     threshold = case.threshold
-    if case.mass == "block":
-        return ((candidate_mass - threshold).abs() > eps).all(-1)
     if threshold == 1:
         return torch.ones_like(own_mass, dtype=torch.bool)
+    if case.mass == "block":
+        return ((candidate_mass - threshold).abs() > eps).all(-1)
     ranked = F.pad(candidate_mass.sort(-1, descending=True).values, (0, 1))
     reached_before = own_mass[..., None] + F.pad(ranked.cumsum(-1), (1, -1))
     crosses_clearly = ((reached_before - threshold).abs() > eps).all(-1)

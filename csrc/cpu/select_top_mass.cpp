@@ -29,7 +29,7 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
   // With a NaN among the inputs no order means anything: visit everything, as dense would.
   const bool is_ordered =
       std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; });
-  const bool takes_all = !is_ordered || (params.threshold >= 1.0 && !params.is_by_block);
+  const bool takes_all = !is_ordered || params.threshold >= 1.0;
   if (takes_all || params.is_by_block) {
     const auto least = static_cast<float>(params.threshold);
     for (int64_t j = 0; j < num_candidates; ++j) {

@@ -212,13 +212,6 @@ inline float check_scale(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(value);
 }
 
-inline double check_threshold(double threshold) {
-  if (!(threshold > 0.0 && threshold <= 1.0)) {
-    fail("threshold must lie in (0, 1], got ", threshold);
-  }
-  return threshold;
-}
-
 // Whether `value` is the second of two allowed words.
 inline bool check_choice(const char* name, const std::string& value, const char* first,
                          const char* second) {
@@ -235,21 +228,43 @@ inline int64_t check_score(const std::string& score, int64_t num_samples, int64_
   return check_choice("score", score, "mean", "sampled") ? num_samples : 0;
 }
 
-// What `threshold` is compared with.
-struct MassRule {
-  bool is_causal;    // the own segment's mass counts
-  bool is_by_block;  // not a sum of masses, but each of them
-};
+// What `threshold` is compared with: the mass of earlier segments, the causal mass, or each block's
+// share of the causal mass by itself.
+enum class MassRule { kEarlier, kCausal, kBlock };
 
 inline MassRule check_mass(const std::string& mass, int64_t num_samples) {
-  if (mass == "earlier") return {false, false};
-  if (mass == "causal") return {true, false};
+  if (mass == "earlier") return MassRule::kEarlier;
+  if (mass == "causal") return MassRule::kCausal;
   if (mass != "block") {
     fail("mass must be \"earlier\", \"causal\" or \"block\", got \"", mass, "\"");
   }
   if (num_samples == 0)
     fail("mass must be \"earlier\" or \"causal\" with score \"mean\", got \"block\"");
-  return {true, true};
+  return MassRule::kBlock;
+}
+
+// Those of PBSConfig (pbs_attn/config.py).
+inline double default_threshold(MassRule rule) {
+  switch (rule) {
+    case MassRule::kEarlier:
+      return 0.9;
+    case MassRule::kCausal:
+      return 0.95;
+    default:
+      return 0.01;
+  }
+}
+
+// 1 visits everything. With kBlock, what makes sense as a share of a sum is refused: hardly any
+// block reaches it by itself.
+inline double check_threshold(std::optional<double> threshold, MassRule rule) {
+  constexpr double kMostOfBlock = 0.5;
+  const double value = threshold.value_or(default_threshold(rule));
+  if (!(value > 0.0 && value <= 1.0)) fail("threshold must lie in (0, 1], got ", value);
+  if (rule == MassRule::kBlock && value > kMostOfBlock && value < 1.0) {
+    fail("threshold must lie in (0, ", kMostOfBlock, "] or be 1 with mass \"block\", got ", value);
+  }
+  return value;
 }
 
 inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {

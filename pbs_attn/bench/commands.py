@@ -4,6 +4,7 @@ from pbs_attn._arguments import (
     add_choice,
     add_config,
     add_list,
+    add_threshold,
     add_value,
     options_of,
     read_config,
@@ -104,7 +105,7 @@ def _add_prefill(benches):
     )
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     _add_densities(parser)
-    add_value(parser, "--threshold", "T", default.threshold, "with --model: as of PBSConfig")
+    add_threshold(parser, "with --model: ")
     parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
     words = "which heads have an order of their own"
     add_choice(parser, "--permute-per", PERMUTE_PER, default.permute_per, words)
@@ -126,15 +127,19 @@ def _add_quality(benches):
     words = "UTF-8 (default: the novel that comes with pbs-attn)"
     parser.add_argument("--texts", metavar="FILE", nargs="+", default=default.texts, help=words)
     add_value(parser, "--tokens", "N", default.tokens, "length of every prompt but pass keys'")
-    add_list(parser, "--thresholds", "T", default.thresholds, "to sweep")
+    by_mass = "; ".join(
+        f"with --mass {mass} {' '.join(map(str, sweep))}" for mass, sweep in quality.SWEEPS.items()
+    )
+    words = f"to sweep (default: {by_mass})"
+    add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
     add_list(parser, "--probes", "PROBE", default.probes, "which to run", choices=PROBES)
     add_value(parser, "--depths", "N", default.depths, "pass keys a length, evenly spaced")
     words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
         "what to sweep over thresholds: given (by the options below), paper, balanced and "
-        "accurate (presets), narrow (balanced with mean scores), or changes to what is given, such "
-        "as kv_block_size=64,mass=causal"
+        "accurate (presets), narrow (balanced with mean scores and --mass causal), or changes to "
+        "what is given, such as kv_block_size=64,mass=causal"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
     words = "what to run beside dense; pbs has to be among them"

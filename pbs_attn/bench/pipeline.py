@@ -2,7 +2,7 @@
 
 Inputs are random with heavy hitters: a twentieth of the keys, and all queries, lean towards one
 direction a head. The threshold of each row is the one that gives the density asked for, found by
-bisection. With `activations`, real queries, keys and values at the paper's threshold of 0.9.
+bisection. With `activations`, real queries, keys and values at the own threshold of the selection.
 
 A stage has three columns: `<stage>_ms`, the op called alone; on a GPU `<stage>_kernel_ms`, its
 kernels within the one call, and, where the card's rates are known, `<stage>_floor_ms`, what bytes
@@ -43,7 +43,6 @@ from .shapes import SHAPES, Shape, check_activations, check_preset, load_activat
 from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
 from .timing import Call, clock_for, interleaved_medians
 
-PAPER_THRESHOLD = 0.9
 CROSSOVER_STEP, LONGEST_CROSSOVER = 256, 65536
 
 
@@ -178,11 +177,12 @@ def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]
 def _measure_input(
     options: Options, name: str, tensors, density: float | None
 ) -> Iterator[dict[str, object]]:
-    """One row a setting; the threshold is PAPER_THRESHOLD where no density is asked for."""
+    """One row a setting; the threshold is the selection's own where no density is asked for."""
     dense = dense_calls(*tensors)
     for permute_per, kv_block_size in _settings(options):
         pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
-        reached = reach(pipeline, density) if density else pipeline.set_threshold(PAPER_THRESHOLD)
+        own = pipeline.config.resolved_threshold
+        reached = reach(pipeline, density) if density else pipeline.set_threshold(own)
         problem = problem_of(pipeline, reached)
         values = {
             "input": name,

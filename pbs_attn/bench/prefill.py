@@ -30,6 +30,7 @@ from .report import (
     as_table,
     check_densities,
     check_outputs,
+    check_thresholds,
     require_packages,
     say_where,
 )
@@ -50,7 +51,7 @@ class Options:
     preset: str = "llama-3.1-8b"
     model: str | None = None
     text: str | None = None
-    threshold: float = PBSConfig().threshold
+    threshold: float | None = None
     tokens: tuple[int, ...] = tuple(DENSITIES)
     densities: tuple[float, ...] | None = None
     layers: int | None = None
@@ -125,8 +126,8 @@ def _check(options: Options) -> None:
         raise BenchError("--layers and --densities must go with --preset, got --model")
     if options.model is None and options.text is not None:
         raise BenchError("--text must go with --model: random weights read nothing")
-    if not 0 < options.threshold <= 1:
-        raise BenchError(f"--threshold must lie in (0, 1], got {options.threshold}")
+    if options.threshold is not None:
+        check_thresholds("--threshold", [options.threshold], PBSConfig().mass)
     if min(options.rounds, default=0) < 1:
         raise BenchError(f"--rounds must be positive, got {list(options.rounds)}")
     least = 2 * PBSConfig().segment_size
@@ -266,7 +267,7 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
             "activations": text_name,
             "tokens": str(ids.shape[1]),
             "permute_per": options.permute_per,
-            "threshold": f"{options.threshold:.4f}",
+            "threshold": f"{config.resolved_threshold:.4f}",
             "density": "",
             "dense_backend": backend,
         }

@@ -30,7 +30,7 @@ from .report import (
     Row,
     RowFile,
     check_outputs,
-    check_shares,
+    check_thresholds,
     require_packages,
     say_where,
 )
@@ -48,7 +48,13 @@ SETTINGS = {
     "paper": PBSConfig.paper(),
     "balanced": PBSConfig.balanced(),
     "accurate": PBSConfig.accurate(),
-    "narrow": PBSConfig(score="mean"),
+    "narrow": selections.with_means(PBSConfig()),
+}
+# Thresholds by mass.
+SWEEPS = {
+    "block": (0.04, 0.025, 0.015, 0.01, 0.006),
+    "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
+    "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
 }
 SELECTIONS = (*SWEPT, "window", "truncated")
 PASS_KEY_DIGITS = 7
@@ -58,13 +64,13 @@ PASS_KEY_DIGITS = 7
 class Options:
     """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
     how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
-    and `tokens`). `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
+    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS. `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
     "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run beside dense."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
     tokens: int = 8192
-    thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
+    thresholds: tuple[float, ...] | None = None
     probes: tuple[str, ...] = PROBES
     depths: int = 4
     lengths: tuple[int, ...] | None = None
@@ -197,7 +203,9 @@ def _check(options: Options) -> None:
     if not lengths or not least // 2 <= min(lengths) <= max(lengths) <= options.tokens:
         rule = f"lie between {least // 2} and --tokens"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
-    check_shares("--thresholds", options.thresholds)
+    if options.thresholds is not None:
+        for config in _configs(options).values():
+            check_thresholds("--thresholds", options.thresholds, config.mass)
     if options.depths < 1:
         raise BenchError(f"--depths must be positive, got {options.depths}")
     files = [options.csv, options.heads_csv], [options.picture, options.heads_picture]
@@ -354,24 +362,29 @@ def _measure(
 
     yield row("dense", "", None, reference)
     num_tokens = prompt.ids.shape[1]
-    configs = _configs(options)
-    for (settings, base), threshold in itertools.product(configs.items(), options.thresholds):
-        config = dataclasses.replace(base, threshold=threshold)
-        for name in filter(options.selections.__contains__, SWEPT):
+    swept = [name for name in SWEPT if name in options.selections]
+    for (settings, base), name in itertools.product(_configs(options).items(), swept):
+        for threshold in _thresholds(options, base, name):
+            config = dataclasses.replace(base, threshold=threshold)
             whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
             found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
             yield row(name, settings, threshold, found)
-            if name == "pbs":
-                of_pbs = found.density
-        if settings != options.settings[0]:
-            continue  # the others know nothing of settings but their density
-        if "window" in options.selections:
-            found = score(selections.window(config, num_tokens, of_pbs))
-            yield row("window", "", threshold, found)
-        if "truncated" in options.selections:
-            kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
-            found = score(dense, prompt.ids[:, -kept:])
-            yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
+            if name != "pbs" or settings != options.settings[0]:
+                continue  # the others know nothing of settings but their density
+            if "window" in options.selections:
+                window = score(selections.window(config, num_tokens, found.density))
+                yield row("window", "", threshold, window)
+            if "truncated" in options.selections:
+                kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(found.density)))
+                truncated = score(dense, prompt.ids[:, -kept:])
+                yield row("truncated", "", threshold, truncated, (kept / num_tokens) ** 2)
+
+
+def _thresholds(options: Options, config: PBSConfig, selection: str) -> tuple[float, ...]:
+    mass = selections.with_means(config).mass if selection == "pooled" else config.mass
+    if options.thresholds is None or mass != config.mass:
+        return SWEEPS[mass]
+    return options.thresholds
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pbs_attn import _environment, demo_model
+from pbs_attn.config import check_threshold
 from pbs_attn.demo_model import PICTURE_FORMATS
 
 Row = dict[str, str]
@@ -69,6 +70,17 @@ def check_shares(option: str, values: Sequence[float]) -> None:
     """Raises BenchError unless there are some, all of them in (0, 1]."""
     if not values or not all(0 < value <= 1 for value in values):
         raise BenchError(f"{option} must lie in (0, 1], got {list(values)}")
+
+
+def check_thresholds(option: str, values: Sequence[float], mass: str) -> None:
+    """Raises BenchError unless there are some, and `mass` may be compared with all of them."""
+    if not values:
+        raise BenchError(f"{option} must name one at least")
+    for value in values:
+        try:
+            check_threshold(option, value, mass)
+        except ValueError as error:
+            raise BenchError(str(error)) from error
 
 
 def check_densities(densities: Sequence[float] | None, tokens: Sequence[int]) -> None:

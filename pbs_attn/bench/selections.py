@@ -43,17 +43,24 @@ def unpermuted(config: PBSConfig) -> Attention:
         perm = places.expand(1, k.shape[1], -1).contiguous()
         _, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=config.key_block_size)
         mask, _ = ops.select_blocks(
-            q, k, k_mean, None, threshold=config.threshold, scale=scale, mass=config.mass,
-            score=config.score, num_samples=config.num_samples, **block_sizes(config),
+            q, k, k_mean, None, threshold=config.resolved_threshold, scale=scale,
+            mass=config.mass, score=config.score, num_samples=config.num_samples,
+            **block_sizes(config),
         )  # fmt: skip
         return _attend(q, k, v, k, v, mask, scale, config)
 
     return attend
 
 
+def with_means(config: PBSConfig) -> PBSConfig:
+    """The same with mean scores, and a sum of masses, which they need."""
+    mass = "causal" if config.mass == "block" else config.mass
+    return dataclasses.replace(config, score="mean", mass=mass)
+
+
 def pooled(config: PBSConfig) -> Attention:
     """Pooled means over all causal blocks in their own order: segments of one block."""
-    return unpermuted(dataclasses.replace(config, segment_size=config.block_size, score="mean"))
+    return unpermuted(dataclasses.replace(with_means(config), segment_size=config.block_size))
 
 
 def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:

@@ -137,11 +137,17 @@ class Pipeline:
 
 def reach(pipeline: Pipeline, density: float) -> float:
     """The density reached, as near as bisection over the threshold comes."""
+
+    def threshold(place: float) -> float:
+        # A block needs the less by itself the more are to be visited: half of the mass at 0, 2^-20
+        # of it at 1.
+        return 2 ** (-1 - 19 * place) if pipeline.config.mass == "block" else place
+
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        if pipeline.set_threshold(middle) < density:
+        if pipeline.set_threshold(threshold(middle)) < density:
             low = middle
         else:
             high = middle
-    return pipeline.set_threshold(high)
+    return pipeline.set_threshold(threshold(high))
