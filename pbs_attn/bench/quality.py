@@ -363,8 +363,10 @@ def _measure(
     yield row("dense", "", None, reference)
     num_tokens = prompt.ids.shape[1]
     swept = [name for name in SWEPT if name in options.selections]
-    for (settings, base), name in itertools.product(_configs(options).items(), swept):
-        for threshold in _thresholds(options, base, name):
+    for (settings, given), name in itertools.product(_configs(options).items(), swept):
+        base = selections.with_means(given) if name == "pooled" else given
+        is_given = base.mass == given.mass and options.thresholds is not None
+        for threshold in options.thresholds if is_given else SWEEPS[base.mass]:
             config = dataclasses.replace(base, threshold=threshold)
             whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
             found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
@@ -378,13 +380,6 @@ def _measure(
                 kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(found.density)))
                 truncated = score(dense, prompt.ids[:, -kept:])
                 yield row("truncated", "", threshold, truncated, (kept / num_tokens) ** 2)
-
-
-def _thresholds(options: Options, config: PBSConfig, selection: str) -> tuple[float, ...]:
-    mass = selections.with_means(config).mass if selection == "pooled" else config.mass
-    if options.thresholds is None or mass != config.mass:
-        return SWEEPS[mass]
-    return options.thresholds
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
