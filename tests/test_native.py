@@ -324,7 +324,7 @@ def sampled_cases(draw):
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.integers(1, min(64, block_size))),
-        draw(st.integers(2, 150)),
+        draw(st.integers(1, 150)),
     )
 
 
@@ -376,21 +376,21 @@ def test_sampled_units_hold_every_query_block_once(native, case):
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases(), random=st.randoms())
 def test_sampled_units_are_drawn_once(native, case, random):
-    """As SampledLoader draws them: each pair first its own, then what the counter says."""
+    """As SampledLoader draws them: each CTA first its own, then what the counter says."""
     plan = native.sampled_plan(*case)
     num_units = plan.units_per_perm * plan.num_perm_heads
-    assert 0 < plan.num_pairs <= min(case.num_sms // native.pair_ctas, num_units)
-    drawn = list(range(plan.num_pairs))  # of each pair that is at work
+    assert 0 < plan.num_ctas <= min(case.num_sms, num_units)
+    drawn = list(range(plan.num_ctas))  # of each CTA that is at work
     counter = 0
     found = []
     while drawn:
-        pair = random.randrange(len(drawn))
-        if drawn[pair] < num_units:
-            found.append(drawn[pair])
-            drawn[pair] = plan.num_pairs + counter
+        cta = random.randrange(len(drawn))
+        if drawn[cta] < num_units:
+            found.append(drawn[cta])
+            drawn[cta] = plan.num_ctas + counter
             counter += 1
         else:
-            del drawn[pair]
+            del drawn[cta]
     assert sorted(found) == list(range(num_units))
 
 
@@ -416,35 +416,6 @@ def test_sampled_tables_hold_what_units_see(native, case):
         assert plan.own_tiles == 0
 
 
-@settings(deadline=None, max_examples=500)
-@given(num_own=st.integers(0, 40), num_candidates=st.integers(0, 60), data=st.data())
-def test_sampled_pairs_multiply_every_tile_once(native, num_own, num_candidates, data):
-    """The loops of SampledSums::add_tiles (select_sampled/sums.cuh) over both halves; the loader
-    loads from the first tile of a half to its end."""
-    end_of_whole = num_own + data.draw(st.integers(0, num_candidates))
-    num_tiles = num_own + num_candidates
-    found = []
-    for rank in range(native.pair_ctas):
-        walk = native.tile_walk(num_tiles, num_own, end_of_whole, rank)
-        multiplied = []
-        stop = walk.first_burst
-        while walk.first + len(multiplied) < walk.end:
-            while walk.first + len(multiplied) < stop:
-                multiplied.append(walk.first + len(multiplied))
-            while walk.first + len(multiplied) < walk.end_of_bursts:
-                burst = [walk.first + len(multiplied) + i for i in range(native.sampled_burst)]
-                assert num_own <= burst[0] and burst[-1] < end_of_whole
-                multiplied += burst
-            stop = walk.end
-        assert multiplied == list(range(walk.first, walk.end))
-        # All others are too few for a burst.
-        whole = range(max(walk.first, num_own), min(walk.end, end_of_whole))
-        in_bursts = walk.end_of_bursts - walk.first_burst
-        assert len(whole) - in_bursts < native.sampled_burst or not whole
-        found += multiplied
-    assert found == list(range(num_tiles))
-
-
 @settings(deadline=None, max_examples=300)
 @given(case=sampled_cases())
 def test_sampled_workspace_is_at_most_what_the_docs_say(native, case):
@@ -454,15 +425,15 @@ def test_sampled_workspace_is_at_most_what_the_docs_say(native, case):
     # Two bytes for every 32 keys of each row.
     assert native.table_bytes(plan) == 2 * num_tiles * native.stack_rows * 128 // 32
     tables = native.sampled_tables * native.sampled_warpgroups * native.table_bytes(plan)
-    masses = native.pair_ctas * native.select_warps * 4 * plan.mass_stride
-    assert native.sampled_workspace_bytes(plan) == plan.num_pairs * (tables + masses) + 4
+    masses = native.select_warps * 4 * plan.mass_stride
+    assert native.sampled_workspace_bytes(plan) == plan.num_ctas * (tables + masses) + 4
     # The kernel's vectors need every part to start at a multiple of 16 bytes.
     assert native.table_bytes(plan) % 16 == plan.mass_stride * 4 % 16 == 0
     rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
     own_keys = min(case.num_kv, 128 // rows * case.block_size + case.segment_size)
     num_tiles = math.ceil(case.num_kv / 128) + case.is_mass_causal * math.ceil(own_keys / 128)
     num_kv_blocks = math.ceil(case.num_kv / case.kv_block_size)
-    documented = case.num_sms * (1024 * num_tiles + 112 * math.ceil(num_kv_blocks / 4)) + 4
+    documented = case.num_sms * (2048 * num_tiles + 112 * math.ceil(num_kv_blocks / 4)) + 4
     assert native.sampled_workspace_bytes(plan) <= documented
 
 
@@ -484,12 +455,11 @@ def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
     assert stages >= 2  # pairs of tiles are multiplied at once
     queries = native.sampled_warpgroups * native.stack_rows
     tiles = 2 * head_dim * (queries + stages * native.sampled_tile_keys)
-    rows = 8 * native.sampled_tables * native.pair_ctas * queries
-    weights = 4 * native.select_warps * native.pair_ctas * native.stack_rows
+    weights = 4 * native.sampled_tables * queries
     scratch = 4 * native.select_warps * native.sampled_cut_scratch
     barriers = 8 * 2 * (stages + native.drawn_units + native.sampled_tables)
     drawn = 4 * native.drawn_units
-    used = tiles + rows + weights + scratch + drawn + barriers + native.swizzle_bytes
+    used = tiles + weights + scratch + drawn + barriers + native.swizzle_bytes
     assert used <= native.shared_bytes_per_cta
 
 

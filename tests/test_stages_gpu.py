@@ -430,7 +430,7 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
         own_tiles = -(-(128 // samples * block + 256) // 128) * (mass == "causal")
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         tiles = -(-num_tokens // 128) + own_tiles
-        documented += num_sms * (1024 * tiles + 112 * -(-blocks // 4)) + 4
+        documented += num_sms * (2048 * tiles + 112 * -(-blocks // 4)) + 4
     elif mass == "causal":
         documented += 4 * kv_heads * blocks * head_dim
     documented += heads * blocks * (4 * -(-blocks // 32) + 16)

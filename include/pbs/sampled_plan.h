@@ -2,10 +2,8 @@
 // and device.
 //
 // Sampled queries of neighbouring query blocks of one head are stacked to the rows of one product.
-// A pair of CTAs works on one unit after the other: as many stacks as a CTA has warpgroups to
-// multiply, of the heads that share a permutation, so that all of them read the same keys. Each CTA
-// of the pair takes half of the keys, and both choose blocks: a unit of the longest rows would
-// otherwise take longer than all CTAs together need for a prompt of medium length.
+// A CTA works on one unit after the other: as many stacks as it has warpgroups to multiply, of the
+// heads that share a permutation, so that all of them read the same keys.
 #pragma once
 
 #include <cstdint>
@@ -19,39 +17,15 @@ constexpr int kStackRows = 64;         // sampled queries of a stack, one warpgr
 constexpr int kSampledTileKeys = 128;  // of one product
 constexpr int kSumKeys = 32;           // of one sum of weights
 constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
-constexpr int kDrawnUnits = 3;     // by a pair, at once
+constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-constexpr int kSelectWarps = 7;    // of a CTA, choose blocks; beside them one warp loads keys
+constexpr int kSelectWarps = 7;    // choose blocks; beside them one warp loads keys
 
-constexpr int kSampledWarpgroups = 2;  // of a CTA, multiply
-constexpr int kPairCtas = 2;           // a cluster
-constexpr int kSampledBurst = 4;       // tiles that are multiplied in a row
+constexpr int kSampledWarpgroups = 2;  // multiply
 
 // Tiles of keys in flight, as shared memory allows.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
   return head_dim == 256 ? 2 : head_dim == 128 ? 5 : 6;
-}
-
-// A CTA's half of a unit's tiles, as one of the stacks multiplies them: one by one up to
-// `first_burst`, by kSampledBurst up to `end_of_bursts`, and one by one up to `end`. Tiles in their
-// own order come first, then candidates'; in a burst every row sees all of them.
-struct TileWalk {
-  int32_t first;
-  int32_t first_burst;
-  int32_t end_of_bursts;
-  int32_t end;
-};
-
-// end_of_whole: of the unit's tiles that every row sees; those in their own order do not count.
-PBS_HOST_DEVICE constexpr TileWalk tile_walk(int num_tiles, int num_own, int end_of_whole,
-                                             int rank) {
-  const int middle = (num_tiles + 1) / kPairCtas;
-  const int first = rank == 0 ? 0 : middle;
-  const int end = rank == 0 ? middle : num_tiles;
-  const int first_burst = larger(first, num_own);
-  const int num_bursts = (smaller(end, end_of_whole) - first_burst) / kSampledBurst;
-  if (num_bursts <= 0) return TileWalk{first, end, end, end};
-  return TileWalk{first, first_burst, first_burst + num_bursts * kSampledBurst, end};
 }
 
 constexpr int64_t kGroupBytes = 32 << 20;  // of keys that are read at about the same time
@@ -64,7 +38,7 @@ struct SampledPlan {
   int32_t units_per_perm;
   int32_t num_perm_heads;   // of all batches
   int32_t heads_per_group;  // whose units are dealt out together
-  int32_t num_pairs;  // of CTAs
+  int32_t num_ctas;
   int32_t own_tiles;        // of keys in their own order, in a unit at most
   int32_t candidate_tiles;  // of permuted keys, likewise
   int64_t mass_stride;      // floats from one row of block masses to the next
@@ -93,8 +67,8 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   const int64_t bytes_per_head = 2 * problem.num_kv * problem.head_dim;
   plan.heads_per_group =
       narrow(larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
-  plan.num_pairs = narrow(smaller(larger(1, num_sms / kPairCtas),
-                                  static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
+  plan.num_ctas =
+      narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
   // The stacks of a unit lie in so many groups of query blocks at most; their own segments begin
   // less than a segment before them.
   const int64_t groups =
@@ -110,10 +84,10 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   return plan;
 }
 
-// Of all pairs: tables of sums, then rows of block masses; at the end a counter.
+// Of all CTAs: tables of sums, then rows of block masses; at the end a counter.
 constexpr int64_t sampled_workspace_bytes(const SampledPlan& plan) {
-  return plan.num_pairs * (kSampledTables * kSampledWarpgroups * table_bytes(plan) +
-                           kPairCtas * kSelectWarps * plan.mass_stride * 4) +
+  return plan.num_ctas * (kSampledTables * kSampledWarpgroups * table_bytes(plan) +
+                          kSelectWarps * plan.mass_stride * 4) +
          4;
 }
 

@@ -111,7 +111,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("units_per_perm", &pbs::SampledPlan::units_per_perm)
       .def_readonly("num_perm_heads", &pbs::SampledPlan::num_perm_heads)
       .def_readonly("heads_per_group", &pbs::SampledPlan::heads_per_group)
-      .def_readonly("num_pairs", &pbs::SampledPlan::num_pairs)
+      .def_readonly("num_ctas", &pbs::SampledPlan::num_ctas)
       .def_readonly("own_tiles", &pbs::SampledPlan::own_tiles)
       .def_readonly("candidate_tiles", &pbs::SampledPlan::candidate_tiles)
       .def_readonly("mass_stride", &pbs::SampledPlan::mass_stride);
@@ -129,12 +129,6 @@ PYBIND11_MODULE(pbs_native, m) {
           params.num_samples = num_samples;
           return pbs::sampled_plan(params, num_sms);
         });
-  py::class_<pbs::TileWalk>(m, "TileWalk")
-      .def_readonly("first", &pbs::TileWalk::first)
-      .def_readonly("first_burst", &pbs::TileWalk::first_burst)
-      .def_readonly("end_of_bursts", &pbs::TileWalk::end_of_bursts)
-      .def_readonly("end", &pbs::TileWalk::end);
-  m.def("tile_walk", &pbs::tile_walk);
   m.def("table_bytes", &pbs::table_bytes);
   m.def("sampled_workspace_bytes", &pbs::sampled_workspace_bytes);
   m.def("sampled_key_stages", &pbs::sampled_key_stages);
@@ -144,8 +138,6 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("sampled_tables") = pbs::kSampledTables;
   m.attr("sampled_warpgroups") = pbs::kSampledWarpgroups;
   m.attr("select_warps") = pbs::kSelectWarps;
-  m.attr("pair_ctas") = pbs::kPairCtas;
-  m.attr("sampled_burst") = pbs::kSampledBurst;
   m.attr("sampled_cut_scratch") = pbs::kCutScratch;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {

@@ -8,43 +8,41 @@ namespace pbs::cuda {
 
 // Sums of one query block's samples.
 struct BlockSums {
-  const char* table;  // from the first row of the block on
-  const float (*weights)[kStackRows];  // of its rows, in either half of the tiles
+  const char* table;     // from the first row of the block on
+  const float* weights;  // of its rows
   int num_rows;
-  int middle_tile;
 
   // The largest share that a sample gives to each key block of a tile. So many loads are in flight
   // that few tiles in work at once are enough.
-  __device__ void shares(int tile, int entry, int sums_per_block,
-                         float (&found)[kSumsPerTile]) const {
-    const float* of_rows = weights[tile < middle_tile ? 0 : 1];
+  __device__ void shares(int entry, int sums_per_block, float (&found)[kSumsPerTile]) const {
     constexpr int kRowsPerLoad = 2;
     constexpr int kLoads = 4;
     const char* rows = table + static_cast<int64_t>(entry) * kStackRows * kSumsPerTile * 2;
 #pragma unroll
     for (float& share : found) share = 0.0f;
     if (num_rows == 1)
-      return add_row(__ldcg(reinterpret_cast<const uint2*>(rows)), *of_rows, sums_per_block, found);
+      return add_row(*reinterpret_cast<const uint2*>(rows), 0, sums_per_block, found);
 #pragma unroll 2
     for (int first = 0; first < num_rows; first += kLoads * kRowsPerLoad) {
       uint4 pairs[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int row = min(first + i * kRowsPerLoad, num_rows - kRowsPerLoad);  // maybe once more
-        pairs[i] = __ldcg(reinterpret_cast<const uint4*>(rows + row * kSumsPerTile * 2));
+        pairs[i] = *reinterpret_cast<const uint4*>(rows + row * kSumsPerTile * 2);
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int row = min(first + i * kRowsPerLoad, num_rows - kRowsPerLoad);
-        add_row(uint2{pairs[i].x, pairs[i].y}, of_rows[row], sums_per_block, found);
-        add_row(uint2{pairs[i].z, pairs[i].w}, of_rows[row + 1], sums_per_block, found);
+        add_row(uint2{pairs[i].x, pairs[i].y}, row, sums_per_block, found);
+        add_row(uint2{pairs[i].z, pairs[i].w}, row + 1, sums_per_block, found);
       }
     }
   }
 
  private:
-  __device__ static void add_row(uint2 sums, float weight, int sums_per_block,
-                                 float (&found)[kSumsPerTile]) {
+  __device__ void add_row(uint2 sums, int row, int sums_per_block,
+                          float (&found)[kSumsPerTile]) const {
+    const float weight = weights[row];
     float share[kSumsPerTile] = {low_bfloat16(sums.x) * weight, high_bfloat16(sums.x) * weight,
                                  low_bfloat16(sums.y) * weight, high_bfloat16(sums.y) * weight};
     if (sums_per_block > 1) {
@@ -69,8 +67,7 @@ class SampledRowsMask {
         lane_(static_cast<int>(threadIdx.x) % 32),
         sums_per_block_(static_cast<int>(args.params.blocking.kv_block_size) / kSumKeys),
         masses_(args.masses +
-                (static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp) * args.plan.mass_stride),
-        nth_(pair_rank() * kSelectWarps + warp) {}
+                (static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp) * args.plan.mass_stride) {}
 
   __device__ void run() {
     const int blocks_per_stack = args_.plan.blocks_per_stack;
@@ -79,47 +76,26 @@ class SampledRowsMask {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
       while (!shared_.table_full[walk.table()].try_wait(walk.parity())) __nanosleep(256);
-      __threadfence();
-      for (int i = nth_; i < kSampledWarpgroups * blocks_per_stack; i += kPairCtas * kSelectWarps) {
+      for (int i = warp_; i < kSampledWarpgroups * blocks_per_stack; i += kSelectWarps) {
         const int warpgroup = i / blocks_per_stack;
         const SampledStack stack = unit.stack(warpgroup);
         if (i % blocks_per_stack >= stack.num_blocks) continue;
         const int first_row = i % blocks_per_stack * args_.plan.rows_per_block;
-        find_weights(shared_.rows[walk.table()][warpgroup], first_row);
         const BlockSums sums{
             table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
-            shared_.weights[warp_], args_.plan.rows_per_block, unit.walk(0).end};
+            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_block};
         write_block(unit, stack, stack.first_block + i % blocks_per_stack, sums, sink);
       }
-      for (uint32_t rank = 0; rank < kPairCtas; ++rank) {
-        shared_.table_empty[walk.table()].arrive(rank);
-      }
+      shared_.table_empty[walk.table()].arrive();
     }
   }
 
  private:
-  // What sums of either half are multiplied by to be shares of the whole row.
-  __device__ void find_weights(const RowSum (&rows)[kPairCtas][kStackRows], int first_row) const {
-    static_assert(kPairCtas == 2);
-    for (int row = lane_; row < args_.plan.rows_per_block; row += 32) {
-      const RowSum first = rows[0][first_row + row];
-      const RowSum second = rows[1][first_row + row];
-      const float top = fmaxf(first.shift, second.shift);
-      // A CTA that saw nothing of the row left zeros.
-      const float of_first = first.shift == -INFINITY ? 0.0f : exp2_approx(first.shift - top);
-      const float of_second = second.shift == -INFINITY ? 0.0f : exp2_approx(second.shift - top);
-      const float total = first.total * of_first + second.total * of_second;
-      shared_.weights[warp_][0][row] = total == 0.0f ? 0.0f : of_first / total;
-      shared_.weights[warp_][1][row] = total == 0.0f ? 0.0f : of_second / total;
-    }
-    __syncwarp();
-  }
-
   __device__ void write_block(const SampledUnit& unit, const SampledStack& stack, int block_idx,
                               const BlockSums& sums, int sink) {
     const QueryBlock block = describe(args_, block_idx);
     const auto num_candidates = static_cast<int>(block.num_candidates);
-    const float of_candidates = write_masses(unit, sums, num_candidates);
+    const float of_candidates = write_masses(sums, num_candidates);
     const float own = args_.params.is_by_block ? 0.0f : own_mass(unit, stack, sums);
     const int64_t row = (unit.b * args_.params.problem.num_q_heads + stack.hq) *
                             static_cast<int64_t>(args_.num_q_blocks) +
@@ -130,15 +106,13 @@ class SampledRowsMask {
   }
 
   // Masses of the candidates, and zeros to a multiple of four. Returns their sum.
-  __device__ float write_masses(const SampledUnit& unit, const BlockSums& sums,
-                                int num_candidates) const {
+  __device__ float write_masses(const BlockSums& sums, int num_candidates) const {
     const int blocks_per_tile = kSumsPerTile / sums_per_block_;
     const int num_tiles = (num_candidates + blocks_per_tile - 1) / blocks_per_tile;
-    const int num_own = unit.num_own_tiles();
     float total = 0.0f;
     for (int tile = lane_; tile < num_tiles; tile += 32) {
       float shares[kSumsPerTile];
-      sums.shares(num_own + tile, args_.plan.own_tiles + tile, sums_per_block_, shares);
+      sums.shares(args_.plan.own_tiles + tile, sums_per_block_, shares);
 #pragma unroll
       for (int i = 0; i < kSumsPerTile; ++i) {
         const int block = tile * blocks_per_tile + i;
@@ -163,7 +137,7 @@ class SampledRowsMask {
     float total = 0.0f;
     for (int tile = tiles.first + lane_; tile < tiles.end; tile += 32) {
       float shares[kSumsPerTile];
-      sums.shares(tile, tile, sums_per_block_, shares);
+      sums.shares(tile, sums_per_block_, shares);
 #pragma unroll
       for (int i = 0; i < kSumsPerTile; ++i) {
         if (i < blocks_per_tile) total += shares[i];
@@ -176,9 +150,7 @@ class SampledRowsMask {
                      float own) const {
     // With a NaN among the inputs no order means anything: visit everything, as dense would.
     bool is_ordered = true;
-    for (int row = lane_; row < sums.num_rows; row += 32) {
-      is_ordered &= sums.weights[0][row] >= 0.0f && sums.weights[1][row] >= 0.0f;
-    }
+    for (int row = lane_; row < sums.num_rows; row += 32) is_ordered &= sums.weights[row] >= 0.0f;
     is_ordered = __all_sync(~0u, is_ordered);
     const auto threshold = static_cast<float>(args_.params.threshold);
     if (is_ordered && args_.params.is_by_block) {
@@ -198,7 +170,6 @@ class SampledRowsMask {
   int lane_;
   int sums_per_block_;
   float* masses_;
-  int nth_;  // of the pair's warps that choose
 };
 
 }  // namespace pbs::cuda

@@ -1,7 +1,7 @@
 // select_blocks with score="sampled" on CUDA: the attention of some queries of each block to every
 // key they may see, summed by key block, and the blocks that matter most to any of them, in one
 // kernel. A warp loads keys, warpgroups multiply and sum, other warps choose blocks of the unit
-// before. CTAs work in pairs.
+// before.
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/bfloat16.h>
@@ -19,7 +19,7 @@ namespace pbs::cuda {
 namespace {
 
 template <class Traits>
-__global__ void __cluster_dims__(kPairCtas) __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     select_sampled_kernel(const __grid_constant__ SampledArgs args) {
   extern __shared__ char raw[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(first_swizzled(raw));
@@ -30,35 +30,34 @@ __global__ void __cluster_dims__(kPairCtas) __launch_bounds__(Traits::kThreads, 
     }
     for (int unit = 0; unit < kDrawnUnits; ++unit) {
       shared.unit_full[unit].init(1);
-      shared.unit_empty[unit].init(kPairCtas * Traits::kThreads - 32);
+      shared.unit_empty[unit].init(Traits::kThreads - 32);
     }
     for (int table = 0; table < kSampledTables; ++table) {
-      shared.table_full[table].init(kPairCtas * Traits::kConsumers);
-      shared.table_empty[table].init(kPairCtas * 32 * kSelectWarps);
+      shared.table_full[table].init(Traits::kConsumers);
+      shared.table_empty[table].init(32 * kSelectWarps);
     }
     cutlass::arch::fence_barrier_init();
   }
-  cute::cluster_sync();
+  __syncthreads();
   const int warp = (static_cast<int>(threadIdx.x) - Traits::kConsumers) / 32;
   if (threadIdx.x < Traits::kConsumers) {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     SampledSums<Traits>(args, shared).run();
-  } else {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kOtherRegisters>();
-    if (warp == 0) {
-      SampledLoader<Traits>(args, shared).run();
-    } else {
-      SampledRowsMask<Traits>(args, shared, warp - 1).run();
-    }
+    return;
   }
-  cute::cluster_sync();  // the other CTA still arrives at barriers of this one
+  cutlass::arch::warpgroup_reg_dealloc<Traits::kOtherRegisters>();
+  if (warp == 0) {
+    SampledLoader<Traits>(args, shared).run();
+  } else {
+    SampledRowsMask<Traits>(args, shared, warp - 1).run();
+  }
 }
 
 template <class Element, int kHeadDim>
 cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
   using Traits = SampledTraits<Element, kHeadDim>;
-  return launch_kernel(select_sampled_kernel<Traits>, args, kPairCtas * args.plan.num_pairs,
-                       Traits::kThreads, Traits::kSharedBytes, stream);
+  return launch_kernel(select_sampled_kernel<Traits>, args, args.plan.num_ctas, Traits::kThreads,
+                       Traits::kSharedBytes, stream);
 }
 
 template <class Element>
@@ -96,17 +95,17 @@ const char* launch_select_sampled(const SelectBlocksParams& params, float* works
   args.num_q_blocks = static_cast<int>(ceil_div(problem.num_q, params.blocking.block_size));
   args.num_words =
       static_cast<int>(num_mask_words(ceil_div(problem.num_kv, params.blocking.kv_block_size)));
-  if (args.plan.num_pairs == 0) return nullptr;
+  if (args.plan.num_ctas == 0) return nullptr;
   if (static_cast<int64_t>(args.plan.units_per_perm) * args.plan.num_perm_heads >
       std::numeric_limits<int32_t>::max()) {
     return "too many query blocks for one grid";
   }
   const int64_t num_tables =
-      static_cast<int64_t>(args.plan.num_pairs) * kSampledTables * kSampledWarpgroups;
+      static_cast<int64_t>(args.plan.num_ctas) * kSampledTables * kSampledWarpgroups;
   args.tables = reinterpret_cast<char*>(workspace);
   args.masses = reinterpret_cast<float*>(args.tables + num_tables * table_bytes(args.plan));
-  const int64_t num_rows = static_cast<int64_t>(args.plan.num_pairs) * kPairCtas * kSelectWarps;
-  args.counter = reinterpret_cast<int*>(args.masses + num_rows * args.plan.mass_stride);
+  args.counter = reinterpret_cast<int*>(args.masses + static_cast<int64_t>(args.plan.num_ctas) *
+                                                          kSelectWarps * args.plan.mass_stride);
   if (const char* error = encode_rows(&args.k, params.k, problem, problem.num_kv_heads,
                                       problem.num_kv, kSampledTileKeys, problem.head_dim)) {
     return error;

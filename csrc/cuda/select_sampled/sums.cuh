@@ -25,15 +25,6 @@ __device__ inline uint32_t bfloat16_pair(float low, float high) {
   return pair;
 }
 
-// Writes to the same place in the shared memory of a CTA of the pair.
-__device__ inline void store_remote(const RowSum& place, const RowSum& sum, int rank) {
-  const uint32_t address = cute::set_block_rank(cute::cast_smem_ptr_to_uint(&place), rank);
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
-               :
-               : "r"(address), "f"(sum.shift), "f"(sum.total)
-               : "memory");
-}
-
 // A thread's sums of a tile.
 using TileWeights = float[kSumsPerTile][kThreadRows];  // by 32 keys, and row
 struct Weights {
@@ -108,21 +99,19 @@ class SampledSums {
       const SampledUnit unit = walk.unit();
       const SampledStack stack = unit.stack(warpgroup_);
       table_ = table_of(args_, walk.table(), warpgroup_);
-      end_of_written_ = 0;
+      num_written_ = 0;
       rows_ = SampledRows{};
       if (stack.num_blocks > 0) load_queries(unit, stack);
       set_ranges(stack);
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(unit, stack);
-      write_rows(stack, walk.table());
-      __threadfence();
-      for (uint32_t rank = 0; rank < kPairCtas; ++rank) {
-        shared_.table_full[walk.table()].arrive(rank);
-      }
+      write_weights(stack, walk.table());
+      shared_.table_full[walk.table()].arrive();
     }
   }
 
  private:
+  static constexpr int kBurst = 4;  // tiles
   using Scores = decltype(cute::partition_fragment_C(
       typename Traits::Mma{}, cute::Shape<typename Traits::Rows, typename Traits::Keys>{}));
 
@@ -185,19 +174,17 @@ class SampledSums {
     }
   }
 
-  // The CTA's half of the unit's tiles: of keys in their own order, then of candidates. Most of the
-  // candidates' are seen by every row.
+  // All tiles of the unit: of keys in their own order, then of candidates. Most of the candidates'
+  // are seen by every row.
   __device__ __forceinline__ void add_tiles(const SampledUnit& unit, const SampledStack& stack) {
     const StackTiles tiles(unit, stack, args_.plan);
-    const TileWalk walk = unit.walk(pair_rank(), tiles.num_own + tiles.end_of_whole);
-    const int end_of_bursts = uniform(walk.end_of_bursts);
-    const int end_of_all = uniform(walk.end);
-    first_written_ = tiles.entry(walk.first);
-    int end = uniform(walk.first_burst);
-    for (int tile = uniform(walk.first); tile < end_of_all; end = end_of_all) {
+    const int num_tiles = uniform(unit.num_tiles());
+    const int end_of_bursts = uniform(tiles.num_own + tiles.end_of_whole / kBurst * kBurst);
+    int end = uniform(tiles.num_own);
+    for (int tile = 0; tile < num_tiles; end = num_tiles) {
       // One loop for both ends: the code of a tile is long.
       for (; tile < end; ++tile) add_tile(tiles, tile);
-      for (; tile < end_of_bursts; tile += kSampledBurst) add_burst(tiles.entry(tile));
+      for (; tile < end_of_bursts; tile += kBurst) add_burst(tiles.entry(tile));
     }
   }
 
@@ -218,16 +205,16 @@ class SampledSums {
     multiply(first);
     multiply(second);
     CUTE_UNROLL
-    for (int i = 0; i < kSampledBurst; ++i) {
+    for (int i = 0; i < kBurst; ++i) {
       Scores& scores = i % 2 == 0 ? first : second;
-      if (i + 1 < kSampledBurst) {
+      if (i + 1 < kBurst) {
         cute::warpgroup_wait<1>();
       } else {
         cute::warpgroup_wait<0>();
       }
       await(scores);
       const Weights weights = weigh(scores);
-      if (i + 2 < kSampledBurst) multiply(scores);
+      if (i + 2 < kBurst) multiply(scores);
       leave(weights, entry + i);
     }
   }
@@ -313,7 +300,7 @@ class SampledSums {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) rows_.total[r] += weights.total[r];
     *place_of(entry) = share_quad(weights.sums, lane_);
-    end_of_written_ = entry + 1;
+    num_written_ = entry + 1;
   }
 
   __device__ __forceinline__ Weights weigh(const Scores& scores,
@@ -355,7 +342,7 @@ class SampledSums {
     // The lane's own places: nobody else has written there.
     const float own_rescale = lane_ % 2 == 0 ? rescale[0] : rescale[1];
     if (own_rescale == 1.0f) return;
-    for (int entry = first_written_; entry < end_of_written_; ++entry) {
+    for (int entry = 0; entry < num_written_; ++entry) {
       uint32_t* place = place_of(entry);
       const uint32_t pair = *place;
       *place = bfloat16_pair(low_bfloat16(pair) * own_rescale, high_bfloat16(pair) * own_rescale);
@@ -369,15 +356,13 @@ class SampledSums {
            lane_ / 2 % 2;
   }
 
-  // To both CTAs.
-  __device__ void write_rows(const SampledStack& stack, int table) {
+  __device__ void write_weights(const SampledStack& stack, int table) {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       const int row = row_ + 8 * r;
       const float total = quad_sum(rows_.total[r]);
-      if (lane_ % 4 >= kPairCtas) continue;
-      const RowSum sum{rows_.shift[r], sample_of(stack, row).exists ? total : 0.0f};
-      store_remote(shared_.rows[table][warpgroup_][pair_rank()][row], sum, lane_ % 4);
+      const bool exists = sample_of(stack, row).exists && total != 0.0f;
+      if (lane_ % 4 == 0) shared_.weights[table][warpgroup_][row] = exists ? 1.0f / total : 0.0f;
     }
   }
 
@@ -388,8 +373,7 @@ class SampledSums {
   int warpgroup_;
   int row_;
   char* table_ = nullptr;
-  int first_written_ = 0;  // entries of the table
-  int end_of_written_ = 0;
+  int num_written_ = 0;
   SampledRows rows_;
   KeyRange own_[kThreadRows];
   int candidate_end_[kThreadRows];

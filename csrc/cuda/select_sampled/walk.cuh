@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cuda.h>
-#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/gemm/collective/builders/sm90_common.inl>
 
@@ -19,19 +18,13 @@ namespace pbs::cuda {
 struct SampledArgs {
   SelectBlocksParams params;
   SampledPlan plan;
-  char* tables;   // (num_pairs, kSampledTables, warpgroups) of table_bytes
-  float* masses;  // (num_pairs, kPairCtas, kSelectWarps, mass_stride)
-  int* counter;   // of drawn units, without the first of each pair
+  char* tables;   // (num_ctas, kSampledTables, warpgroups) of table_bytes
+  float* masses;  // (num_ctas, kSelectWarps, mass_stride)
+  int* counter;   // of drawn units, without the first of each CTA
   int num_q_blocks;
   int num_words;
   CUtensorMap k;
   CUtensorMap k_perm;
-};
-
-// The sum of a row's weights exp2(score - shift), over the half of the keys that a CTA has seen.
-struct RowSum {
-  float shift;
-  float total;  // 0: it has seen nothing
 };
 
 template <class Element_, int kHeadDim_>
@@ -63,14 +56,13 @@ struct SampledTraits {
   struct Shared {
     alignas(kSwizzleBytes) Element q[kSampledWarpgroups * kStackRows * kHeadDim];
     alignas(kSwizzleBytes) Element k[kStages * kSampledTileKeys * kHeadDim];
-    RowSum rows[kSampledTables][kSampledWarpgroups][kPairCtas][kStackRows];  // in both CTAs
-    float weights[kSelectWarps][kPairCtas][kStackRows];  // of a query block's sums, by half
+    float weights[kSampledTables][kSampledWarpgroups][kStackRows];  // 1 / (sum of a row)
     uint32_t scratch[kSelectWarps][kCutScratch];
     int units[kDrawnUnits];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_empty[kStages];
-    cutlass::arch::ClusterTransactionBarrier unit_full[kDrawnUnits];
-    cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];  // the first CTA's count both
+    cutlass::arch::ClusterBarrier unit_full[kDrawnUnits];
+    cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];
     cutlass::arch::ClusterBarrier table_full[kSampledTables];
     cutlass::arch::ClusterBarrier table_empty[kSampledTables];
   };
@@ -119,10 +111,7 @@ __device__ inline QueryBlock describe(const SampledArgs& args, int block_idx) {
                      blocking.kv_block_size, blocking.segment_size, args.params.is_causal);
 }
 
-__device__ inline int pair_rank() { return static_cast<int>(blockIdx.x) % kPairCtas; }
-__device__ inline int pair_idx() { return static_cast<int>(blockIdx.x) / kPairCtas; }
-
-// One unit: the stacks that the warpgroups of a pair of CTAs work on at once.
+// One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
   __device__ SampledUnit(const SampledArgs& args, int perm_head, int first_stack)
@@ -165,12 +154,7 @@ class SampledUnit {
   __device__ int num_candidate_tiles() const {
     return TileRange(KeyRange{0, candidate_end}, 0).end;
   }
-  // Those in their own order come first.
   __device__ int num_tiles() const { return num_own_tiles() + num_candidate_tiles(); }
-  // The half of a CTA of the pair.
-  __device__ TileWalk walk(int rank, int end_of_whole = 0) const {
-    return tile_walk(num_tiles(), num_own_tiles(), end_of_whole, rank);
-  }
 
  private:
   const SampledArgs& args_;
@@ -189,8 +173,7 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      (plan.units_per_perm - 1 - from_longest) * kSampledWarpgroups);
 }
 
-// The units of a pair, one after the other, as its first CTA's loader draws them; for everybody
-// else.
+// The units of a CTA, one after the other, as its loader draws them; for everybody else.
 template <class Traits>
 class DrawnUnits {
  public:
@@ -204,7 +187,7 @@ class DrawnUnits {
     // Selecting warps wait long, and would take turns from those that multiply.
     while (!full.try_wait(ring_.parity())) __nanosleep(64);
     idx_ = shared_.units[ring_.stage()];
-    shared_.unit_empty[ring_.stage()].arrive(0u);
+    shared_.unit_empty[ring_.stage()].arrive();
     ring_.advance();
     return idx_ < num_units(args_);
   }
@@ -220,16 +203,15 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// The sums of a stack: its own keys' tiles, and behind them its candidates'. Each CTA of the pair
-// writes those of its half.
+// The sums of a stack: its own keys' tiles, and behind them its candidates'.
 __device__ inline char* table_of(const SampledArgs& args, int table, int warpgroup) {
   const int64_t idx =
-      (static_cast<int64_t>(pair_idx()) * kSampledTables + table) * kSampledWarpgroups + warpgroup;
+      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * kSampledWarpgroups + warpgroup;
   return args.tables + idx * table_bytes(args.plan);
 }
 
-// Loads the keys of units, in the order in which they are multiplied. By one warp; that of the
-// pair's first CTA draws the units from the counter of the grid.
+// Draws units from the counter of the grid and loads their keys, in the order in which they are
+// multiplied. By one warp.
 template <class Traits>
 class SampledLoader {
  public:
@@ -239,51 +221,35 @@ class SampledLoader {
       : args_(args), shared_(shared) {}
 
   __device__ void run() {
-    if (pair_rank() > 0) {
-      DrawnUnits<Traits> walk(args_, shared_);
-      while (walk.next()) load(walk.unit());
-      return;
-    }
-    for (int idx = pair_idx();; idx = draw()) {
+    for (int idx = static_cast<int>(blockIdx.x);; idx = draw()) {
       publish(idx);
       if (idx >= num_units(args_)) return;
-      load(unit_of(args_, idx));
+      const SampledUnit unit = unit_of(args_, idx);
+      for (int i = 0; i < unit.num_own_tiles(); ++i) {
+        load(args_.k, unit.own.begin + i * kSampledTileKeys, unit.hkv, unit.b);
+      }
+      for (int i = 0; i < unit.num_candidate_tiles(); ++i) {
+        load(args_.k_perm, i * kSampledTileKeys, unit.hp, unit.b);
+      }
     }
   }
 
  private:
-  // The first ones are the pairs' own.
+  // The first ones are the CTAs' own.
   __device__ int draw() const {
     int drawn = 0;
     if (threadIdx.x % 32 == 0) drawn = atomicAdd(args_.counter, 1);
-    return args_.plan.num_pairs + uniform(drawn);
+    return static_cast<int>(gridDim.x) + uniform(drawn);
   }
 
-  // To both CTAs.
   __device__ void publish(int idx) {
     shared_.unit_empty[unit_.stage()].wait(unit_.parity() ^ 1);
-    if (threadIdx.x % 32 < kPairCtas) {
-      const uint32_t rank = threadIdx.x % 32;
-      auto& full = shared_.unit_full[unit_.stage()];
-      full.arrive_and_expect_tx(sizeof(int), rank);
-      cute::store_shared_remote(static_cast<uint32_t>(idx),
-                                cute::cast_smem_ptr_to_uint(&shared_.units[unit_.stage()]),
-                                cute::cast_smem_ptr_to_uint(&full), rank);
+    if (threadIdx.x % 32 == 0) {
+      shared_.units[unit_.stage()] = idx;
+      shared_.unit_full[unit_.stage()].arrive();
     }
     __syncwarp();
     unit_.advance();
-  }
-
-  __device__ void load(const SampledUnit& unit) {
-    const int num_own = unit.num_own_tiles();
-    const TileWalk walk = unit.walk(pair_rank());
-    for (int tile = walk.first; tile < walk.end; ++tile) {
-      if (tile < num_own) {
-        load(args_.k, unit.own.begin + tile * kSampledTileKeys, unit.hkv, unit.b);
-      } else {
-        load(args_.k_perm, (tile - num_own) * kSampledTileKeys, unit.hp, unit.b);
-      }
-    }
   }
 
   __device__ void load(const CUtensorMap& map, int row, int head, int b) {
