@@ -55,11 +55,11 @@ def add_config(group, has_threshold=True):
 
 
 def add_threshold(group, words=""):
-    words += "share of the estimated attention mass that each visited block, or their sum, must reach"
-    by_mass = ", ".join(f"{value} with --mass {mass}" for mass, value in THRESHOLDS.items())
-    group.add_argument(
-        "--threshold", metavar="T", type=float, help=f"{words} (default: {by_mass})"
+    words += (
+        "share of the estimated attention mass that each visited block, or their sum, must reach"
     )
+    by_mass = ", ".join(f"{value} with --mass {mass}" for mass, value in THRESHOLDS.items())
+    group.add_argument("--threshold", metavar="T", type=float, help=f"{words} (default: {by_mass})")
 
 
 def number_or_all(text):

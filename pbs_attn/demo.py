@@ -301,9 +301,15 @@ def write_csv(report: Report, path: str) -> None:
 def _describe_config(report):
     config = report.view.config
     heavy = "" if config.num_heavy is None else f", {config.num_heavy} heavy keys"
+    threshold = f"{config.resolved_threshold:g}"
+    reached = (
+        f"{threshold} of the mass by each"
+        if config.mass == "block"
+        else f"{threshold} of {config.mass} mass"
+    )
     return (
         f"PBS in {len(report.density)} of {report.num_layers} layers: threshold "
-        f"{config.resolved_threshold:g} of {config.mass} mass, blocks of {config.block_size} queries and "
+        f"{reached}, blocks of {config.block_size} queries and "
         f"{config.key_block_size} keys, segments of {config.segment_size}, "
         f"permuted per {config.permute_per}{heavy}"
     )

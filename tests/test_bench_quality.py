@@ -15,7 +15,7 @@ from pbs_attn.bench.stages import heavy_hitters
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
-CONFIG = PBSConfig(block_size=32, segment_size=64)
+CONFIG = PBSConfig(block_size=32, segment_size=64, mass="causal")
 SELECTIONS = ["dense", "pbs", "unpermuted", "pooled", "window", "truncated"]
 
 

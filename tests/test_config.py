@@ -9,23 +9,24 @@ import pytest
 import torch
 
 from pbs_attn import PBSConfig
+from pbs_attn.config import THRESHOLDS
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 BALANCED = {
     "block_size": 128,
     "kv_block_size": 32,
     "segment_size": 256,
-    "threshold": 0.95,
+    "threshold": None,
     "permute_per": "kv_head",
     "num_heavy": 32,
-    "mass": "causal",
+    "mass": "block",
     "score": "sampled",
     "num_samples": 16,
 }
 # What else than `balanced` has.
 PRESETS = {
     "balanced": {},
-    "fast": {"threshold": 0.9},
+    "fast": {"threshold": 0.015},
     "accurate": {"num_samples": 32},
     "paper": {
         "kv_block_size": None,
@@ -41,6 +42,26 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_pinned(name):
     assert dataclasses.asdict(getattr(PBSConfig, name)()) == BALANCED | PRESETS[name]
+
+
+@pytest.mark.parametrize("mass", THRESHOLDS)
+def test_thresholds_have_a_default_by_mass(mass):
+    """The operator's are the config's, and they tell."""
+    q = torch.randn(1, 2, 2000, 64, generator=torch.manual_seed(0)) / 2
+    config = PBSConfig(mass=mass)
+    assert config.threshold is None
+    assert config.resolved_threshold == THRESHOLDS[mass]
+
+    def out(threshold):
+        return torch.ops.pbs.attention(q, q, q, mass=mass, threshold=threshold)
+
+    assert torch.equal(out(None), out(THRESHOLDS[mass]))
+    for factor in (0.8, 1.05):
+        assert not torch.equal(out(None), out(factor * THRESHOLDS[mass]))
+
+
+def test_changes_of_mass_keep_no_threshold():
+    assert dataclasses.replace(PBSConfig(), mass="causal").resolved_threshold == 0.95
 
 
 def test_the_default_is_balanced():
@@ -69,8 +90,8 @@ def test_defaults_of_the_stages_are_the_papers():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_were_measured_as_they_say(name):
     """Density, loss and pass keys of the docstring are those of the CSV."""
-    settings = {"paper": "paper", "accurate": "num_samples=32"}.get(name, "given")
-    threshold = f"{getattr(PBSConfig, name)().threshold:g}"
+    settings = "balanced" if name == "fast" else name
+    threshold = f"{getattr(PBSConfig, name)().resolved_threshold:g}"
     with (RESULTS / "quality_tuning_smollm2_h100.csv").open() as file:
         rows = [
             row

@@ -167,7 +167,7 @@ def test_visited_mass_matches_the_full_attention_matrix(permute_per, num_heavy):
     generator = torch.manual_seed(2)
     query = 2 * torch.randn(1, 4, 500, 64, generator=generator)
     key, value = torch.randn(2, 1, 2, 500, 64, generator=generator).unbind()
-    config = PBSConfig(**BLOCKS, threshold=0.6, permute_per=permute_per, num_heavy=num_heavy)
+    config = PBSConfig(**BLOCKS, threshold=0.1, permute_per=permute_per, num_heavy=num_heavy)
     views = plot.compare_orders(query, key, value, layer=3, scale=0.2, config=config)
     for view in views:
         logits = 0.2 * query[0, view.head].double() @ key[0, view.head // 2].double().T

@@ -225,9 +225,9 @@ def test_threshold_tables():
 
 TUNING = "quality_tuning_smollm2_h100.csv"
 PRESET_ROWS = {
-    "PBSConfig.fast()": ("given", "0.9"),
-    "PBSConfig()": ("given", "0.95"),
-    "PBSConfig.accurate()": ("num_samples=32", "0.95"),
+    "PBSConfig.fast()": ("balanced", "0.015"),
+    "PBSConfig()": ("balanced", "0.01"),
+    "PBSConfig.accurate()": ("accurate", "0.01"),
     "PBSConfig.paper()": ("paper", "0.9"),
 }
 PRESET_COLUMNS = {
@@ -292,7 +292,7 @@ def test_goals_on_unseen_texts():
         probe, goal = names[said["goal"]]
         times = curves.summarize(rows, "op_ms")["text"]
         for name, cell, ms in (
-            ("pbs, balanced", "`PBSConfig()`", "ms"),
+            ("pbs, mass=causal", '`mass="causal"`', "ms"),
             ("pbs, paper", "`paper`", "ms of `paper`"),
         ):
             density = curves.goals(rows)[name][goal]
@@ -304,9 +304,9 @@ def test_goals_on_unseen_texts():
 def test_permutation_on_unseen_texts():
     probes = {"loss": "text", "loss of a repeat": "copy", "keys": "pass key"}
     columns = {
-        "`PBSConfig()`": "pbs, balanced",
-        "no permutation": "unpermuted, balanced",
-        "pooled means": "pooled, balanced",
+        '`mass="causal"`': "pbs, mass=causal",
+        "no permutation": "unpermuted, mass=causal",
+        "pooled means": "pooled, mass=causal",
     }
     found = table_with({"probe", *columns}, ROOT / "docs" / "choosing.md")
     for said in found:
@@ -319,7 +319,9 @@ def test_permutation_on_unseen_texts():
 def test_readme_of_unseen_texts():
     goals = {model: curves.goals(unseen(model)) for model in UNSEEN}
     text = " ".join((ROOT / "README.md").read_text().split())
-    own, paper = ([of[f"pbs, {name}"] for of in goals.values()] for name in ("balanced", "paper"))
+    own, paper = (
+        [of[f"pbs, {name}"] for of in goals.values()] for name in ("mass=causal", "paper")
+    )
     loss = [f"{of['loss .02']:.3f}" for of in own]
     assert "at most 0.02 is {} for SmolLM2, {} for Qwen".format(*loss) in text
     assert f"and {loss[2]} at 32768 " in text
@@ -329,7 +331,7 @@ def test_readme_of_unseen_texts():
     )
     assert {of["keys"] for of in paper[:2]} == {None}
     dense = curves.summarize(read("quality_qwen_32768_h100.csv"), "op_ms")["text"]["dense"][0][1]
-    words = "of text after {:.2f} ms with the default, {:.2f} with the paper's settings and {:.2f}"
+    words = 'after {:.2f} ms with `PBSConfig(mass="causal")`, {:.2f} with the paper\'s settings and {:.2f}'
     times = (own[2]["ms, loss .01"], paper[2]["ms, loss .01"], dense)
     assert words.format(*times) in text
 
@@ -354,32 +356,26 @@ def test_recall_of_qwen_layers():
                 assert says(text, value), (settings, layer)
 
 
-def test_each_block_or_the_sum():
-    smollm2 = curves.goals(read("quality_block_smollm2_cpu.csv"))
-    names = {"`PBSConfig()`": "pbs", '`PBSConfig(mass="block")`': "pbs, mass=block"}
-    goals = {"loss at most 0.02": "loss .02", "0.95 of the mass": "mass .95"}
-    goals["a repeat at 1.1 times dense's perplexity"] = "repeat 1.1"
+def test_recall_of_qwen():
     rows = read("recall_qwen_8192_cpu.csv")
     of_bench = {"selection": "pbs", "probe": "text", "loss_above_dense": "", "op_ms": ""}
-    qwen = curves.goals([row | of_bench for row in rows])
-    found = table_with({"settings", "Qwen: 0.95 of the mass"}, ROOT / "docs" / "choosing.md")
+    goals = curves.goals([row | of_bench for row in rows])
+    found = table_with({"settings", "0.95 of the mass"}, ROOT / "docs" / "choosing.md")
     assert {said["settings"].strip("`") for said in found} == {row["settings"] for row in rows}
     for said in found:
-        for words, goal in goals.items():
-            text = said[f"SmolLM2: {words}"].removeprefix("at most ")
-            name = names.get(said["settings"])
-            assert text == "" if name is None else says(text, smollm2[name][goal]), said
-        value = qwen[f"pbs, {said['settings'].strip('`')}"]["mass .95"]
-        assert says(said["Qwen: 0.95 of the mass"], value), said
+        value = goals[f"pbs, {said['settings'].strip('`')}"]["mass .95"]
+        assert says(said["0.95 of the mass"], value), said
 
 
 def test_goals_table():
     goals = curves.goals(read(TUNING))
     names = {
+        "`PBSConfig()`": "pbs, balanced",
         "8 samples": "pbs, num_samples=8",
-        "16 samples (`balanced`)": "pbs",
-        "32 samples (`accurate`)": "pbs, num_samples=32",
-        "16 samples, segments of 512": "pbs, segment_size=512",
+        "32 samples (`accurate`)": "pbs, accurate",
+        "an order a query head, 64 heavy keys": "pbs, permute_per=query_head,num_heavy=64",
+        '`mass="causal"`': "pbs, mass=causal",
+        '`mass="causal"`, 8 samples': "pbs, mass=causal,num_samples=8",
         "`paper`": "pbs, paper",
     }
     columns = {
@@ -395,6 +391,13 @@ def test_goals_table():
         name = names[said["settings"]]
         for column, goal in columns.items():
             assert_reaches(said[column], goals[name][goal], densest[name])
+    of_causal = curves.goals(read("quality_tuning_causal_smollm2_h100.csv"))
+    long, short = (
+        ["{:.3f}".format(of_causal[name][goal]) for goal in columns.values()]
+        for name in ("pbs, segment_size=512", "pbs")
+    )
+    words = "are {}, {}, {} and {}, those of 256 {}, {}, {} and {}".format(*long, *short)
+    assert words in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
 
 
 def curves_of_prototypes(name):
@@ -423,7 +426,7 @@ def test_prototype_tables():
     by_probe = curves_of_prototypes("quality_prototypes_smollm2_h100.csv")
     variants = {
         "a block weighs": {
-            "the largest share of 16 queries (`balanced`)": "s16 max",
+            "the largest share of 16 queries": "s16 max",
             "the root mean square of 16": "s16 rms",
             "the mean of 16": "s16",
             "the mean of 32": "s32",

@@ -69,6 +69,10 @@ def test_last_dim_must_be_contiguous(position):
     [
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0"),
         ({"threshold": 1.01}, r"threshold must lie in \(0, 1\], got 1.01"),
+        (
+            {"threshold": 0.9},
+            r"threshold must lie in \(0, 0.5\] or be 1 with mass \"block\", got 0.9",
+        ),
         ({"threshold": float("nan")}, r"threshold must lie in \(0, 1\], got nan"),
         ({"block_size": 48}, "block_size must be .*got 48"),
         ({"block_size": 0}, "block_size must be .*got 0"),

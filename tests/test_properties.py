@@ -146,7 +146,9 @@ def test_selection_follows_its_rule(case, seed):
 def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
     q, k, v = clustered_qkv(case, torch.float32, seed)
     # Of a sum; what a single block has to reach takes blocks away.
-    thresholds = sorted([case.threshold, threshold_for(case.mass, higher)], reverse=case.mass == "block")
+    thresholds = sorted(
+        [case.threshold, threshold_for(case.mass, higher)], reverse=case.mass == "block"
+    )
     fewer, more = (
         run_stages(case._replace(threshold=threshold), q, k, v).words for threshold in thresholds
     )

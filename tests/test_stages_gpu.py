@@ -482,9 +482,7 @@ def test_what_cuda_does_not_take():
         ops.attention(half, half, half, segment_size=8192)
     long = torch.empty(1, 1, 1_050_000, 256, dtype=half.dtype, device="cuda")
     with pytest.raises(RuntimeError, match=r"k must have at most \d+ key blocks of .* got 32813"):
-        ops.attention(
-            long[:, :, :64], long, long, kv_block_size=32, score="mean", mass="causal"
-        )
+        ops.attention(long[:, :, :64], long, long, kv_block_size=32, score="mean", mass="causal")
     with pytest.raises(RuntimeError, match="num_samples must be at most 64 on CUDA, got 65"):
         ops.attention(half, half, half, num_samples=65)
     with pytest.raises(RuntimeError, match="segment_size must be at most 4096 on CUDA, got 8192"):

@@ -30,6 +30,7 @@ from .report import (
     Row,
     RowFile,
     check_outputs,
+    check_shares,
     check_thresholds,
     require_packages,
     say_where,
@@ -64,7 +65,8 @@ PASS_KEY_DIGITS = 7
 class Options:
     """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
     how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
-    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS. `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
+    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
+    they cannot have the settings' mass. `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
     "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run beside dense."""
 
     model: str | None = None
@@ -204,6 +206,7 @@ def _check(options: Options) -> None:
         rule = f"lie between {least // 2} and --tokens"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
     if options.thresholds is not None:
+        check_shares("--thresholds", options.thresholds)
         for config in _configs(options).values():
             check_thresholds("--thresholds", options.thresholds, config.mass)
     if options.depths < 1:
@@ -226,7 +229,7 @@ def _configs(options: Options) -> dict[str, PBSConfig]:
 def _change(config: PBSConfig, changes: str) -> PBSConfig:
     """With fields replaced, as "kv_block_size=32,mass=causal" says."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    types |= {"kv_block_size": int, "num_heavy": number_or_all}
+    types |= {"kv_block_size": int, "num_heavy": number_or_all, "threshold": float}
     pairs = [change.partition("=") for change in changes.split(",")]
     unknown = [name for name, _, _ in pairs if name not in types]
     try:
@@ -362,24 +365,38 @@ def _measure(
 
     yield row("dense", "", None, reference)
     num_tokens = prompt.ids.shape[1]
-    swept = [name for name in SWEPT if name in options.selections]
-    for (settings, given), name in itertools.product(_configs(options).items(), swept):
-        base = selections.with_means(given) if name == "pooled" else given
-        is_given = base.mass == given.mass and options.thresholds is not None
-        for threshold in options.thresholds if is_given else SWEEPS[base.mass]:
-            config = dataclasses.replace(base, threshold=threshold)
-            whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
-            found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
-            yield row(name, settings, threshold, found)
-            if name != "pbs" or settings != options.settings[0]:
+    for settings, given in _configs(options).items():
+        sweeps = list(_sweeps(options, given))
+        for nth in range(max(len(thresholds) for _, _, thresholds in sweeps)):
+            of_pbs = None
+            for name, base, thresholds in sweeps:
+                if nth == len(thresholds):
+                    continue
+                config = dataclasses.replace(base, threshold=thresholds[nth])
+                whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
+                found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
+                yield row(name, settings, thresholds[nth], found)
+                if name == "pbs":
+                    of_pbs, pbs = found.density, config
+            if of_pbs is None or settings != options.settings[0]:
                 continue  # the others know nothing of settings but their density
             if "window" in options.selections:
-                window = score(selections.window(config, num_tokens, found.density))
-                yield row("window", "", threshold, window)
+                found = score(selections.window(pbs, num_tokens, of_pbs))
+                yield row("window", "", pbs.threshold, found)
             if "truncated" in options.selections:
-                kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(found.density)))
-                truncated = score(dense, prompt.ids[:, -kept:])
-                yield row("truncated", "", threshold, truncated, (kept / num_tokens) ** 2)
+                kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
+                found = score(dense, prompt.ids[:, -kept:])
+                yield row("truncated", "", pbs.threshold, found, (kept / num_tokens) ** 2)
+
+
+def _sweeps(
+    options: Options, config: PBSConfig
+) -> Iterator[tuple[str, PBSConfig, tuple[float, ...]]]:
+    """What to sweep with the settings `config`: its name, settings and thresholds."""
+    for name in filter(options.selections.__contains__, SWEPT):
+        base = selections.with_means(config) if name == "pooled" else config
+        is_given = base.mass == config.mass and options.thresholds is not None
+        yield name, base, options.thresholds if is_given else SWEEPS[base.mass]
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
