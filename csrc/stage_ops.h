@@ -247,8 +247,8 @@ struct StageOps {
     const auto [k_perm, v_perm, k_mean] = permute_first_rows(
         k, v, perm, blocking.kv_block_size, num_candidate_rows(problem, blocking, is_causal));
     const auto [block_mask, counts] =
-        select_blocks(q, k, k_mean, perm, k_perm, block_size, kv_block_size, segment_size,
-                      share, is_causal, scale, mass, score, num_samples);
+        select_blocks(q, k, k_mean, perm, k_perm, block_size, kv_block_size, segment_size, share,
+                      is_causal, scale, mass, score, num_samples);
     return std::get<0>(attend(q, k, v, k_perm, v_perm, block_mask, block_size, kv_block_size,
                               segment_size, is_causal, scale));
   }

@@ -301,15 +301,10 @@ def write_csv(report: Report, path: str) -> None:
 def _describe_config(report):
     config = report.view.config
     heavy = "" if config.num_heavy is None else f", {config.num_heavy} heavy keys"
-    threshold = f"{config.resolved_threshold:g}"
-    reached = (
-        f"{threshold} of the mass by each"
-        if config.mass == "block"
-        else f"{threshold} of {config.mass} mass"
-    )
+    mass = "causal mass by each block" if config.mass == "block" else f"{config.mass} mass"
     return (
         f"PBS in {len(report.density)} of {report.num_layers} layers: threshold "
-        f"{reached}, blocks of {config.block_size} queries and "
+        f"{config.resolved_threshold:g} of {mass}, blocks of {config.block_size} queries and "
         f"{config.key_block_size} keys, segments of {config.segment_size}, "
         f"permuted per {config.permute_per}{heavy}"
     )

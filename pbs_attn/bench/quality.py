@@ -66,8 +66,9 @@ class Options:
     """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
     how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
     and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
-    they cannot have the settings' mass. `settings`: names of SETTINGS, GIVEN for `config`, or changes to it such as
-    "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run beside dense."""
+    they cannot have the settings' mass. `settings`: names of SETTINGS, GIVEN for `config`, or
+    changes to it such as "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run
+    beside dense."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
