@@ -275,7 +275,9 @@ def format_report(report: Report) -> str:
 
 def write_csv(report: Report, path: str) -> None:
     """A row for each side: its figures, and where they were measured."""
-    columns = dataclasses.asdict(report.view.config) | _environment.describe(report.device)
+    config = report.view.config
+    columns = dataclasses.asdict(config) | {"threshold": config.resolved_threshold}
+    columns |= _environment.describe(report.device)
     sides = (
         ("dense", report.dense, 1.0, 1.0, 1.0),
         ("pbs", report.pbs, report.density.mean(), report.visited_mass.mean(), report.agreement),
