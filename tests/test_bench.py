@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
-from pbs_attn import cli
+from pbs_attn import PBSConfig, cli
 from pbs_attn.bench import prefill, report
 from pbs_attn.bench.shapes import SHAPES, Shape, build
+from pbs_attn.bench.stages import Pipeline, heavy_hitters, reach
 
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
@@ -47,6 +48,14 @@ def test_prefill_rows(tiny, tmp_path, capsys):
         assert float(row["bound"]) == pytest.approx(times["dense"] / times["linear"], rel=0.05)
         assert (row["layers"], row["weights"], row["dense_backend"]) == ("3", "random", "sdpa")
     assert len({row["run"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("mass", ["block", "causal"])
+def test_densities_are_reached(mass):
+    tensors = [x.float() for x in heavy_hitters(2048, 4, 2, "cpu", 64)]
+    pipeline = Pipeline(*tensors, PBSConfig(mass=mass))
+    for density in (0.3, 0.5):
+        assert reach(pipeline, density) == pytest.approx(density, abs=0.01)
 
 
 def test_every_contestant_runs_the_whole_model(tiny, monkeypatch):

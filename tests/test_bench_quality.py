@@ -107,6 +107,23 @@ def test_settings_side_by_side(options):
     assert rows[11]["density"] != rows[1]["density"]
 
 
+def test_pooled_means_have_thresholds_of_their_own(options, monkeypatch):
+    """No single block of a sum has to reach anything; thresholds that are given are the others'."""
+    sweeps = {"block": (0.2, 0.05), "causal": (0.7,), "earlier": (0.6,)}
+    monkeypatch.setattr(quality, "SWEEPS", sweeps)
+    config = dataclasses.replace(CONFIG, mass="block")
+    options = dataclasses.replace(
+        options, config=config, probes=("text",), selections=("pbs", "pooled")
+    )
+
+    def swept(thresholds):
+        rows = quality.run(dataclasses.replace(options, thresholds=thresholds))
+        return [(row["selection"], row["threshold"]) for row in rows[1:]]
+
+    assert swept(None) == [("pbs", "0.2"), ("pooled", "0.7"), ("pbs", "0.05")]
+    assert swept((0.1,)) == [("pbs", "0.1"), ("pooled", "0.7")]
+
+
 def test_settings_by_their_fields(options):
     """Changes to what is given, with what is run beside them cut down to PBS."""
     changes = "num_heavy=8,mass=causal"
