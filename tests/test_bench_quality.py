@@ -109,7 +109,7 @@ def test_settings_side_by_side(options):
 
 def test_pooled_means_have_thresholds_of_their_own(options, monkeypatch):
     """No single block of a sum has to reach anything; thresholds that are given are the others'."""
-    sweeps = {"block": (0.2, 0.05), "causal": (0.7,), "earlier": (0.6,)}
+    sweeps = {"block": (0.2, 0.1, 0.05), "causal": (0.7,), "earlier": (0.6,)}
     monkeypatch.setattr(quality, "SWEEPS", sweeps)
     config = dataclasses.replace(CONFIG, mass="block")
     options = dataclasses.replace(
@@ -120,7 +120,7 @@ def test_pooled_means_have_thresholds_of_their_own(options, monkeypatch):
         rows = quality.run(dataclasses.replace(options, thresholds=thresholds))
         return [(row["selection"], row["threshold"]) for row in rows[1:]]
 
-    assert swept(None) == [("pbs", "0.2"), ("pooled", "0.7"), ("pbs", "0.05")]
+    assert swept(None) == [("pbs", "0.2"), ("pooled", "0.7"), ("pbs", "0.1"), ("pbs", "0.05")]
     assert swept((0.1,)) == [("pbs", "0.1"), ("pooled", "0.7")]
 
 

@@ -371,7 +371,7 @@ def _measure(
         for nth in range(max(len(thresholds) for _, _, thresholds in sweeps)):
             of_pbs = None
             for name, base, thresholds in sweeps:
-                if nth == len(thresholds):
+                if nth >= len(thresholds):
                     continue
                 config = dataclasses.replace(base, threshold=thresholds[nth])
                 whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())

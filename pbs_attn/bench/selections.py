@@ -53,9 +53,11 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 
 def with_means(config: PBSConfig) -> PBSConfig:
-    """The same with mean scores, and a sum of masses, which they need."""
-    mass = "causal" if config.mass == "block" else config.mass
-    return dataclasses.replace(config, score="mean", mass=mass)
+    """The same with mean scores, and a sum of masses, which they need; where it was none, with its
+    own threshold."""
+    if config.mass == "block":
+        config = dataclasses.replace(config, mass="causal", threshold=None)
+    return dataclasses.replace(config, score="mean")
 
 
 def pooled(config: PBSConfig) -> Attention:
