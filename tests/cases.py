@@ -30,6 +30,12 @@ class Case(NamedTuple):
     score: str = "mean"
     num_samples: int = 8
 
+    @staticmethod
+    def threshold_for(mass, share):
+        """`share` of a sum, in (0, 1], as `mass` may be compared with it: a single block has half
+        of all to reach at most."""
+        return share / 2 if mass == "block" and share < 1 else share
+
     def options(self, *names):
         return {name: getattr(self, name) for name in names}
 
@@ -54,12 +60,6 @@ class Case(NamedTuple):
             if getattr(self, name) != defaults[name]
         ]
         return "-".join([f"{self.num_queries}of{self.num_keys}", *changed])
-
-
-def threshold_for(mass, share):
-    """`share` of a sum, in (0, 1], as `mass` may be compared with it: a single block has half of
-    all to reach at most."""
-    return share / 2 if mass == "block" and share < 1 else share
 
 
 def clustered_qkv(case, dtype, seed):

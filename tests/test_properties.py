@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 import reference as ref
 import torch
-from cases import (
-    DTYPES,
-    STRIDES,
-    Case,
-    clustered_qkv,
-    run_stages,
-    threshold_for,
-    with_strides,
-)
+from cases import DTYPES, STRIDES, Case, clustered_qkv, run_stages, with_strides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_attends, assert_output, assert_selects
@@ -53,7 +45,7 @@ def cases(draw, **fixed):
         mass=mass,
         score=score,
         num_samples=draw(st.integers(1, 32)),
-        threshold=threshold_for(mass, draw(st.floats(0.05, 0.999))),
+        threshold=Case.threshold_for(mass, draw(st.floats(0.05, 0.999))),
     )
     return case._replace(**fixed)
 
@@ -147,7 +139,7 @@ def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
     q, k, v = clustered_qkv(case, torch.float32, seed)
     # Of a sum; what a single block has to reach takes blocks away.
     thresholds = sorted(
-        [case.threshold, threshold_for(case.mass, higher)], reverse=case.mass == "block"
+        [case.threshold, Case.threshold_for(case.mass, higher)], reverse=case.mass == "block"
     )
     fewer, more = (
         run_stages(case._replace(threshold=threshold), q, k, v).words for threshold in thresholds

@@ -7,15 +7,7 @@ import random
 import pytest
 import reference as ref
 import torch
-from cases import (
-    DTYPES,
-    STRIDES,
-    Case,
-    clustered_qkv,
-    run_stages,
-    threshold_for,
-    with_strides,
-)
+from cases import DTYPES, STRIDES, Case, clustered_qkv, run_stages, with_strides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stages import CASES, WIDE, stages_of
@@ -58,7 +50,7 @@ def random_case(seed):
         mass=mass,
         score=score,
         num_samples=rng.choice([1, 8, 16, rng.randint(1, min(block_size, 64))]),
-        threshold=threshold_for(mass, rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0])),
+        threshold=Case.threshold_for(mass, rng.choice([0.3, 0.6, 0.9, rng.uniform(0.05, 1), 1.0])),
         strides=rng.choice(STRIDES),
     )
 
