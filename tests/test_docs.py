@@ -285,11 +285,15 @@ def test_goals_on_unseen_texts():
         "a repeat at 1.1 times dense's perplexity": ("copy", "repeat 1.1"),
         "all pass keys but 2 %": ("pass key", "keys"),
     }
+    by_block = curves.goals(read("quality_smollm2_cpu.csv"))["pbs, balanced"]
     found = table_with({"goal", "ms of `paper`"}, ROOT / "docs" / "choosing.md")
     assert {said["model, tokens"] for said in found} == UNSEEN.keys()
     for said in found:
         rows = unseen(said["model, tokens"])
         probe, goal = names[said["goal"]]
+        is_measured = said["model, tokens"].startswith("SmolLM2")
+        own = said["`PBSConfig()`"].removeprefix("at most ")
+        assert says(own, by_block[goal]) if is_measured else own == "", said
         times = curves.summarize(rows, "op_ms")["text"]
         for name, cell, ms in (
             ("pbs, mass=causal", '`mass="causal"`', "ms"),
@@ -323,7 +327,9 @@ def test_readme_of_unseen_texts():
         [of[f"pbs, {name}"] for of in goals.values()] for name in ("mass=causal", "paper")
     )
     loss = [f"{of['loss .02']:.3f}" for of in own]
-    assert "at most 0.02 is {} for SmolLM2, {} for Qwen".format(*loss) in text
+    by_block = curves.goals(read("quality_smollm2_cpu.csv"))["pbs, balanced"]
+    assert f"at most 0.02 is {by_block['loss .02']:.3f} for SmolLM2 on a CPU" in text
+    assert "it is {} for SmolLM2, {} for Qwen".format(*loss) in text
     assert f"and {loss[2]} at 32768 " in text
     assert "(paper: {:.3f}, {:.3f}, {:.3f})".format(*(of["loss .02"] for of in paper)) in text
     assert (
