@@ -320,6 +320,17 @@ def test_permutation_on_unseen_texts():
             assert said[cell] == "" if value is None else says(said[cell], value), said
 
 
+def test_permutation_by_blocks():
+    rows = read("quality_permutation_smollm2_cpu.csv")
+    names = ("pbs, balanced", "unpermuted, balanced")
+    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    of_text = [curves.summarize(rows)["text"][name] for name in names]
+    losses = [curves.at_density(curve, 0.17) for curve in of_text]
+    least = [curves.least_density(curve, 0.02) for curve in of_text]
+    assert "{:.3f} with `PBSConfig()`, {:.3f} without permutation".format(*losses) in text
+    assert "a loss of 0.02 takes {:.3f} and {:.3f}".format(*least) in text
+
+
 def test_readme_of_unseen_texts():
     goals = {model: curves.goals(unseen(model)) for model in UNSEEN}
     text = " ".join((ROOT / "README.md").read_text().split())
