@@ -50,11 +50,6 @@ def cases(draw, **fixed):
     return case._replace(**fixed)
 
 
-def dense_cases():
-    """Those in which every block is visited."""
-    return cases(threshold=1.0)
-
-
 def examples(count):
     """`given` with the arguments' strategies, `count` examples, and no limit on their time."""
 
@@ -147,7 +142,7 @@ def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
     assert torch.equal(fewer & more, fewer)
 
 
-@few(case=dense_cases(), seed=seeds, dtype=dtypes)
+@few(case=cases(threshold=1.0), seed=seeds, dtype=dtypes)
 def test_threshold_1_is_dense_attention(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
     options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")

@@ -2,7 +2,7 @@
 
 Inputs are random with heavy hitters: a twentieth of the keys, and all queries, lean towards one
 direction a head. The threshold of each row is the one that gives the density asked for, found by
-bisection. With `activations`, real queries, keys and values at the own threshold of the selection.
+bisection. With `activations`, real queries, keys and values at the selection's own threshold.
 
 A stage has three columns: `<stage>_ms`, the op called alone; on a GPU `<stage>_kernel_ms`, its
 kernels within the one call, and, where the card's rates are known, `<stage>_floor_ms`, what bytes

@@ -367,37 +367,36 @@ def _measure(
     yield row("dense", "", None, reference)
     num_tokens = prompt.ids.shape[1]
     for settings, given in _configs(options).items():
-        sweeps = list(_sweeps(options, given))
-        for nth in range(max(len(thresholds) for _, _, thresholds in sweeps)):
-            of_pbs = None
-            for name, base, thresholds in sweeps:
-                if nth >= len(thresholds):
-                    continue
-                config = dataclasses.replace(base, threshold=thresholds[nth])
+        for turn in _sweep(options, given):
+            for name, config in turn.items():
                 whole = functools.partial(torch.ops.pbs.attention, **config.op_kwargs())
                 found = score(SWEPT[name](config), timed=whole if name == "pbs" else None)
-                yield row(name, settings, thresholds[nth], found)
+                yield row(name, settings, config.threshold, found)
                 if name == "pbs":
-                    of_pbs, pbs = found.density, config
-            if of_pbs is None or settings != options.settings[0]:
+                    of_pbs = found.density
+            if "pbs" not in turn or settings != options.settings[0]:
                 continue  # the others know nothing of settings but their density
+            threshold = turn["pbs"].threshold
             if "window" in options.selections:
-                found = score(selections.window(pbs, num_tokens, of_pbs))
-                yield row("window", "", pbs.threshold, found)
+                found = score(selections.window(turn["pbs"], num_tokens, of_pbs))
+                yield row("window", "", threshold, found)
             if "truncated" in options.selections:
                 kept = max(prompt.tail + 1, round(num_tokens * math.sqrt(of_pbs)))
                 found = score(dense, prompt.ids[:, -kept:])
-                yield row("truncated", "", pbs.threshold, found, (kept / num_tokens) ** 2)
+                yield row("truncated", "", threshold, found, (kept / num_tokens) ** 2)
 
 
-def _sweeps(
-    options: Options, config: PBSConfig
-) -> Iterator[tuple[str, PBSConfig, tuple[float, ...]]]:
-    """What to sweep with the settings `config`: its name, settings and thresholds."""
+def _sweep(options: Options, config: PBSConfig) -> Iterator[dict[str, PBSConfig]]:
+    """Turns of what is swept with the settings `config`: by selection its settings with the next of
+    its thresholds, as long as it has one."""
+    sweeps = {}
     for name in filter(options.selections.__contains__, SWEPT):
         base = selections.with_means(config) if name == "pooled" else config
         is_given = base.mass == config.mass and options.thresholds is not None
-        yield name, base, options.thresholds if is_given else SWEEPS[base.mass]
+        thresholds = options.thresholds if is_given else SWEEPS[base.mass]
+        sweeps[name] = [dataclasses.replace(base, threshold=threshold) for threshold in thresholds]
+    for turn in itertools.zip_longest(*sweeps.values()):
+        yield {name: one for name, one in zip(sweeps, turn, strict=True) if one is not None}
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
