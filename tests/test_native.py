@@ -328,32 +328,31 @@ def sampled_cases(draw):
     )
 
 
-def stacks_of(native, case, plan, unit_idx):
-    """Head and query blocks of each stack of a unit, as unit_of and SampledUnit::stack
+def pairs_of(native, case, plan, unit_idx):
+    """Head and query block of each pair of a unit, as unit_of and SampledUnit::pair
     (select_sampled/walk.cuh) find them."""
     group, in_group = divmod(unit_idx, plan.units_per_perm * plan.heads_per_group)
     first_head = group * plan.heads_per_group
     num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)
     from_longest, head = divmod(in_group, num_heads)
     b, hp = divmod(first_head + head, case.num_perm_heads)
-    first_stack = (plan.units_per_perm - 1 - from_longest) * native.sampled_warpgroups
-    last_stack = min(first_stack + native.sampled_warpgroups, plan.stacks_per_perm) - 1
-    stacks = []
-    for idx in range(first_stack, last_stack + 1):
-        hq = hp * plan.heads_per_perm + idx % plan.heads_per_perm
-        first = idx // plan.heads_per_perm * plan.blocks_per_stack
-        blocks = range(first, min(first + plan.blocks_per_stack, case.num_q_blocks))
-        stacks.append((b * case.num_q_heads + hq, blocks))
-    return stacks
+    num_pairs = native.sampled_warpgroups * plan.pairs_per_stack
+    first = (plan.units_per_perm - 1 - from_longest) * num_pairs
+    pairs = []
+    for idx in range(first, min(first + num_pairs, plan.pairs_per_perm)):
+        block_idx, nth_head = divmod(idx, plan.heads_per_perm)
+        hq = hp * plan.heads_per_perm + nth_head
+        pairs.append((b * case.num_q_heads + hq, block_idx))
+    return pairs
 
 
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases())
 def test_sampled_rows_fill_a_stack(native, case):
     plan = native.sampled_plan(*case)
-    assert plan.rows_per_block in (1, 2, 4, 8, 16, 32, 64)
-    assert plan.rows_per_block / 2 < case.num_samples <= plan.rows_per_block
-    assert plan.blocks_per_stack * plan.rows_per_block == native.stack_rows == 64
+    assert plan.rows_per_pair in (1, 2, 4, 8, 16, 32, 64)
+    assert plan.rows_per_pair / 2 < case.num_samples <= plan.rows_per_pair
+    assert plan.pairs_per_stack * plan.rows_per_pair == native.stack_rows == 64
 
 
 @settings(deadline=None, max_examples=200)
@@ -363,11 +362,13 @@ def test_sampled_units_hold_every_query_block_once(native, case):
     assert 1 <= plan.heads_per_group <= plan.num_perm_heads
     found = []
     for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
-        stacks = stacks_of(native, case, plan, unit_idx)
-        assert stacks and all(blocks for _, blocks in stacks)
+        pairs = pairs_of(native, case, plan, unit_idx)
+        assert pairs
         # One permutation, so that all stacks read the same keys.
-        assert len({head // plan.heads_per_perm for head, _ in stacks}) == 1
-        found += [(head, block_idx) for head, blocks in stacks for block_idx in blocks]
+        assert len({head // plan.heads_per_perm for head, _ in pairs}) == 1
+        # The first sees the fewest keys, the last the most.
+        assert pairs == sorted(pairs, key=lambda pair: pair[1])
+        found += pairs
     assert sorted(found) == list(
         product(range(case.batch * case.num_q_heads), range(case.num_q_blocks))
     )
@@ -405,8 +406,8 @@ def test_sampled_tables_hold_what_units_see(native, case):
         for idx in range(case.num_q_blocks)
     ]
     for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
-        stacks = stacks_of(native, case, plan, unit_idx)
-        first, last = blocks[stacks[0][1][0]], blocks[stacks[-1][1][-1]]
+        pairs = pairs_of(native, case, plan, unit_idx)
+        first, last = (blocks[block_idx] for _, block_idx in (pairs[0], pairs[-1]))
         if case.is_mass_causal:
             assert -(-(last.own_end - first.own_begin) // tile_keys) <= plan.own_tiles
         assert last.num_candidates * case.kv_block_size <= plan.candidate_tiles * tile_keys
@@ -430,7 +431,9 @@ def test_sampled_workspace_is_at_most_what_the_docs_say(native, case):
     # The kernel's vectors need every part to start at a multiple of 16 bytes.
     assert native.table_bytes(plan) % 16 == plan.mass_stride * 4 % 16 == 0
     rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
-    own_keys = min(case.num_kv, 128 // rows * case.block_size + case.segment_size)
+    heads_per_perm = case.num_q_heads // case.num_perm_heads
+    num_blocks = math.ceil((128 // rows - 1) / heads_per_perm) + 1
+    own_keys = min(case.num_kv, num_blocks * case.block_size + case.segment_size)
     num_tiles = math.ceil(case.num_kv / 128) + case.is_mass_causal * math.ceil(own_keys / 128)
     num_kv_blocks = math.ceil(case.num_kv / case.kv_block_size)
     documented = case.num_sms * (2048 * num_tiles + 112 * math.ceil(num_kv_blocks / 4)) + 4

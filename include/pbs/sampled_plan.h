@@ -1,9 +1,10 @@
 // How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes. Host
 // and device.
 //
-// Sampled queries of neighbouring query blocks of one head are stacked to the rows of one product.
-// A CTA works on one unit after the other: as many stacks as it has warpgroups to multiply, of the
-// heads that share a permutation, so that all of them read the same keys.
+// A pair is a query block of a head. The pairs of the heads that share a permutation follow each
+// other by query block, then by head, so that neighbours see the same keys; the sampled queries of
+// some of them are stacked to the rows of one product. A CTA works on one unit after the other: as
+// many stacks as it has warpgroups to multiply.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +32,10 @@ PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
 constexpr int64_t kGroupBytes = 32 << 20;  // of keys that are read at about the same time
 
 struct SampledPlan {
-  int32_t rows_per_block;    // of a stack: num_samples, filled up to a power of two
-  int32_t blocks_per_stack;  // query blocks
+  int32_t rows_per_pair;  // of a stack: num_samples, filled up to a power of two
+  int32_t pairs_per_stack;
   int32_t heads_per_perm;
-  int32_t stacks_per_perm;  // of a permutation's heads
+  int32_t pairs_per_perm;
   int32_t units_per_perm;
   int32_t num_perm_heads;   // of all batches
   int32_t heads_per_group;  // whose units are dealt out together
@@ -56,27 +57,26 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
   SampledPlan plan{};
-  plan.rows_per_block = 1;
-  while (plan.rows_per_block < params.num_samples) plan.rows_per_block *= 2;
-  plan.blocks_per_stack = kStackRows / plan.rows_per_block;
+  plan.rows_per_pair = 1;
+  while (plan.rows_per_pair < params.num_samples) plan.rows_per_pair *= 2;
+  plan.pairs_per_stack = kStackRows / plan.rows_per_pair;
   plan.heads_per_perm = narrow(problem.num_q_heads / problem.num_perm_heads);
-  const int64_t stacks_per_head = ceil_div(num_q_blocks, plan.blocks_per_stack);
-  plan.stacks_per_perm = narrow(stacks_per_head * plan.heads_per_perm);
-  plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, kSampledWarpgroups));
+  plan.pairs_per_perm = narrow(num_q_blocks * plan.heads_per_perm);
+  const int64_t pairs_per_unit = kSampledWarpgroups * plan.pairs_per_stack;
+  plan.units_per_perm = narrow(ceil_div(plan.pairs_per_perm, pairs_per_unit));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
   const int64_t bytes_per_head = 2 * problem.num_kv * problem.head_dim;
   plan.heads_per_group =
       narrow(larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
   plan.num_ctas =
       narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
-  // The stacks of a unit lie in so many groups of query blocks at most; their own segments begin
-  // less than a segment before them.
-  const int64_t groups =
-      smaller(stacks_per_head, ceil_div(kSampledWarpgroups - 1, plan.heads_per_perm) + 1);
+  // The first and the last query block of a unit may have some of their heads in others. Their own
+  // segments begin less than a segment before them.
+  const int64_t blocks_per_unit =
+      smaller(num_q_blocks, ceil_div(pairs_per_unit - 1, plan.heads_per_perm) + 1);
   const int64_t own_keys =
       params.is_causal
-          ? smaller(problem.num_kv,
-                    groups * plan.blocks_per_stack * blocking.block_size + blocking.segment_size)
+          ? smaller(problem.num_kv, blocks_per_unit * blocking.block_size + blocking.segment_size)
           : problem.num_kv % blocking.segment_size;
   plan.own_tiles = params.is_mass_causal ? narrow(ceil_div(own_keys, kSampledTileKeys)) : 0;
   plan.candidate_tiles = narrow(ceil_div(problem.num_kv, kSampledTileKeys));

@@ -104,10 +104,10 @@ PYBIND11_MODULE(pbs_native, m) {
   });
   m.attr("logit_rows") = pbs::kLogitRows;
   py::class_<pbs::SampledPlan>(m, "SampledPlan")
-      .def_readonly("rows_per_block", &pbs::SampledPlan::rows_per_block)
-      .def_readonly("blocks_per_stack", &pbs::SampledPlan::blocks_per_stack)
+      .def_readonly("rows_per_pair", &pbs::SampledPlan::rows_per_pair)
+      .def_readonly("pairs_per_stack", &pbs::SampledPlan::pairs_per_stack)
       .def_readonly("heads_per_perm", &pbs::SampledPlan::heads_per_perm)
-      .def_readonly("stacks_per_perm", &pbs::SampledPlan::stacks_per_perm)
+      .def_readonly("pairs_per_perm", &pbs::SampledPlan::pairs_per_perm)
       .def_readonly("units_per_perm", &pbs::SampledPlan::units_per_perm)
       .def_readonly("num_perm_heads", &pbs::SampledPlan::num_perm_heads)
       .def_readonly("heads_per_group", &pbs::SampledPlan::heads_per_group)

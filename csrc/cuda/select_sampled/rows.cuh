@@ -70,36 +70,36 @@ class SampledRowsMask {
                 (static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp) * args.plan.mass_stride) {}
 
   __device__ void run() {
-    const int blocks_per_stack = args_.plan.blocks_per_stack;
+    const int pairs_per_stack = args_.plan.pairs_per_stack;
     DrawnUnits<Traits> walk(args_, shared_);
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
       while (!shared_.table_full[walk.table()].try_wait(walk.parity())) __nanosleep(256);
-      for (int i = warp_; i < kSampledWarpgroups * blocks_per_stack; i += kSelectWarps) {
-        const int warpgroup = i / blocks_per_stack;
+      for (int i = warp_; i < kSampledWarpgroups * pairs_per_stack; i += kSelectWarps) {
+        const int warpgroup = i / pairs_per_stack;
         const SampledStack stack = unit.stack(warpgroup);
-        if (i % blocks_per_stack >= stack.num_blocks) continue;
-        const int first_row = i % blocks_per_stack * args_.plan.rows_per_block;
+        if (i % pairs_per_stack >= stack.num_pairs) continue;
+        const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
         const BlockSums sums{
             table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
-            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_block};
-        write_block(unit, stack, stack.first_block + i % blocks_per_stack, sums, sink);
+            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_pair};
+        write_pair(unit, stack, unit.pair(stack.first_pair + i % pairs_per_stack), sums, sink);
       }
       shared_.table_empty[walk.table()].arrive();
     }
   }
 
  private:
-  __device__ void write_block(const SampledUnit& unit, const SampledStack& stack, int block_idx,
-                              const BlockSums& sums, int sink) {
-    const QueryBlock block = describe(args_, block_idx);
+  __device__ void write_pair(const SampledUnit& unit, const SampledStack& stack,
+                             const SampledPair& pair, const BlockSums& sums, int sink) {
+    const QueryBlock block = describe(args_, pair.block_idx);
     const auto num_candidates = static_cast<int>(block.num_candidates);
     const float of_candidates = write_masses(sums, num_candidates);
     const float own = args_.params.is_by_block ? 0.0f : own_mass(unit, stack, sums);
-    const int64_t row = (unit.b * args_.params.problem.num_q_heads + stack.hq) *
+    const int64_t row = (unit.b * args_.params.problem.num_q_heads + pair.hq) *
                             static_cast<int64_t>(args_.num_q_blocks) +
-                        block_idx;
+                        pair.block_idx;
     write_row(args_.params, args_.num_words, row, num_candidates, sink, masses_,
               cut(sums, num_candidates, of_candidates, own));
     __syncwarp();  // the next row overwrites the masses

@@ -101,11 +101,11 @@ class SampledSums {
       table_ = table_of(args_, walk.table(), warpgroup_);
       num_written_ = 0;
       rows_ = SampledRows{};
-      if (stack.num_blocks > 0) load_queries(unit, stack);
-      set_ranges(stack);
+      if (stack.num_pairs > 0) load_queries(unit, stack);
+      set_ranges(unit, stack);
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(unit, stack);
-      write_weights(stack, walk.table());
+      write_weights(unit, stack, walk.table());
       shared_.table_full[walk.table()].arrive();
     }
   }
@@ -115,18 +115,21 @@ class SampledSums {
   using Scores = decltype(cute::partition_fragment_C(
       typename Traits::Mma{}, cute::Shape<typename Traits::Rows, typename Traits::Keys>{}));
 
-  // The sampled query of a row of the stack: its block and place; false where there is none.
+  // The sampled query of a row of the stack; false where there is none.
   struct Sample {
     QueryBlock block;
+    int hq;
     int row;  // in the block
     bool exists;
   };
-  __device__ Sample sample_of(const SampledStack& stack, int row) const {
-    const int nth_block = row / args_.plan.rows_per_block;
-    const int nth = row % args_.plan.rows_per_block;
+  __device__ Sample sample_of(const SampledUnit& unit, const SampledStack& stack, int row) const {
+    const int nth_pair = row / args_.plan.rows_per_pair;
+    const int nth = row % args_.plan.rows_per_pair;
     Sample sample{};
-    if (nth_block >= stack.num_blocks) return sample;
-    sample.block = describe(args_, stack.first_block + nth_block);
+    if (nth_pair >= stack.num_pairs) return sample;
+    const SampledPair pair = unit.pair(stack.first_pair + nth_pair);
+    sample.block = describe(args_, pair.block_idx);
+    sample.hq = pair.hq;
     const auto num_rows = static_cast<int>(sample.block.num_rows);
     const int count = num_samples_of(num_rows, args_.params.num_samples);
     sample.exists = nth < count;
@@ -134,34 +137,41 @@ class SampledSums {
     return sample;
   }
 
+  // Two threads a row, all their loads in flight.
   __device__ void load_queries(const SampledUnit& unit, const SampledStack& stack) {
     constexpr int kPiece = 8;
-    constexpr int kPieces = Traits::kHeadDim / kPiece;  // of a row
-    const ConstRows& q = args_.params.q;
-    const char* head =
-        static_cast<const char*>(q.data) + 2 * (unit.b * q.batch_stride + stack.hq * q.head_stride);
-    char* to = reinterpret_cast<char*>(shared_.q + warpgroup_ * kStackRows * Traits::kHeadDim);
-    for (int i = static_cast<int>(threadIdx.x) % 128; i < kStackRows * kPieces; i += 128) {
-      const int row = i / kPieces;
-      const int column = i % kPieces * kPiece;
-      const Sample sample = sample_of(stack, row);
-      uint4 piece{};
-      if (sample.exists) {
-        const int64_t place = (sample.block.first_row + sample.row) * q.row_stride + column;
-        piece = *reinterpret_cast<const uint4*>(head + 2 * place);
+    constexpr int kPieces = Traits::kHeadDim / kPiece / 2;
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int row = thread / 2;
+    const int first_column = thread % 2 * kPiece;
+    uint4 pieces[kPieces] = {};
+    const Sample sample = sample_of(unit, stack, row);
+    if (sample.exists) {
+      const ConstRows& q = args_.params.q;
+      const int64_t place = unit.b * q.batch_stride + sample.hq * q.head_stride +
+                            (sample.block.first_row + sample.row) * q.row_stride + first_column;
+      const char* from = static_cast<const char*>(q.data) + 2 * place;
+      CUTE_UNROLL
+      for (int i = 0; i < kPieces; ++i) {
+        pieces[i] = *reinterpret_cast<const uint4*>(from + i * 4 * kPiece);
       }
+    }
+    char* to = reinterpret_cast<char*>(shared_.q + warpgroup_ * kStackRows * Traits::kHeadDim);
+    CUTE_UNROLL
+    for (int i = 0; i < kPieces; ++i) {
+      const int column = first_column + i * 2 * kPiece;
       *reinterpret_cast<uint4*>(to + tile_offset<Traits::kGroupColumns>(kStackRows, row, column)) =
-          piece;
+          pieces[i];
     }
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
   }
 
   // What the thread's rows may see.
-  __device__ void set_ranges(const SampledStack& stack) {
+  __device__ void set_ranges(const SampledUnit& unit, const SampledStack& stack) {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
-      const Sample sample = sample_of(stack, row_ + 8 * r);
+      const Sample sample = sample_of(unit, stack, row_ + 8 * r);
       own_[r] = KeyRange{};
       candidate_end_[r] = 0;
       if (!sample.exists) continue;
@@ -194,7 +204,15 @@ class SampledSums {
     multiply(scores);
     cute::warpgroup_wait<0>();
     await(scores);
-    if (hide(scores, tiles, tile)) leave(weigh(scores), tiles.entry(tile));
+    const int entry = tiles.entry(tile);
+    if (!hide(scores, tiles, tile)) {
+      *place_of(entry) = 0;
+      return;
+    }
+    if (__any_sync(~0u, rows_.shift[0] == -INFINITY || rows_.shift[1] == -INFINITY)) {
+      raise_shifts(scores);
+    }
+    leave(weigh<true>(scores), entry);
   }
 
   // Tiles that all rows see. Two products are in work at once, so that the next one is there when
@@ -226,15 +244,22 @@ class SampledSums {
     in_work_.advance();
   }
 
-  // Whether the stack sees the tile; leaves -inf where a row does not.
+  // Whether the warp sees the tile; leaves -inf where a row does not.
   __device__ __forceinline__ bool hide(Scores& scores, const StackTiles& tiles, int tile) const {
     const int candidate = tile - tiles.num_own;
     if (candidate < 0) {
-      if (!tiles.own.holds(tile)) return false;
-      hide_all_but_own(scores, tiles.own_begin + tile * kSampledTileKeys);
+      const int begin = tiles.own_begin + tile * kSampledTileKeys;
+      bool is_seen = false;
+      CUTE_UNROLL
+      for (const KeyRange& own : own_) {
+        is_seen |= own.begin < begin + kSampledTileKeys && own.end > begin;
+      }
+      if (!__any_sync(~0u, is_seen)) return false;
+      hide_all_but_own(scores, begin);
     } else if (candidate >= tiles.end_of_whole) {
-      if (candidate >= tiles.end_of_candidates) return false;
-      hide_all_but_candidates(scores, candidate * kSampledTileKeys);
+      const int begin = candidate * kSampledTileKeys;
+      if (!__any_sync(~0u, max(candidate_end_[0], candidate_end_[1]) > begin)) return false;
+      hide_all_but_candidates(scores, begin);
     }
     return true;
   }
@@ -275,24 +300,30 @@ class SampledSums {
     ring_.advance();
   }
 
-  // Raises shifts where they are too low.
+  // Raises shifts where they are too low. Only where told so may some rows have seen nothing yet.
+  template <bool kMayHaveSeenNothing = false>
   __device__ __forceinline__ Weights weigh(const Scores& scores) {
-    Weights weights = weigh(scores, rows_.shift);
+    float shift[kThreadRows];
+    finite_shifts(shift);
+    Weights weights = weigh(scores, kMayHaveSeenNothing ? shift : rows_.shift);
     bool is_lost = false;
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) is_lost |= !(weights.total[r] < SampledRows::kMostGrowth);
     if (__any_sync(~0u, is_lost)) {
       raise_shifts(scores);
-      float shift[kThreadRows];
-      CUTE_UNROLL
-      for (int r = 0; r < kThreadRows; ++r) {
-        shift[r] = rows_.shift[r] == -INFINITY ? 0.0f : rows_.shift[r];
-      }
+      finite_shifts(shift);
       weights = weigh(scores, shift);
     }
     CUTE_UNROLL
     for (float (&sums)[kThreadRows] : weights.sums) fence_operands(sums);
     return weights;
+  }
+
+  __device__ __forceinline__ void finite_shifts(float (&shift)[kThreadRows]) const {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      shift[r] = rows_.shift[r] == -INFINITY ? 0.0f : rows_.shift[r];
+    }
   }
 
   // Leaves the sums of a tile's weights in an entry of the table.
@@ -335,7 +366,8 @@ class SampledSums {
         if (row_of(i) == r) top = fmaxf(top, scores(i));
       }
       const float raised = fmaxf(rows_.shift[r], quad_max(top) * factor_);
-      rescale[r] = rows_.shift[r] == raised ? 1.0f : exp2_approx(rows_.shift[r] - raised);
+      const bool is_new = rows_.shift[r] == -INFINITY;  // nothing but zeros was written
+      rescale[r] = is_new || rows_.shift[r] == raised ? 1.0f : exp2_approx(rows_.shift[r] - raised);
       rows_.total[r] *= rescale[r];
       rows_.shift[r] = raised;
     }
@@ -356,12 +388,12 @@ class SampledSums {
            lane_ / 2 % 2;
   }
 
-  __device__ void write_weights(const SampledStack& stack, int table) {
+  __device__ void write_weights(const SampledUnit& unit, const SampledStack& stack, int table) {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       const int row = row_ + 8 * r;
       const float total = quad_sum(rows_.total[r]);
-      const bool exists = sample_of(stack, row).exists && total != 0.0f;
+      const bool exists = sample_of(unit, stack, row).exists && total != 0.0f;
       if (lane_ % 4 == 0) shared_.weights[table][warpgroup_][row] = exists ? 1.0f / total : 0.0f;
     }
   }

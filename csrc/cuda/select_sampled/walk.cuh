@@ -90,11 +90,16 @@ struct TileRange {
   __device__ bool holds(int tile) const { return tile >= first && tile < end; }
 };
 
-// Sampled queries of some query blocks of one head.
-struct SampledStack {
+// A query block of a head.
+struct SampledPair {
   int hq;
-  int first_block;
-  int num_blocks;        // 0: there is none
+  int block_idx;
+};
+
+// Sampled queries of some pairs.
+struct SampledStack {
+  int first_pair;
+  int num_pairs;         // 0: there is none
   KeyRange own;          // of all its rows
   int lowest_candidate;  // the first key that is no candidate of some row
   int candidate_end;
@@ -114,34 +119,25 @@ __device__ inline QueryBlock describe(const SampledArgs& args, int block_idx) {
 // One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
-  __device__ SampledUnit(const SampledArgs& args, int perm_head, int first_stack)
-      : args_(args), first_stack_(first_stack) {
+  __device__ SampledUnit(const SampledArgs& args, int perm_head, int nth)
+      : args_(args), first_pair_(nth * kSampledWarpgroups * args.plan.pairs_per_stack) {
     const Problem& problem = args.params.problem;
     const auto num_perm = static_cast<int>(problem.num_perm_heads);
     b = perm_head / num_perm;
     hp = perm_head % num_perm;
     hkv = hp / (num_perm / static_cast<int>(problem.num_kv_heads));
-    const int last = min(first_stack + kSampledWarpgroups, args.plan.stacks_per_perm) - 1;
-    own = KeyRange{stack(0).own.begin, stack(last - first_stack).own.end};
-    candidate_end = stack(last - first_stack).candidate_end;
+    const SampledStack all = stack_of(first_pair_, kSampledWarpgroups * args.plan.pairs_per_stack);
+    own = all.own;
+    candidate_end = all.candidate_end;
   }
 
   __device__ SampledStack stack(int nth) const {
-    SampledStack stack{};
-    const int idx = first_stack_ + nth;
-    if (idx >= args_.plan.stacks_per_perm) return stack;
-    stack.hq = hp * args_.plan.heads_per_perm + idx % args_.plan.heads_per_perm;
-    stack.first_block = idx / args_.plan.heads_per_perm * args_.plan.blocks_per_stack;
-    stack.num_blocks = min(args_.plan.blocks_per_stack, args_.num_q_blocks - stack.first_block);
-    const QueryBlock first = describe(args_, stack.first_block);
-    const QueryBlock last = describe(args_, stack.first_block + stack.num_blocks - 1);
-    if (args_.params.is_mass_causal) {
-      stack.own = KeyRange{static_cast<int>(first.own_begin), static_cast<int>(last.own_end)};
-    }
-    const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
-    stack.lowest_candidate = static_cast<int>(first.num_candidates) * kv_block_size;
-    stack.candidate_end = static_cast<int>(last.num_candidates) * kv_block_size;
-    return stack;
+    const int pairs_per_stack = args_.plan.pairs_per_stack;
+    return stack_of(first_pair_ + nth * pairs_per_stack, pairs_per_stack);
+  }
+  __device__ SampledPair pair(int idx) const {
+    const int heads = args_.plan.heads_per_perm;
+    return SampledPair{hp * heads + idx % heads, idx / heads};
   }
 
   int b;
@@ -157,8 +153,24 @@ class SampledUnit {
   __device__ int num_tiles() const { return num_own_tiles() + num_candidate_tiles(); }
 
  private:
+  __device__ SampledStack stack_of(int first_pair, int most_pairs) const {
+    SampledStack stack{};
+    stack.first_pair = first_pair;
+    stack.num_pairs = max(0, min(most_pairs, args_.plan.pairs_per_perm - first_pair));
+    if (stack.num_pairs == 0) return stack;
+    const QueryBlock first = describe(args_, pair(first_pair).block_idx);
+    const QueryBlock last = describe(args_, pair(first_pair + stack.num_pairs - 1).block_idx);
+    if (args_.params.is_mass_causal) {
+      stack.own = KeyRange{static_cast<int>(first.own_begin), static_cast<int>(last.own_end)};
+    }
+    const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
+    stack.lowest_candidate = static_cast<int>(first.num_candidates) * kv_block_size;
+    stack.candidate_end = static_cast<int>(last.num_candidates) * kv_block_size;
+    return stack;
+  }
+
   const SampledArgs& args_;
-  int first_stack_;
+  int first_pair_;
 };
 
 // Units are numbered by groups of heads, so that all CTAs read keys that stay in L2, and in a group
@@ -170,7 +182,7 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
   const int num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head);
   const int from_longest = idx % per_group / num_heads;
   return SampledUnit(args, first_head + idx % per_group % num_heads,
-                     (plan.units_per_perm - 1 - from_longest) * kSampledWarpgroups);
+                     plan.units_per_perm - 1 - from_longest);
 }
 
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
