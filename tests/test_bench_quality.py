@@ -37,7 +37,9 @@ def options(tmp_path_factory):
     )
 
 
-SETTINGS_RULE = "--settings must be given, paper, balanced, accurate, narrow or FIELD=VALUE,..."
+SETTINGS_RULE = (
+    "--settings must be given, paper, balanced, fast, accurate, narrow or FIELD=VALUE,..."
+)
 
 
 def same_place(by_head, row):

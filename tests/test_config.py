@@ -12,6 +12,7 @@ from pbs_attn import PBSConfig
 from pbs_attn.config import THRESHOLDS
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+TUNING = "quality_tuning_smollm2_h100.csv"
 BALANCED = {
     "block_size": 128,
     "kv_block_size": 32,
@@ -26,7 +27,7 @@ BALANCED = {
 # What else than `balanced` has.
 PRESETS = {
     "balanced": {},
-    "fast": {"threshold": 0.015},
+    "fast": {"threshold": 0.008, "num_samples": 8},
     "accurate": {"num_samples": 32},
     "paper": {
         "kv_block_size": None,
@@ -87,27 +88,43 @@ def test_defaults_of_the_stages_are_the_papers():
     assert defaults_of("permute_kv") == {"kv_block_size": paper["block_size"]}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_were_measured_as_they_say(name):
-    """Density, loss and pass keys of the docstring are those of the CSV."""
-    settings = "balanced" if name == "fast" else name
-    threshold = f"{getattr(PBSConfig, name)().resolved_threshold:g}"
-    with (RESULTS / "quality_tuning_smollm2_h100.csv").open() as file:
-        rows = [
+def rows_of(file, settings, threshold):
+    with (RESULTS / file).open() as lines:
+        return [
             row
-            for row in csv.DictReader(file)
+            for row in csv.DictReader(lines)
             if (row["selection"], row["settings"], row["threshold"]) == ("pbs", settings, threshold)
         ]
 
-    def mean(probe, column):
-        values = [float(row[column]) for row in rows if row["probe"] == probe]
-        return sum(values) / len(values)
 
+def mean_of(rows, probe, column):
+    values = [float(row[column]) for row in rows if row["probe"] == probe]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_were_measured_as_they_say(name):
+    """Density, loss and pass keys of the docstring are those of the CSV."""
+    settings = "num_samples=8" if name == "fast" else name
+    file = "quality_tuning_fast_smollm2_h100.csv" if name == "fast" else TUNING
+    threshold = f"{getattr(PBSConfig, name)().resolved_threshold:g}"
+    rows = rows_of(file, settings, threshold)
     words = " ".join(getattr(PBSConfig, name).__doc__.split())
     density, loss, keys = map(
         float, re.search(r"density ([\d.]+), loss ([\d.]+), keys ([\d.]+\d)", words).groups()
     )
-    assert density == round(mean("text", "density"), 3)
-    assert loss == round(mean("text", "loss_above_dense"), 3)
-    assert keys == round(mean("pass key", "right"), 2)
+    assert density == round(mean_of(rows, "text", "density"), 3)
+    assert loss == round(mean_of(rows, "text", "loss_above_dense"), 3)
+    assert keys == round(mean_of(rows, "pass key", "right"), 2)
     assert sum(row["probe"] == "pass key" for row in rows) == 6
+
+
+def test_fast_was_measured_on_a_larger_model_as_it_says():
+    file = "quality_qwen_32768_h100.csv"
+    rows = rows_of(file, "num_samples=8", f"{PBSConfig.fast().threshold:g}")
+    with (RESULTS / file).open() as lines:
+        dense = [row for row in csv.DictReader(lines) if row["selection"] == "dense"]
+    values = [mean_of(rows, "text", name) for name in ("density", "loss_above_dense", "op_ms")]
+    words = "visits {:.3f}, loses {:.3f}, and takes {:.2f} ms a layer instead of {:.2f} dense"
+    words = words.format(*values, mean_of(dense, "text", "op_ms"))
+    assert words in " ".join(PBSConfig.fast.__doc__.split())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_model import SIZES, save_model
 
+from pbs_attn import PBSConfig
 from pbs_attn.bench import curves
 from pbs_attn.bench.shapes import SHAPES
 
@@ -224,11 +225,12 @@ def test_threshold_tables():
 
 
 TUNING = "quality_tuning_smollm2_h100.csv"
+TUNING_FAST = "quality_tuning_fast_smollm2_h100.csv"
 PRESET_ROWS = {
-    "PBSConfig.fast()": ("balanced", "0.015"),
-    "PBSConfig()": ("balanced", "0.01"),
-    "PBSConfig.accurate()": ("accurate", "0.01"),
-    "PBSConfig.paper()": ("paper", "0.9"),
+    "PBSConfig.fast()": (TUNING_FAST, "num_samples=8", "0.008"),
+    "PBSConfig()": (TUNING, "balanced", "0.01"),
+    "PBSConfig.accurate()": (TUNING, "accurate", "0.01"),
+    "PBSConfig.paper()": (TUNING, "paper", "0.9"),
 }
 PRESET_COLUMNS = {
     "density": ("text", "density"),
@@ -241,18 +243,18 @@ PRESET_COLUMNS = {
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
 def test_preset_table(page):
-    rows = [row for row in read(TUNING) if row["selection"] == "pbs"]
     found = table_with({"preset", "loss of a repeat"}, ROOT / page)
     assert len(found) == len(PRESET_ROWS)
     for said in found:
         preset = re.match(r"`(.*?)`", said["preset"]).group(1)
+        file, *setting = PRESET_ROWS[preset]
+        rows = [row for row in read(file) if row["selection"] == "pbs"]
         for column in said.keys() - {"preset"}:
             probe, name = PRESET_COLUMNS[column]
             values = [
                 float(row[name])
                 for row in rows
-                if (row["settings"], row["threshold"]) == PRESET_ROWS[preset]
-                and row["probe"] == probe
+                if [row["settings"], row["threshold"]] == setting and row["probe"] == probe
             ]
             assert says(said[column], sum(values) / len(values)), (preset, column)
 
@@ -269,10 +271,13 @@ def unseen(model):
 
 
 def assert_reaches(said, density, curve):
-    """A least density, or the last one that was measured and still was not enough."""
+    """A least density; or the least or the last one that was measured, where that was enough or was
+    not."""
     if density is None:
         above = float(said.removeprefix("above "))
         assert above <= curve[-1][0] < above + 0.01, said
+    elif density == curve[0][0]:
+        assert said.startswith("at most ") and says(said.removeprefix("at most "), density), said
     else:
         assert says(said, density), said
 
@@ -285,32 +290,46 @@ def test_goals_on_unseen_texts():
         "a repeat at 1.1 times dense's perplexity": ("copy", "repeat 1.1"),
         "all pass keys but 2 %": ("pass key", "keys"),
     }
-    by_block = curves.goals(read("quality_smollm2_cpu.csv"))["pbs, balanced"]
+    columns = {
+        "pbs, balanced": ("`PBSConfig()`", "ms"),
+        "pbs, num_samples=8": ("8 samples", "ms of 8 samples"),
+        "pbs, paper": ("`paper`", "ms of `paper`"),
+    }
     found = table_with({"goal", "ms of `paper`"}, ROOT / "docs" / "choosing.md")
     assert {said["model, tokens"] for said in found} == UNSEEN.keys()
     for said in found:
         rows = unseen(said["model, tokens"])
         probe, goal = names[said["goal"]]
-        is_measured = said["model, tokens"].startswith("SmolLM2")
-        own = said["`PBSConfig()`"].removeprefix("at most ")
-        assert says(own, by_block[goal]) if is_measured else own == "", said
         times = curves.summarize(rows, "op_ms")["text"]
-        for name, cell, ms in (
-            ("pbs, mass=causal", '`mass="causal"`', "ms"),
-            ("pbs, paper", "`paper`", "ms of `paper`"),
-        ):
+        for name, (cell, ms) in columns.items():
+            if name not in times:
+                assert said[cell] == said[ms] == ""
+                continue
             density = curves.goals(rows)[name][goal]
             assert_reaches(said[cell], density, curves.summarize(rows)[probe][name])
             time = None if density is None else curves.at_density(times[name], density)
-            assert said[ms] == "" if time is None else says(said[ms], time)
+            assert said[ms] == "" if time is None else says(said[ms], time), said
+    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    dense = [curves.summarize(unseen(model), "op_ms")["text"]["dense"][0][1] for model in UNSEEN]
+    assert "takes {:.2f} ms a layer of SmolLM2, {:.2f} and {:.2f} of Qwen".format(*dense) in text
+    own, few, paper = (
+        curves.goals(unseen("Qwen2.5-Coder-1.5B, 32768"))[name]["ms, loss .01"] for name in columns
+    )
+    shares = f"{few / paper:.2f} of the time of the paper's settings at a loss of 0.01, and 16 "
+    assert f"{shares}samples in {own / paper:.2f}" in text
+    masses = [
+        curves.goals(unseen("Qwen2.5-Coder-1.5B, 16384"))[name]["mass .95"]
+        for name in ("pbs, balanced", "pbs, paper")
+    ]
+    assert f"from {masses[0] / masses[1]:.2f} of their density on" in text
 
 
 def test_permutation_on_unseen_texts():
     probes = {"loss": "text", "loss of a repeat": "copy", "keys": "pass key"}
     columns = {
-        '`mass="causal"`': "pbs, mass=causal",
-        "no permutation": "unpermuted, mass=causal",
-        "pooled means": "pooled, mass=causal",
+        "`PBSConfig()`": "pbs, balanced",
+        "no permutation": "unpermuted, balanced",
+        "pooled means": "pooled, balanced",
     }
     found = table_with({"probe", *columns}, ROOT / "docs" / "choosing.md")
     for said in found:
@@ -320,38 +339,34 @@ def test_permutation_on_unseen_texts():
             assert said[cell] == "" if value is None else says(said[cell], value), said
 
 
-def test_permutation_by_blocks():
-    rows = read("quality_permutation_smollm2_cpu.csv")
-    names = ("pbs, balanced", "unpermuted, balanced")
-    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
-    of_text = [curves.summarize(rows)["text"][name] for name in names]
-    losses = [curves.at_density(curve, 0.17) for curve in of_text]
-    least = [curves.least_density(curve, 0.02) for curve in of_text]
-    assert "{:.3f} with `PBSConfig()`, {:.3f} without permutation".format(*losses) in text
-    assert "a loss of 0.02 takes {:.3f} and {:.3f}".format(*least) in text
-
-
 def test_readme_of_unseen_texts():
     goals = {model: curves.goals(unseen(model)) for model in UNSEEN}
     text = " ".join((ROOT / "README.md").read_text().split())
-    own, paper = (
-        [of[f"pbs, {name}"] for of in goals.values()] for name in ("mass=causal", "paper")
-    )
+    own, paper = ([of[f"pbs, {name}"] for of in goals.values()] for name in ("balanced", "paper"))
     loss = [f"{of['loss .02']:.3f}" for of in own]
-    by_block = curves.goals(read("quality_smollm2_cpu.csv"))["pbs, balanced"]
-    assert f"at most 0.02 is {by_block['loss .02']:.3f} for SmolLM2 on a CPU" in text
-    assert "it is {} for SmolLM2, {} for Qwen".format(*loss) in text
+    assert "is {} for SmolLM2, {} for Qwen".format(*loss) in text
     assert f"and {loss[2]} at 32768 " in text
     assert "(paper: {:.3f}, {:.3f}, {:.3f})".format(*(of["loss .02"] for of in paper)) in text
-    assert (
-        "dense attention from {:.3f} and {:.3f} on".format(*(of["keys"] for of in own[:2])) in text
-    )
+    assert f"dense attention from {own[0]['keys']:.3f} on by SmolLM2, and" in text
+    assert f"by Qwen at {own[1]['keys']:.3f} already" in text
     assert {of["keys"] for of in paper[:2]} == {None}
     dense = curves.summarize(read("quality_qwen_32768_h100.csv"), "op_ms")["text"]["dense"][0][1]
-    words = 'after {:.2f} ms with `PBSConfig(mass="causal")`, {:.2f} with the paper'
+    words = "after {:.2f} ms with the default, {:.2f} with 8 samples, {:.2f} with the paper"
     words += "'s settings and {:.2f}"
-    times = (own[2]["ms, loss .01"], paper[2]["ms, loss .01"], dense)
-    assert words.format(*times) in text
+    few = goals["Qwen2.5-Coder-1.5B, 32768"]["pbs, num_samples=8"]
+    times = (of["ms, loss .01"] for of in (own[2], few, paper[2]))
+    assert words.format(*times, dense) in text
+
+
+def test_number_of_samples_for_a_larger_model():
+    found = table_with({"samples", "least density"}, ROOT / "docs" / "choosing.md")
+    names = {"16": "balanced", "8": "num_samples=8", "4": "num_samples=4"}
+    goals = curves.goals(read("quality_tuning_qwen_32768_h100.csv"))
+    assert [said["samples"] for said in found] == list(names)
+    for said in found:
+        reached = goals[f"pbs, {names[said['samples']]}"]
+        assert says(said["least density"], reached["loss .01"])
+        assert says(said["ms"], reached["ms, loss .01"])
 
 
 def test_recall_of_qwen_layers():
@@ -503,6 +518,7 @@ def test_heads_that_permutation_harms():
         place = row["layer"], row["head"]
         gains[place] = gains.get(place, 0.0) + sign * float(row["density"]) / 5
     harmed = [gain for gain in gains.values() if gain > 1e-9]
+    assert {row["threshold"] for row in rows} == {f"{PBSConfig().resolved_threshold:g}"}
     words = f"{len(harmed)} of {len(gains)} heads visit more"
     text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
     assert words in text

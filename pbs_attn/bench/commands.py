@@ -137,9 +137,9 @@ def _add_quality(benches):
     words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
-        "what to sweep over thresholds: given (by the options below), paper, balanced and "
-        "accurate (presets), narrow (balanced with mean scores and --mass causal), or changes to "
-        "what is given, such as kv_block_size=64,mass=causal"
+        "what to sweep over thresholds: given (by the options below), paper, balanced, "
+        "fast and accurate (presets), narrow (balanced with mean scores and --mass causal), or "
+        "changes to what is given, such as kv_block_size=64,mass=causal"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
     words = "what to run beside dense; pbs has to be among them"

@@ -61,17 +61,13 @@ __device__ __forceinline__ uint32_t share_quad(const TileWeights& sums, int lane
 struct StackTiles {
   int num_own;  // of the unit; its candidates' follow
   int own_begin;
-  TileRange own;
-  int end_of_whole;  // of candidates that every row sees
-  int end_of_candidates;
+  int end_of_whole;     // of candidates that every row sees
   int first_candidate;  // in the table
 
   __device__ StackTiles(const SampledUnit& unit, const SampledStack& stack, const SampledPlan& plan)
       : num_own(unit.num_own_tiles()),
         own_begin(unit.own.begin),
-        own(stack.own, unit.own.begin),
         end_of_whole(stack.lowest_candidate / kSampledTileKeys),
-        end_of_candidates(TileRange(KeyRange{0, stack.candidate_end}, 0).end),
         first_candidate(plan.own_tiles) {}
 
   __device__ int entry(int tile) const {
@@ -300,7 +296,8 @@ class SampledSums {
     ring_.advance();
   }
 
-  // Raises shifts where they are too low. Only where told so may some rows have seen nothing yet.
+  // Raises shifts where they are too low. In a tile that hides keys, some rows may go on having
+  // seen nothing.
   template <bool kMayHaveSeenNothing = false>
   __device__ __forceinline__ Weights weigh(const Scores& scores) {
     float shift[kThreadRows];
@@ -319,6 +316,7 @@ class SampledSums {
     return weights;
   }
 
+  // Of rows that have seen nothing as well: exp2(-inf - shift) is to be 0.
   __device__ __forceinline__ void finite_shifts(float (&shift)[kThreadRows]) const {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {

@@ -87,7 +87,6 @@ struct TileRange {
       : first((keys.begin - begin) / kSampledTileKeys),
         end(keys.is_empty() ? first
                             : (keys.end - begin + kSampledTileKeys - 1) / kSampledTileKeys) {}
-  __device__ bool holds(int tile) const { return tile >= first && tile < end; }
 };
 
 // A query block of a head.
