@@ -525,6 +525,24 @@ def test_heads_that_permutation_harms():
     assert f"by at most {max(harmed):.4f} of all pairs" in text
 
 
+def test_heads_of_a_larger_model():
+    """Those that need a higher density for 0.95 of their mass in permuted order."""
+    points = {}
+    for row in read("heads_qwen_8192_cpu.csv"):
+        place = row["layer"], int(row["head"])
+        point = float(row["density"]), -float(row["recalled"])
+        points.setdefault(place, {}).setdefault(row["selection"], []).append(point)
+    losses = [
+        curves.least_density(sorted(of["pbs"]), -0.95)
+        - curves.least_density(sorted(of["unpermuted"]), -0.95)
+        for of in points.values()
+    ]
+    harmed = [loss for loss in losses if loss > 0]
+    words = f"{len(harmed)} of {len(losses)} need more, by at most {max(harmed):.4f}, and the mean "
+    words += f"head {-sum(losses) / len(losses):.3f} less"
+    assert words in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+
+
 def test_settings_table():
     by_probe = curves.summarize(read("quality_settings_cpu.csv"))
     probes = {"loss of the last half": "text", "loss of a repeat": "copy"}
