@@ -101,9 +101,10 @@ class PBSConfig:
         billion parameters and more.
 
         Measured as :meth:`balanced`: density 0.164, loss 0.034, keys 0.67. So a small model loses
-        keys; Qwen2.5-Coder-1.5B does not, and at 32768 tokens of five texts that nothing was
-        chosen by it visits 0.062, loses 0.008, and takes 0.82 ms a layer instead of 5.49 dense
-        (benchmarks/results/quality_qwen_32768_h100.csv).
+        keys. Qwen2.5-Coder-1.5B at 16384 tokens does not from threshold 0.025 down, and at 32768
+        tokens of five texts that nothing was chosen by it visits 0.062, loses 0.008, and takes
+        0.82 ms a layer instead of 5.49 dense (benchmarks/results/quality_qwen_keys_h100.csv and
+        quality_qwen_32768_h100.csv).
         """
         return cls(threshold=0.008, num_samples=8)
 

@@ -127,4 +127,10 @@ def test_fast_was_measured_on_a_larger_model_as_it_says():
     values = [mean_of(rows, "text", name) for name in ("density", "loss_above_dense", "op_ms")]
     words = "visits {:.3f}, loses {:.3f}, and takes {:.2f} ms a layer instead of {:.2f} dense"
     words = words.format(*values, mean_of(dense, "text", "op_ms"))
-    assert words in " ".join(PBSConfig.fast.__doc__.split())
+    doc = " ".join(PBSConfig.fast.__doc__.split())
+    assert words in doc
+    highest = re.search(r"from threshold ([\d.]+\d) down", doc).group(1)
+    keys = "quality_qwen_keys_h100.csv"
+    for threshold, is_read in (("0.04", False), (highest, True), ("0.015", True), ("0.01", True)):
+        right = mean_of(rows_of(keys, "num_samples=8", threshold), "pass key", "right")
+        assert (right == 1) == is_read

@@ -6,9 +6,9 @@
 
 namespace pbs::cuda {
 
-// Sums of one query block's samples.
-struct BlockSums {
-  const char* table;     // from the first row of the block on
+// Sums of one pair's samples.
+struct PairSums {
+  const char* table;     // from the first row of the pair on
   const float* weights;  // of its rows
   int num_rows;
 
@@ -100,9 +100,9 @@ class SampledRowsMask {
         const SampledStack stack = unit.stack(warpgroup);
         if (i % pairs_per_stack >= stack.num_pairs) continue;
         const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
-        const BlockSums sums{
-            table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
-            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_pair};
+        const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
+                            shared_.weights[walk.table()][warpgroup] + first_row,
+                            args_.plan.rows_per_pair};
         write_pair(unit, stack, unit.pair(stack.first_pair + i % pairs_per_stack), sums, sink);
       }
       shared_.table_empty[walk.table()].arrive();
@@ -111,7 +111,7 @@ class SampledRowsMask {
 
  private:
   __device__ void write_pair(const SampledUnit& unit, const SampledStack& stack,
-                             const SampledPair& pair, const BlockSums& sums, int sink) {
+                             const SampledPair& pair, const PairSums& sums, int sink) {
     const QueryBlock block = describe(args_, pair.block_idx);
     const auto num_candidates = static_cast<int>(block.num_candidates);
     const int64_t row = (unit.b * args_.params.problem.num_q_heads + pair.hq) *
@@ -126,7 +126,7 @@ class SampledRowsMask {
 
   // Sets the bits of the blocks that reach the threshold by themselves, and counts them.
   __device__ void write_row_by_block(int64_t row, int num_candidates, int sink,
-                                     const BlockSums& sums) const {
+                                     const PairSums& sums) const {
     const int blocks_per_tile = kSumsPerTile / sums_per_block_;
     const float least = is_ordered(sums) ? static_cast<float>(args_.params.threshold) : 0.0f;
     uint32_t* words = args_.params.block_mask + row * args_.num_words;
@@ -167,7 +167,7 @@ class SampledRowsMask {
   }
 
   // Masses of the candidates, and zeros to a multiple of four. Returns their sum.
-  __device__ float write_masses(const BlockSums& sums, int num_candidates) const {
+  __device__ float write_masses(const PairSums& sums, int num_candidates) const {
     const int blocks_per_tile = kSumsPerTile / sums_per_block_;
     const int num_tiles = (num_candidates + blocks_per_tile - 1) / blocks_per_tile;
     float total = 0.0f;
@@ -192,7 +192,7 @@ class SampledRowsMask {
   }
 
   __device__ float own_mass(const SampledUnit& unit, const SampledStack& stack,
-                            const BlockSums& sums) const {
+                            const PairSums& sums) const {
     const TileRange tiles(stack.own, unit.own.begin);
     const int blocks_per_tile = kSumsPerTile / sums_per_block_;
     float total = 0.0f;
@@ -208,13 +208,13 @@ class SampledRowsMask {
   }
 
   // With a NaN among the inputs no order means anything: visit everything, as dense would.
-  __device__ bool is_ordered(const BlockSums& sums) const {
+  __device__ bool is_ordered(const PairSums& sums) const {
     bool is_ordered = true;
     for (int row = lane_; row < sums.num_rows; row += 32) is_ordered &= sums.weights[row] >= 0.0f;
     return __all_sync(~0u, is_ordered);
   }
 
-  __device__ Cut cut(const BlockSums& sums, int num_candidates, float of_candidates,
+  __device__ Cut cut(const PairSums& sums, int num_candidates, float of_candidates,
                      float own) const {
     const float total = of_candidates + own;
     if (args_.params.threshold >= 1.0 || !is_ordered(sums) || !(total > 0.0f)) {

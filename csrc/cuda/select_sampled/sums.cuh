@@ -202,7 +202,7 @@ class SampledSums {
     await(scores);
     const int entry = tiles.entry(tile);
     if (!hide(scores, tiles, tile)) {
-      *place_of(entry) = 0;
+      *place_of(entry) = 0;  // the masses of own segments are those of all rows of a stack
       return;
     }
     if (__any_sync(~0u, rows_.shift[0] == -INFINITY || rows_.shift[1] == -INFINITY)) {
