@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
 
-from ._hf_route import NO_INTERFACE, REGISTERED, Call, has, route, uses_interface
+from ._hf_call import foresee_call
+from ._hf_file import NO_INTERFACE, calls_interface, uses_interface
+from ._hf_route import REGISTERED, describe, route
+from ._hf_table import format_table
 
 # Longer than any window and any min_tokens: what explain() assumes when it is given no length.
 _LONG_PROMPT = 1 << 40
@@ -24,7 +26,7 @@ class LayerRoute:
     reason: str
 
 
-class LayerRoutes(list):
+class LayerRoutes(list[LayerRoute]):
     """A list of LayerRoute that prints as a table."""
 
     def __str__(self) -> str:
@@ -33,21 +35,16 @@ class LayerRoutes(list):
             ("-" if r.layer_idx is None else str(r.layer_idx), r.route, r.name, r.reason)
             for r in self
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]
-            )
-            for row in rows
-        )
+        return format_table(rows)
 
 
 def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoutes:
     """The route of every attention layer of a transformers model, in the order of its modules.
 
-    It answers for the prefill of `num_tokens` tokens without padding, in one forward under
-    torch.no_grad(). Decode steps and padded batches always take SDPA (or eager, where a layer
-    needs it).
+    It answers for the prefill of `num_tokens` tokens without padding or packing, in one forward
+    under torch.no_grad(), with the model, the autocast mode and the training mode as they are now.
+    Decode steps and padded batches always take SDPA (or eager, where a layer needs it);
+    :func:`routes` counts what the calls did take.
 
     Args:
         model: a transformers model, whatever its attn_implementation.
@@ -68,13 +65,16 @@ def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoute
     )
 
 
-def is_attention(module):
-    """Whether `module` is an attention layer, as far as its attributes tell."""
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether `module` is an attention layer, as far as its attributes and its code tell."""
     hints = ("layer_idx", "scaling", "num_key_value_groups")
-    return hasattr(module, "is_causal") and any(hasattr(module, hint) for hint in hints)
+    looks_so = hasattr(module, "is_causal") and any(hasattr(module, hint) for hint in hints)
+    return looks_so or calls_interface(type(module))
 
 
-def _explain_layer(model, name, module, num_tokens):
+def _explain_layer(
+    model: torch.nn.Module, name: str, module: torch.nn.Module, num_tokens: int
+) -> LayerRoute:
     config = getattr(module, "config", model.config)
     layer_idx = getattr(module, "layer_idx", None)
     implementation = getattr(config, "_attn_implementation", None)
@@ -84,68 +84,6 @@ def _explain_layer(model, name, module, num_tokens):
     if not uses_interface(type(module).__module__):
         return LayerRoute(layer_idx, name, "unsupported", NO_INTERFACE)
     settings = REGISTERED[implementation]
-    call = _foresee_call(model, module, config, num_tokens)
+    call = foresee_call(module, model, config, num_tokens)
     kind, reason = route(call, settings)
-    words = reason.format(**call._asdict(), config=settings.config, min_tokens=settings.min_tokens)
-    return LayerRoute(layer_idx, name, kind, words)
-
-
-def _foresee_call(model, module, config, num_tokens):
-    """The Call that `module` will make, from its attributes and its config."""
-    head_dim = _first_given(
-        (module, "qk_head_dim"),
-        (module, "head_dim"),
-        (module, "attention_head_size"),
-        (config, "head_dim"),
-    )
-    if head_dim is None:
-        num_heads = _first_given((config, "num_attention_heads")) or 1
-        head_dim = (_first_given((config, "hidden_size")) or 0) // num_heads
-    weight = next(module.parameters(), None)
-    softcap = _first_given((module, "attn_logit_softcapping"), (config, "attn_logit_softcapping"))
-    dropout = _first_given((module, "attention_dropout"), (config, "attention_dropout"))
-    return Call(
-        num_queries=num_tokens,
-        num_keys=num_tokens,
-        head_dim=head_dim,
-        value_head_dim=_first_given((module, "v_head_dim")) or head_dim,
-        dtype=model.dtype,
-        device_type=(model if weight is None else weight).device.type,
-        is_causal=module.is_causal,
-        has_mask=not _asks_for_mask(type(module)),
-        window=_window(module, config),
-        has_softcap=softcap is not None,
-        has_sinks=has(module, "sinks"),
-        has_position_bias=hasattr(module, "has_relative_attention_bias"),
-        selects_keys=has(module, "indexer"),
-        has_dropout=module.training and bool(dropout),
-    )
-
-
-def _asks_for_mask(layer_type):
-    """Whether the model has its mask made by the registered function; a few in transformers 4
-    build one by themselves, always explicit."""
-    names = vars(sys.modules.get(layer_type.__module__, object))
-    return any(name.startswith("create_") and "mask" in name for name in names)
-
-
-def _first_given(*places):
-    values = (getattr(owner, name, None) for owner, name in places)
-    return next((value for value in values if value is not None), None)
-
-
-def _window(module, config):
-    """How many keys the layer's window (or chunk) holds; None without one."""
-    if getattr(module, "is_sliding", True) is False:
-        return None
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
-    layer_types = getattr(config, "layer_types", None)
-    layer_idx = getattr(module, "layer_idx", None)
-    if layer_types and layer_idx is not None:
-        attribute = {
-            "sliding_attention": "sliding_window",
-            "chunked_attention": "attention_chunk_size",
-        }.get(layer_types[layer_idx])
-        return getattr(config, attribute, None) if attribute else None
-    return _first_given((config, "sliding_window"), (config, "attention_chunk_size"))
+    return LayerRoute(layer_idx, name, kind, describe(reason, call, settings))

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ._hf_route import NO_INTERFACE, uses_interface
+from ._hf_file import NO_INTERFACE, supports_sdpa, uses_interface
 
 
 def make_mask_function(masking_utils) -> Callable:
-    """None for plain bottom-right causal attention, else transformers' explicit boolean mask."""
+    """None for plain bottom-right causal attention, else transformers' explicit boolean mask; for
+    a model without SDPA always the additive mask of eager attention."""
 
     def pbs_mask(
         *,
@@ -24,22 +25,27 @@ def make_mask_function(masking_utils) -> Callable:
         allow_is_bidirectional_skip: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        if not uses_interface(type(kwargs.get("config")).__module__):
+        file_name = type(kwargs.get("config")).__module__
+        if not uses_interface(file_name):
             raise ValueError(f"attn_implementation must be transformers' own here: {NO_INTERFACE}")
+        make_mask = masking_utils.sdpa_mask
+        if not supports_sdpa(file_name):
+            make_mask = masking_utils.eager_mask
         # Older transformers forbid the skip only where the pattern or the cache already tells;
         # later callers may need the mask as a tensor.
         allow_skip = allow_is_causal_skip or "cache_position" in kwargs
         if (
-            allow_skip
+            make_mask is masking_utils.sdpa_mask
+            and allow_skip
             and _equals(kv_offset, 0)
-            and _is_causal_only(mask_function, kv_length, masking_utils)
+            and _is_causal_only(mask_function, kv_length, masking_utils, kwargs.get("local_size"))
             and _ends_at_last_key(kv_length, **kwargs)
             and _hides_no_key(attention_mask, kv_length)
         ):
             return None
         # transformers' own skips align top-left, which is wrong for an attention function that
         # reads a missing mask as bottom-right.
-        return masking_utils.sdpa_mask(
+        return make_mask(
             kv_length=kv_length,
             kv_offset=kv_offset,
             mask_function=mask_function,
@@ -85,15 +91,19 @@ def _hides_no_key(attention_mask, kv_length):
     return _is_readable(attention_mask) and bool(attention_mask[:, :kv_length].all())
 
 
-def _is_causal_only(mask_function, kv_length, masking_utils):
+def _is_causal_only(mask_function, kv_length, masking_utils, local_size=None):
     """Whether `mask_function` is causal over kv_length keys and hides nothing else.
 
     transformers builds its patterns as nested functions. They are recognised by name, and what
     they close over tells what they hide. A function that is not known counts as one that hides.
+    A trace cannot look into them. There `local_size` tells: transformers 5 gives it with a window
+    or a chunk alone, and forbids the skip of the mask where it hides anything else.
     """
     causal = masking_utils.causal_mask_function
-    if mask_function is causal or torch.compiler.is_compiling():
-        return mask_function is causal
+    if mask_function is causal:
+        return True
+    if torch.compiler.is_compiling():
+        return local_size is not None and local_size >= kv_length
     parts = list(_and_parts(mask_function))
     return causal in parts and all(
         part is causal or (part.__module__ == causal.__module__ and _hides_nothing(part, kv_length))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Settings:
     """What one registered name stands for."""
 
+    name: str
     config: PBSConfig
     min_tokens: int
 
@@ -27,22 +27,28 @@ REGISTERED: dict[str, Settings] = {}
 
 
 class Call(NamedTuple):
-    """The facts about one attention call that its route depends on."""
+    """The facts about one attention call that its route depends on.
+
+    `dtype` is the one that the operator would compute in; None where query, key and value differ.
+    `is_causal` is None where the layer does not tell.
+    """
 
     num_queries: int
     num_keys: int
     head_dim: int
     value_head_dim: int
-    dtype: torch.dtype | None  # None: query, key and value differ
+    dtype: torch.dtype | None
     device_type: str
-    is_causal: bool
+    is_causal: bool | None
     has_mask: bool
     window: int | None
+    supports_sdpa: bool = True
     has_softcap: bool = False
     has_sinks: bool = False
     has_head_mask: bool = False
     has_position_bias: bool = False
     selects_keys: bool = False
+    is_training: bool = False
     has_dropout: bool = False
     has_paged_cache: bool = False
     needs_grad: bool = False
@@ -58,8 +64,8 @@ class Route(NamedTuple):
 
 def route(call: Call, settings: Settings) -> Route:
     """Which implementation serves `call`, and why."""
-    if call.selects_keys:
-        return Route("unsupported", "the layer selects its own keys (an indexer)")
+    if reason := _why_unsupported(call):
+        return Route("unsupported", reason)
     if reason := _why_eager(call):
         return Route("eager", reason)
     if reason := _why_not_plain(call) or _why_not_worth_it(call, settings) or _why_no_kernel(call):
@@ -67,7 +73,20 @@ def route(call: Call, settings: Settings) -> Route:
     return Route("pbs", "causal prefill")
 
 
-def _why_eager(call):
+def describe(reason: str, call: Call, settings: Settings) -> str:
+    """The reason of a Route with its numbers filled in."""
+    return reason.format(**call._asdict(), config=settings.config, min_tokens=settings.min_tokens)
+
+
+def _why_unsupported(call: Call) -> str | None:
+    if call.selects_keys:
+        return "the layer selects its own keys (an indexer)"
+    if call.has_paged_cache:
+        return "continuous batching keeps its cache in pages, which PBS cannot read"
+    return None
+
+
+def _why_eager(call: Call) -> str | None:
     """What SDPA has no argument for."""
     if call.has_softcap:
         return "the layer caps its attention logits (softcap)"
@@ -77,21 +96,27 @@ def _why_eager(call):
         return "the layer adds a position bias"
     if call.has_head_mask:
         return "head_mask is given"
+    if not call.supports_sdpa:
+        return "the model does not support SDPA"
     return None
 
 
-def _why_not_plain(call):
+def _why_not_plain(call: Call) -> str | None:
     """What is not bottom-right causal inference over all keys."""
+    # Gradient checkpointing runs a layer twice, first without gradients and then with them. Both
+    # passes must take the same way, and the first one cannot know that there will be a second.
+    if call.is_training:
+        return "the layer is in training mode (use model.eval())"
     if call.needs_grad:
         return "gradients are needed, and PBS is inference only (use torch.no_grad())"
     if call.has_dropout:
-        return "attention dropout is on (use model.eval())"
-    if call.has_paged_cache:
-        return "a paged cache is given"
+        return "attention dropout is on"
     if call.num_queries == 1:
         return "a decode step has one query"
     if call.is_causal and call.window is not None and call.window < call.num_keys:
         return "the window of {window} tokens is shorter than the keys"
+    if call.is_causal is None:
+        return "the layer does not tell whether it is causal"
     if not call.is_causal:
         return "the layer is not causal"
     if call.has_mask:
@@ -101,7 +126,7 @@ def _why_not_plain(call):
     return None
 
 
-def _why_not_worth_it(call, settings):
+def _why_not_worth_it(call: Call, settings: Settings) -> str | None:
     if call.num_keys < settings.min_tokens:
         return "fewer than min_tokens={min_tokens} keys"
     if call.num_queries < settings.config.block_size:
@@ -109,7 +134,7 @@ def _why_not_worth_it(call, settings):
     return None
 
 
-def _why_no_kernel(call):
+def _why_no_kernel(call: Call) -> str | None:
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim {{head_dim}} is not one of {HEAD_DIMS}"
     if call.value_head_dim != call.head_dim:
@@ -126,32 +151,5 @@ def _why_no_kernel(call):
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device_type):
+def _has_kernel(device_type: str) -> bool:
     return has_kernel("attention", device_type)
-
-
-NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
-
-
-@torch.compiler.assume_constant_result
-def uses_interface(file_name):
-    """Whether the model of a configuration_*.py or modeling_*.py works with a registered name.
-
-    transformers builds its masks for every model and checks no name that somebody registered; a
-    model that computes attention by itself would read a missing mask as one that hides nothing.
-    """
-    file_name = file_name.replace("configuration_", "modeling_")
-    file = sys.modules.get(file_name)
-    if file is None or "modeling_" not in file_name:
-        return True
-    classes = [cls for cls in vars(file).values() if isinstance(cls, type)]
-    classes = [cls for cls in classes if cls.__module__ == file_name]
-    if any(getattr(cls, "_supports_attention_backend", False) for cls in classes):
-        return True
-    supports_sdpa = any(getattr(cls, "_supports_sdpa", False) for cls in classes)
-    return supports_sdpa and hasattr(file, "ALL_ATTENTION_FUNCTIONS")
-
-
-def has(module, name):
-    """Whether `module` has an attribute that is not None."""
-    return getattr(module, name, None) is not None

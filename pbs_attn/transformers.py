@@ -2,7 +2,8 @@
 
     pbs_attn.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="pbs_attn")
-    print(pbs_attn.transformers.explain(model))
+    print(pbs_attn.transformers.explain(model))  # what a prompt would take
+    print(pbs_attn.transformers.routes())  # what the calls did take
 
 Every call of an attention layer is sent one of four ways by `route`, the only place that decides:
 "pbs" (torch.ops.pbs.attention), "sdpa" (transformers' own SDPA), "eager" (the eager function of the
@@ -11,20 +12,32 @@ model's file, where SDPA cannot express the layer) or "unsupported" (an error).
 
 from __future__ import annotations
 
+import functools
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ._hf_call import always_masked, describe_call
+from ._hf_counts import RouteCount, RouteCounts, count, forget, routes, warn_once
 from ._hf_explain import LayerRoute, LayerRoutes, explain
+from ._hf_file import eager_function
 from ._hf_mask import make_mask_function
-from ._hf_route import REGISTERED, Call, Settings, has, route
+from ._hf_route import REGISTERED, Call, Route, Settings, route
 from .attention import attention
 from .config import PBSConfig
 
-__all__ = ["LayerRoute", "LayerRoutes", "explain", "register"]
+__all__ = [
+    "LayerRoute",
+    "LayerRoutes",
+    "RouteCount",
+    "RouteCounts",
+    "explain",
+    "register",
+    "routes",
+]
 
 MIN_TRANSFORMERS = (4, 56)
 
@@ -39,8 +52,8 @@ def register(
     Afterwards `from_pretrained(..., attn_implementation=name)` and
     `model.set_attn_implementation(name)` work for every model that uses transformers' attention
     interface. Several names, each with its own config, may stand side by side; the same name again
-    replaces its config. PBS is inference only: run the model under torch.no_grad() or generate(),
-    since a call that needs gradients takes SDPA.
+    replaces its config. PBS is inference only: run the model in eval mode, under torch.no_grad()
+    or generate(), since a layer in training mode and a call that needs gradients take SDPA.
 
     Args:
         name: letters, digits, "_", "-" and "."; none of transformers' own names.
@@ -53,14 +66,16 @@ def register(
     """
     _check_register_arguments(name, config, min_tokens)
     transformers = _import_transformers()
-    settings = Settings(config, min_tokens)
+    settings = Settings(name, config, min_tokens)
     if name not in REGISTERED and name in transformers.AttentionInterface().valid_keys():
         raise ValueError(f"name must not be taken in transformers already, got {name!r}")
     mask_function = make_mask_function(transformers.masking_utils)
     sdpa = transformers.integrations.sdpa_attention.sdpa_attention_forward
     transformers.AttentionMaskInterface.register(name, mask_function)
     transformers.AttentionInterface.register(name, _make_attention_function(settings, sdpa))
+    _refuse_continuous_batching()
     REGISTERED[name] = settings
+    forget(name)
 
 
 def _check_register_arguments(name, config, min_tokens):
@@ -92,39 +107,65 @@ def _import_transformers():
     return transformers
 
 
+def _refuse_continuous_batching() -> None:
+    """Makes transformers' continuous batching refuse our names before it starts. It has no place
+    to register anything, and what it does with an unknown name differs between versions."""
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    original = ContinuousBatchingManager.__init__
+    if hasattr(original, "refuses_pbs"):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        name = model.config._attn_implementation
+        if name in REGISTERED:
+            raise ValueError(
+                "attn_implementation must be transformers' own for continuous batching, whose "
+                f"cache in pages PBS cannot read, got {name!r}"
+            )
+        original(self, model, *args, **kwargs)
+
+    checked.refuses_pbs = True
+    ContinuousBatchingManager.__init__ = checked
+
+
 def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
     def pbs_attention_forward(
         module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """query (B, Hq, Nq, D), key and value (B, Hkv, Nkv, D) -> (B, Nq, Hq, D), None."""
-        call = _describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
-        kind, reason = route(call, settings)
-        if kind == "pbs":
+        call = describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        decided = route(call, settings)
+        count(decided, call, settings)
+        if decided.kind == "pbs":
             out = attention(query, key, value, scale=scaling, config=settings.config)
             return out.transpose(1, 2).contiguous(), None
-        if kind == "unsupported":
-            raise ValueError(f"attn_implementation must be transformers' own here: {reason}")
-        mask = attention_mask
-        if mask is None and _needs_mask(call, kind):
-            mask = _causal_mask(call, query.device)
-        if kind == "eager":
-            eager = _eager_function(module)
-            mask = _additive(mask, query.dtype)
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out, _ = eager(
-                module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        if decided.kind == "unsupported":
+            raise ValueError(
+                f"attn_implementation must be transformers' own here: {decided.reason}"
             )
+        _speak_up(module, call, decided, settings)
+        mask = attention_mask
+        if mask is None and _needs_mask(call, decided.kind):
+            mask = _causal_mask(call, query.device)
+        if decided.kind == "eager":
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out, _ = _eager(module)(
+                module, query, key, value, _additive(mask, query.dtype),
+                dropout=dropout, scaling=scaling, **kwargs,
+            )  # fmt: skip
             return out, None
         # The order matters to torch.compile: num_queries > 1 may be symbolic, the result may not.
-        is_causal = call.num_queries > 1 and mask is None and call.is_causal
+        is_causal = call.num_queries > 1 and mask is None and call.is_causal is not False
         return sdpa(
             module, query, key, value, mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
@@ -133,37 +174,38 @@ def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
     return pbs_attention_forward
 
 
-def _describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs):
-    same_dtype = query.dtype == key.dtype == value.dtype
-    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
-    return Call(
-        num_queries=query.shape[2],
-        num_keys=key.shape[2],
-        head_dim=query.shape[3],
-        value_head_dim=value.shape[3],
-        dtype=query.dtype if same_dtype else None,
-        device_type=query.device.type,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        has_mask=attention_mask is not None,
-        window=kwargs.get("sliding_window"),
-        has_softcap=kwargs.get("softcap") is not None,
-        has_sinks=_any_given(kwargs, "s_aux", "sinks") or has(module, "sinks"),
-        has_head_mask=kwargs.get("head_mask") is not None,
-        has_position_bias=kwargs.get("position_bias") is not None,
-        selects_keys=_any_given(kwargs, "indices", "block_indices"),
-        has_dropout=bool(dropout),
-        has_paged_cache=kwargs.get("cache") is not None,
-        needs_grad=torch.is_grad_enabled() and needs_grad,
-    )
+def _speak_up(module: torch.nn.Module, call: Call, decided: Route, settings: Settings) -> None:
+    """A word where a call goes dense for what explain() cannot foresee: its mask, or gradients.
+
+    Raises:
+        RuntimeError: in the second pass of a reentrant checkpoint, whose first pass took PBS.
+    """
+    if not (call.has_mask or call.needs_grad):
+        return
+    foreseen = call._replace(has_mask=always_masked(module), needs_grad=False)
+    if route(foreseen, settings).kind != "pbs":
+        return
+    if call.needs_grad and not call.has_mask and _recomputes_a_checkpoint():
+        raise RuntimeError(
+            "a layer under gradient checkpointing with use_reentrant=True must be in training "
+            "mode, got one in eval mode, whose first pass took PBS; call model.train() or pass "
+            "use_reentrant=False"
+        )
+    warn_once(decided, settings)
 
 
-def _any_given(kwargs, *names):
-    return any(kwargs.get(name) is not None for name in names)
+def _recomputes_a_checkpoint() -> bool:
+    """Whether this is the backward of torch.utils.checkpoint(use_reentrant=True), or of one of
+    its kin, which run the forward a second time there."""
+    if torch.compiler.is_compiling():
+        return False
+    node = torch._C._current_autograd_node()
+    return type(node).__name__ == "CheckpointFunctionBackward"
 
 
-def _needs_mask(call, kind):
+def _needs_mask(call: Call, kind: str) -> bool:
     """Whether a call without a mask needs one on its dense way."""
-    if not call.is_causal or call.has_paged_cache:
+    if call.is_causal is False:
         return False
     if call.window is not None and call.window < call.num_keys:
         return True
@@ -173,7 +215,7 @@ def _needs_mask(call, kind):
     return kind == "eager" or call.num_queries < call.num_keys
 
 
-def _causal_mask(call, device):
+def _causal_mask(call: Call, device: torch.device) -> Tensor:
     """(1, 1, Nq, Nkv) bool, bottom-right aligned, True where a query sees a key."""
     keys = torch.arange(call.num_keys, device=device)
     queries = torch.arange(call.num_queries, device=device) + call.num_keys - call.num_queries
@@ -184,7 +226,7 @@ def _causal_mask(call, device):
     return visible[None, None]
 
 
-def _additive(mask, dtype):
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The mask as eager functions add it to the logits. The lowest finite value, not -inf: a row of
     padding sees nothing and would turn into NaN."""
     if mask is None or mask.dtype != torch.bool:
@@ -192,12 +234,11 @@ def _additive(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _eager_function(module):
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(
-        "attn_implementation must be 'eager' here: the layer needs it, and the file of "
-        f"{type(module).__name__} has no eager_attention_forward"
-    )
+def _eager(module: torch.nn.Module) -> Callable:
+    function = eager_function(type(module))
+    if function is None:
+        raise ValueError(
+            "attn_implementation must be 'eager' here: the layer needs it, and the file of "
+            f"{type(module).__name__} has no eager_attention_forward"
+        )
+    return function

@@ -1,0 +1,173 @@
+"""The facts about an attention call: one that a layer makes, or one that it is going to make."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import is_differentiated
+from ._hf_file import eager_function, mask_makers, supports_sdpa
+from ._hf_route import DTYPES, Call
+
+# Parameters by which an attention layer takes the states that it attends to from elsewhere.
+_CROSS_ATTENTION = ("cross_attention_states", "encoder_hidden_states", "key_value_states")
+
+
+def describe_call(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> Call:
+    """The call that `module` makes of its attention function."""
+    device_type = query.device.type
+    return Call(
+        num_queries=query.shape[2],
+        num_keys=key.shape[2],
+        head_dim=query.shape[3],
+        value_head_dim=value.shape[3],
+        dtype=_operand_dtype(device_type, query.dtype, key.dtype, value.dtype),
+        device_type=device_type,
+        is_causal=_is_causal(module) if is_causal is None else is_causal,
+        has_mask=attention_mask is not None,
+        window=kwargs.get("sliding_window"),
+        supports_sdpa=supports_sdpa(type(module).__module__),
+        has_softcap=kwargs.get("softcap") is not None,
+        has_sinks=_any_given(kwargs, "s_aux", "sinks") or _has(module, "sinks"),
+        has_head_mask=kwargs.get("head_mask") is not None,
+        has_position_bias=kwargs.get("position_bias") is not None,
+        selects_keys=_any_given(kwargs, "indices", "block_indices"),
+        is_training=module.training,
+        has_dropout=bool(dropout),
+        # Some layers hand on their ordinary cache under the same name.
+        has_paged_cache=type(kwargs.get("cache")).__name__ == "PagedAttentionCache",
+        needs_grad=is_differentiated(query, key, value),
+    )
+
+
+def foresee_call(
+    module: torch.nn.Module, model: torch.nn.Module, config: Any, num_tokens: int
+) -> Call:
+    """The call that `module` will make for a prompt of `num_tokens`, from its attributes, its
+    config and the file of its class."""
+    head_dim = _first_given(
+        (module, "qk_head_dim"),
+        (module, "head_dim"),
+        (module, "attention_head_size"),
+        (config, "head_dim"),
+    )
+    if head_dim is None:
+        num_heads = _first_given((config, "num_attention_heads")) or 1
+        head_dim = (_first_given((config, "hidden_size")) or 0) // num_heads
+    softcap = _first_given((module, "attn_logit_softcapping"), (config, "attn_logit_softcapping"))
+    device_type = _device_type(module, model)
+    return Call(
+        num_queries=num_tokens,
+        num_keys=num_tokens,
+        head_dim=head_dim,
+        value_head_dim=_first_given((module, "v_head_dim")) or head_dim,
+        dtype=_operand_dtype(device_type, model.dtype),
+        device_type=device_type,
+        is_causal=_is_causal(module),
+        has_mask=always_masked(module),
+        window=_window(module, config),
+        supports_sdpa=supports_sdpa(type(module).__module__),
+        has_softcap=softcap is not None,
+        has_sinks=_has(module, "sinks"),
+        has_position_bias=_adds_position_bias(module),
+        selects_keys=_has(module, "indexer"),
+        is_training=module.training,
+    )
+
+
+def always_masked(module: torch.nn.Module) -> bool:
+    """Whether the model builds its mask by itself, and so gives one for a plain prompt too."""
+    return not mask_makers(type(module))
+
+
+def _is_causal(module: torch.nn.Module) -> bool | None:
+    """None where neither the layer nor its config tells."""
+    # A config makes a decoder bidirectional without the knowledge of its layers.
+    if getattr(getattr(module, "config", None), "is_causal", True) is False:
+        return False
+    told = getattr(module, "is_causal", None)
+    if told is None and _takes_states_from_elsewhere(type(module)):
+        return False
+    return told
+
+
+@torch.compiler.assume_constant_result
+def _takes_states_from_elsewhere(layer_type: type) -> bool:
+    parameters = inspect.signature(layer_type.forward).parameters
+    return any(name in parameters for name in _CROSS_ATTENTION)
+
+
+def _operand_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None:
+    """What the operator computes in: under autocast its dtype, whatever the operands have."""
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    if has_autocast and torch.is_autocast_enabled(device_type) and set(dtypes) <= set(DTYPES):
+        return torch.get_autocast_dtype(device_type)
+    return dtypes[0] if all(dtype == dtypes[0] for dtype in dtypes) else None
+
+
+def _adds_position_bias(module: torch.nn.Module) -> bool:
+    if hasattr(module, "has_relative_attention_bias"):
+        return True
+    eager = eager_function(type(module))
+    return eager is not None and "position_bias" in inspect.signature(eager).parameters
+
+
+def _device_type(module: torch.nn.Module, model: torch.nn.Module) -> str:
+    """Where the layer computes. Offloaded weights are on the meta device between calls; the hook
+    that accelerate puts on a module knows where they are brought to."""
+    weight = next(module.parameters(), None)
+    device = (model if weight is None else weight).device
+    if device.type != "meta":
+        return device.type
+    for part in module.modules():
+        place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return "cuda" if isinstance(place, int) else torch.device(place).type
+    return device.type
+
+
+def _window(module: torch.nn.Module, config: Any) -> int | None:
+    """How many keys the layer's window (or chunk) holds; None without one."""
+    makers = mask_makers(type(module))
+    if makers and not any("sliding" in name or "chunk" in name for name in makers):
+        return None  # the config has a window, but the model makes no mask of it
+    if getattr(module, "is_sliding", True) is False:
+        return None
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    attributes = {
+        "sliding_attention": "sliding_window",
+        "chunked_attention": "attention_chunk_size",
+    }
+    layer_types = getattr(config, "layer_types", None) or ()
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_idx is not None and any(kind in attributes for kind in layer_types):
+        attribute = attributes.get(layer_types[layer_idx])
+        return getattr(config, attribute, None) if attribute else None
+    return _first_given((config, "sliding_window"), (config, "attention_chunk_size"))
+
+
+def _first_given(*places: tuple[Any, str]) -> Any:
+    values = (getattr(owner, name, None) for owner, name in places)
+    return next((value for value in values if value is not None), None)
+
+
+def _any_given(kwargs: dict[str, Any], *names: str) -> bool:
+    return any(kwargs.get(name) is not None for name in names)
+
+
+def _has(module: torch.nn.Module, name: str) -> bool:
+    """Whether `module` has an attribute that is not None."""
+    return getattr(module, name, None) is not None

@@ -1,0 +1,110 @@
+"""What happened: how many calls took which route, and a word when a long prompt went dense."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ._hf_route import Call, Route, Settings, describe
+from ._hf_table import format_table
+
+_lock = threading.Lock()
+_calls: dict[tuple[str, str, str], list[int]] = {}  # (name, route, reason) -> [calls, traces]
+_warned: set[tuple[str, str]] = set()  # (name, reason)
+
+
+@dataclass(frozen=True)
+class RouteCount:
+    """How often layers of one implementation went one way for one reason: `calls` that ran, and
+    `traces` by torch.compile, whose graphs do not count how often they run."""
+
+    name: str
+    route: str
+    reason: str
+    calls: int
+    traces: int
+
+
+class RouteCounts(list[RouteCount]):
+    """A list of RouteCount that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("name", "route", "calls", "traces", "reason")]
+        rows += [(c.name, c.route, str(c.calls), str(c.traces), c.reason) for c in self]
+        return format_table(rows)
+
+
+def routes(name: str | None = None) -> RouteCounts:
+    """What the calls of all attention layers took since register(), most calls first.
+
+    explain() tells what a prompt would take; this tells what the calls did take, with padding,
+    static caches, gradients and decode steps. A layer inside a compiled graph counts in `traces`
+    once for each time that torch.compile traces it, with its numbers left out of the reason.
+    register() with the same name begins again at nothing.
+
+    Args:
+        name: one registered name; None for all of them.
+    """
+    with _lock:
+        counts = [
+            RouteCount(*key, *numbers)
+            for key, numbers in _calls.items()
+            if name is None or key[0] == name
+        ]
+    return RouteCounts(sorted(counts, key=lambda count: -(count.calls + count.traces)))
+
+
+def forget(name: str) -> None:
+    """Begins again for one registered name."""
+    with _lock:
+        for key in [key for key in _calls if key[0] == name]:
+            del _calls[key]
+        for pair in [pair for pair in _warned if pair[0] == name]:
+            _warned.discard(pair)
+
+
+def count(decided: Route, call: Call, settings: Settings) -> None:
+    """Counts one call of a layer."""
+    if torch.compiler.is_compiling():
+        _count_trace(settings.name, decided.kind, decided.reason)
+    else:
+        _add(settings.name, decided.kind, describe(decided.reason, call, settings), 0)
+
+
+def warn_once(decided: Route, settings: Settings) -> None:
+    """Says that a prompt which explain() calls "pbs" took another route."""
+    if torch.compiler.is_compiling():
+        _warn_in_trace(settings.name, decided.kind, decided.reason)
+    else:
+        _warn(settings.name, decided.kind, decided.reason)
+
+
+@torch.compiler.assume_constant_result
+def _count_trace(name: str, kind: str, reason: str) -> None:
+    _add(name, kind, re.sub(r"\{.*?\}", "...", reason), 1)
+
+
+@torch.compiler.assume_constant_result
+def _warn_in_trace(name: str, kind: str, reason: str) -> None:
+    _warn(name, kind, reason)
+
+
+def _add(name: str, kind: str, reason: str, column: int) -> None:
+    with _lock:
+        _calls.setdefault((name, kind, reason), [0, 0])[column] += 1
+
+
+def _warn(name: str, kind: str, reason: str) -> None:
+    with _lock:
+        is_known = (name, reason) in _warned
+        _warned.add((name, reason))
+    if not is_known:
+        warnings.warn(
+            f"a long prompt took {kind} instead of PBS, and others may have: {reason}. "
+            "pbs_attn.transformers.routes() counts the calls; this is said once for each reason",
+            stacklevel=4,
+        )

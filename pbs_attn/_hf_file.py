@@ -1,0 +1,74 @@
+"""What the file of a transformers model says about its attention layers."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
+
+
+@torch.compiler.assume_constant_result
+def uses_interface(file_name: str) -> bool:
+    """Whether the model of a configuration_*.py or modeling_*.py works with a registered name.
+
+    transformers builds its masks for every model and checks no name that somebody registered; a
+    model that computes attention by itself would read a missing mask as one that hides nothing.
+    """
+    classes = _model_classes(file_name)
+    if classes is None or any(
+        getattr(cls, "_supports_attention_backend", False) for cls in classes
+    ):
+        return True
+    return _any_supports_sdpa(classes) and hasattr(_file(file_name), "ALL_ATTENTION_FUNCTIONS")
+
+
+@torch.compiler.assume_constant_result
+def supports_sdpa(file_name: str) -> bool:
+    """Whether SDPA computes what the model of that file asks for. If not, its layers may compute
+    on the mask too, so they must get the one that eager attention gets: additive, never None."""
+    classes = _model_classes(file_name)
+    return classes is None or _any_supports_sdpa(classes)
+
+
+def eager_function(layer_type: type) -> Callable[..., Any] | None:
+    """The eager attention function beside the class, or beside one that it inherits from."""
+    for cls in layer_type.__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def calls_interface(layer_type: type) -> bool:
+    """Whether the layer looks its attention function up in transformers' table."""
+    code = getattr(inspect.unwrap(layer_type.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def mask_makers(layer_type: type) -> list[str]:
+    """Names of the functions of transformers.masking_utils that the file makes its masks by. A few
+    models of transformers 4 have none: they build a mask by themselves, always explicit."""
+    names = vars(sys.modules.get(layer_type.__module__, object))
+    return [name for name in names if name.startswith("create_") and "mask" in name]
+
+
+def _any_supports_sdpa(classes: list[type]) -> bool:
+    return any(getattr(cls, "_supports_sdpa", False) for cls in classes)
+
+
+def _file(file_name: str) -> Any:
+    return sys.modules.get(file_name.replace("configuration_", "modeling_"))
+
+
+def _model_classes(file_name: str) -> list[type] | None:
+    """None where the file is not one of a model, or was not loaded."""
+    file = _file(file_name)
+    if file is None or "modeling_" not in file.__name__:
+        return None
+    classes = [cls for cls in vars(file).values() if isinstance(cls, type)]
+    return [cls for cls in classes if cls.__module__ == file.__name__]
