@@ -18,6 +18,10 @@ VOCABULARY = 97
 # How older transformers tell a mask function where the queries stand.
 HAS_CACHE_POSITION = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
 
+# The name of the argument that takes the cache.
+FORWARD = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in FORWARD else "past_key_values"
+
 ATOL = 1e-4  # of logits around 3, float32, against another order of summation
 
 

@@ -9,10 +9,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
-from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
-
 from hf_models import (  # noqa: E402
     ATOL,
+    CACHE,
     EXACT,
     FAMILIES,
     HAS_CACHE_POSITION,
@@ -25,10 +24,12 @@ from hf_models import (  # noqa: E402
     logits,
     tokens,
 )
+from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
 import pbs_attn.transformers as integration  # noqa: E402
 from pbs_attn._hf_explain import is_attention  # noqa: E402
 from pbs_attn._hf_route import Call, Settings, route  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def registered():
@@ -166,7 +167,7 @@ def test_mask_given_in_four_dimensions(op_layers):
 def prefill_in_chunks(model, input_ids, lengths, cache):
     return torch.cat(
         [
-            logits(model, chunk, past_key_values=cache, use_cache=True)
+            logits(model, chunk, use_cache=True, **{CACHE: cache})
             for chunk in input_ids.split(lengths, dim=1)
         ],
         dim=1,

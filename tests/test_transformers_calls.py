@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
 from hf_models import (  # noqa: E402
+    CACHE,
     EXACT,
     HAS_CACHE_POSITION,
     MIN_TOKENS,
@@ -310,8 +311,7 @@ def packed(model):
 
 def in_a_static_cache(model):
     cache = transformers.StaticCache(config=model.config, max_cache_len=NUM_TOKENS + 9)
-    name = "past_key_values" if HAS_CACHE_POSITION else "cache"
-    return logits(model, tokens(), **{name: cache})
+    return logits(model, tokens(), **{CACHE: cache})
 
 
 def with_gradients(model):

@@ -64,9 +64,8 @@ def python_messages(path):
 
 
 def reasons():
-    """(place, template) of what explain() can say, from the two files that decide."""
-    route, explain = (ROOT / "pbs_attn" / f"_hf_{name}.py" for name in ("route", "explain"))
-    for path in (route, explain):
+    """(place, template) of what explain() can say, from the files that decide."""
+    for path in (ROOT / "pbs_attn" / f"_hf_{name}.py" for name in ("route", "explain", "file")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             texts = []
