@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from ._autograd import is_differentiated
-from ._hf_file import eager_function, mask_makers, supports_sdpa
+from ._hf_file import keywords, mask_makers, supports_sdpa
 from ._hf_route import DTYPES, Call
+
+# Keywords by which an attention layer hands on its attention sinks.
+_SINKS = {"s_aux", "sinks"}
 
 # Parameters by which an attention layer takes the states that it attends to from elsewhere.
 _CROSS_ATTENTION = ("cross_attention_states", "encoder_hidden_states", "key_value_states")
@@ -40,7 +43,7 @@ def describe_call(
         window=kwargs.get("sliding_window"),
         supports_sdpa=supports_sdpa(type(module).__module__),
         has_softcap=kwargs.get("softcap") is not None,
-        has_sinks=_any_given(kwargs, "s_aux", "sinks") or _has(module, "sinks"),
+        has_sinks=_any_given(kwargs, *_SINKS) or _has(module, "sinks"),
         has_head_mask=kwargs.get("head_mask") is not None,
         has_position_bias=kwargs.get("position_bias") is not None,
         selects_keys=_any_given(kwargs, "indices", "block_indices"),
@@ -68,6 +71,7 @@ def foresee_call(
         head_dim = (_first_given((config, "hidden_size")) or 0) // num_heads
     softcap = _first_given((module, "attn_logit_softcapping"), (config, "attn_logit_softcapping"))
     device_type = _device_type(module, model)
+    names = keywords(type(module))
     return Call(
         num_queries=num_tokens,
         num_keys=num_tokens,
@@ -80,16 +84,24 @@ def foresee_call(
         window=_window(module, config),
         supports_sdpa=supports_sdpa(type(module).__module__),
         has_softcap=softcap is not None,
-        has_sinks=_has(module, "sinks"),
-        has_position_bias=_adds_position_bias(module),
-        selects_keys=_has(module, "indexer"),
+        has_sinks=_has(module, "sinks") if hasattr(module, "sinks") else bool(names & _SINKS),
+        has_position_bias="position_bias" in names,
+        selects_keys=_hands_over_its_keys(module),
         is_training=module.training,
     )
 
 
 def always_masked(module: torch.nn.Module) -> bool:
-    """Whether the model builds its mask by itself, and so gives one for a plain prompt too."""
-    return not mask_makers(type(module))
+    """Whether the layer gets a mask for a plain prompt too: its model builds masks by itself, or it
+    makes one of the keys that its indexer has selected."""
+    selects_by_mask = _has(module, "indexer") and not _hands_over_its_keys(module)
+    return selects_by_mask or not mask_makers(type(module))
+
+
+def _hands_over_its_keys(module: torch.nn.Module) -> bool:
+    """Whether the layer tells its attention function which keys it has selected."""
+    names = keywords(type(module))
+    return "indices" in names or ("block_indices" in names and _has(module, "indexer"))
 
 
 def _is_causal(module: torch.nn.Module) -> bool | None:
@@ -117,13 +129,6 @@ def _operand_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None
     return dtypes[0] if all(dtype == dtypes[0] for dtype in dtypes) else None
 
 
-def _adds_position_bias(module: torch.nn.Module) -> bool:
-    if hasattr(module, "has_relative_attention_bias"):
-        return True
-    eager = eager_function(type(module))
-    return eager is not None and "position_bias" in inspect.signature(eager).parameters
-
-
 def _device_type(module: torch.nn.Module, model: torch.nn.Module) -> str:
     """Where the layer computes. Offloaded weights are on the meta device between calls; the hook
     that accelerate puts on a module knows where they are brought to."""
@@ -140,20 +145,22 @@ def _device_type(module: torch.nn.Module, model: torch.nn.Module) -> str:
 
 def _window(module: torch.nn.Module, config: Any) -> int | None:
     """How many keys the layer's window (or chunk) holds; None without one."""
-    makers = mask_makers(type(module))
-    if makers and not any("sliding" in name or "chunk" in name for name in makers):
-        return None  # the config has a window, but the model makes no mask of it
     if getattr(module, "is_sliding", True) is False:
         return None
     if hasattr(module, "sliding_window"):
         return module.sliding_window
+    if "sliding_window" in keywords(type(module)):
+        return getattr(config, "sliding_window", None)
+    makers = mask_makers(type(module))
+    if makers and not any("sliding" in name or "chunk" in name for name in makers):
+        return None  # the config has a window, but the model makes no mask of it
     attributes = {
         "sliding_attention": "sliding_window",
         "chunked_attention": "attention_chunk_size",
     }
-    layer_types = getattr(config, "layer_types", None) or ()
+    layer_types = getattr(config, "layer_types", None)
     layer_idx = getattr(module, "layer_idx", None)
-    if layer_idx is not None and any(kind in attributes for kind in layer_types):
+    if layer_types and layer_idx is not None:
         attribute = attributes.get(layer_types[layer_idx])
         return getattr(config, attribute, None) if attribute else None
     return _first_given((config, "sliding_window"), (config, "attention_chunk_size"))

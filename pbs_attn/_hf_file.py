@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -46,8 +47,23 @@ def eager_function(layer_type: type) -> Callable[..., Any] | None:
 
 def calls_interface(layer_type: type) -> bool:
     """Whether the layer looks its attention function up in transformers' table."""
-    code = getattr(inspect.unwrap(layer_type.forward), "__code__", None)
+    code = _forward_code(layer_type)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def keywords(layer_type: type) -> set[str]:
+    """Names of the keyword arguments in the layer's forward, those of its attention function among
+    them. An upper bound: any other string there counts as well."""
+    code = _forward_code(layer_type)
+    if code is None or not calls_interface(layer_type):
+        return set()
+    # Python keeps the names of a call as one tuple, or each as a string, as its version goes.
+    constants = [c if isinstance(c, tuple) else (c,) for c in code.co_consts]
+    return {name for names in constants for name in names if isinstance(name, str)}
+
+
+def _forward_code(layer_type: type) -> CodeType | None:
+    return getattr(inspect.unwrap(layer_type.forward), "__code__", None)
 
 
 def mask_makers(layer_type: type) -> list[str]:
