@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
-from types import CodeType
-from typing import Any
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
+
+
+class Abilities(NamedTuple):
+    """What the classes of a file declare."""
+
+    uses_interface: bool
+    supports_sdpa: bool
 
 
 @torch.compiler.assume_constant_result
@@ -20,20 +28,31 @@ def uses_interface(file_name: str) -> bool:
     transformers builds its masks for every model and checks no name that somebody registered; a
     model that computes attention by itself would read a missing mask as one that hides nothing.
     """
-    classes = _model_classes(file_name)
-    if classes is None or any(
-        getattr(cls, "_supports_attention_backend", False) for cls in classes
-    ):
-        return True
-    return _any_supports_sdpa(classes) and hasattr(_file(file_name), "ALL_ATTENTION_FUNCTIONS")
+    return _abilities_of(file_name).uses_interface
 
 
 @torch.compiler.assume_constant_result
 def supports_sdpa(file_name: str) -> bool:
     """Whether SDPA computes what the model of that file asks for. If not, its layers may compute
     on the mask too, so they must get the one that eager attention gets: additive, never None."""
-    classes = _model_classes(file_name)
-    return classes is None or _any_supports_sdpa(classes)
+    return _abilities_of(file_name).supports_sdpa
+
+
+def _abilities_of(file_name: str) -> Abilities:
+    file = sys.modules.get(file_name.replace("configuration_", "modeling_"))
+    if file is None or "modeling_" not in file.__name__:
+        return Abilities(uses_interface=True, supports_sdpa=True)  # not the file of a model
+    return _read_abilities(file)
+
+
+@functools.cache
+def _read_abilities(file: ModuleType) -> Abilities:
+    classes = [cls for cls in vars(file).values() if isinstance(cls, type)]
+    classes = [cls for cls in classes if cls.__module__ == file.__name__]
+    has_backend = any(getattr(cls, "_supports_attention_backend", False) for cls in classes)
+    has_sdpa = any(getattr(cls, "_supports_sdpa", False) for cls in classes)
+    has_table = hasattr(file, "ALL_ATTENTION_FUNCTIONS")
+    return Abilities(has_backend or (has_sdpa and has_table), has_sdpa)
 
 
 def eager_function(layer_type: type) -> Callable[..., Any] | None:
@@ -71,20 +90,3 @@ def mask_makers(layer_type: type) -> list[str]:
     models of transformers 4 have none: they build a mask by themselves, always explicit."""
     names = vars(sys.modules.get(layer_type.__module__, object))
     return [name for name in names if name.startswith("create_") and "mask" in name]
-
-
-def _any_supports_sdpa(classes: list[type]) -> bool:
-    return any(getattr(cls, "_supports_sdpa", False) for cls in classes)
-
-
-def _file(file_name: str) -> Any:
-    return sys.modules.get(file_name.replace("configuration_", "modeling_"))
-
-
-def _model_classes(file_name: str) -> list[type] | None:
-    """None where the file is not one of a model, or was not loaded."""
-    file = _file(file_name)
-    if file is None or "modeling_" not in file.__name__:
-        return None
-    classes = [cls for cls in vars(file).values() if isinstance(cls, type)]
-    return [cls for cls in classes if cls.__module__ == file.__name__]
