@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import is_differentiated
-from ._hf_file import keywords, mask_makers, supports_sdpa
+from ._hf_file import keywords, mask_makers, needs_mask, supports_sdpa, uses_interface
 from ._hf_route import DTYPES, Call
 
 # Keywords by which an attention layer hands on its attention sinks.
@@ -31,6 +31,7 @@ def describe_call(
 ) -> Call:
     """The call that `module` makes of its attention function."""
     device_type = query.device.type
+    file_name = type(module).__module__
     return Call(
         num_queries=query.shape[2],
         num_keys=key.shape[2],
@@ -41,7 +42,8 @@ def describe_call(
         is_causal=_is_causal(module) if is_causal is None else is_causal,
         has_mask=attention_mask is not None,
         window=kwargs.get("sliding_window"),
-        supports_sdpa=supports_sdpa(type(module).__module__),
+        uses_interface=uses_interface(file_name),
+        supports_sdpa=supports_sdpa(file_name),
         has_softcap=kwargs.get("softcap") is not None,
         has_sinks=_any_given(kwargs, *_SINKS) or _has(module, "sinks"),
         has_head_mask=kwargs.get("head_mask") is not None,
@@ -72,6 +74,7 @@ def foresee_call(
     softcap = _first_given((module, "attn_logit_softcapping"), (config, "attn_logit_softcapping"))
     device_type = _device_type(module, model)
     names = keywords(type(module))
+    file_name = type(module).__module__
     return Call(
         num_queries=num_tokens,
         num_keys=num_tokens,
@@ -80,9 +83,10 @@ def foresee_call(
         dtype=_operand_dtype(device_type, model.dtype),
         device_type=device_type,
         is_causal=_is_causal(module),
-        has_mask=always_masked(module),
+        has_mask=always_masked(module) or _is_masked_from_outside(module, model),
         window=_window(module, config),
-        supports_sdpa=supports_sdpa(type(module).__module__),
+        uses_interface=uses_interface(file_name),
+        supports_sdpa=supports_sdpa(file_name),
         has_softcap=softcap is not None,
         has_sinks=_has(module, "sinks") if hasattr(module, "sinks") else bool(names & _SINKS),
         has_position_bias="position_bias" in names,
@@ -93,9 +97,18 @@ def foresee_call(
 
 def always_masked(module: torch.nn.Module) -> bool:
     """Whether the layer gets a mask for a plain prompt too: its model builds masks by itself, or it
-    makes one of the keys that its indexer has selected."""
+    makes one of the mask that it got, or of the keys that its indexer has selected."""
     selects_by_mask = _has(module, "indexer") and not _hands_over_its_keys(module)
-    return selects_by_mask or not mask_makers(type(module))
+    file_name = type(module).__module__
+    return selects_by_mask or needs_mask(file_name) or not mask_makers(type(module))
+
+
+def _is_masked_from_outside(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a model around the one of the layer builds its mask, as some of transformers 4 do."""
+    return any(
+        hasattr(around, "_update_causal_mask") and module in set(around.modules())
+        for around in model.modules()
+    )
 
 
 def _hands_over_its_keys(module: torch.nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ._hf_call import foresee_call
-from ._hf_file import NO_INTERFACE, calls_interface, uses_interface
+from ._hf_file import calls_interface
 from ._hf_route import REGISTERED, describe, route
 from ._hf_table import format_table
 
@@ -81,8 +81,6 @@ def _explain_layer(
     if implementation not in REGISTERED:
         reason = f"attn_implementation is {implementation!r}, which was not given to register()"
         return LayerRoute(layer_idx, name, str(implementation), reason)
-    if not uses_interface(type(module).__module__):
-        return LayerRoute(layer_idx, name, "unsupported", NO_INTERFACE)
     settings = REGISTERED[implementation]
     call = foresee_call(module, model, config, num_tokens)
     kind, reason = route(call, settings)

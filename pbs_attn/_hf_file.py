@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
-
 
 class Abilities(NamedTuple):
     """What the classes of a file declare."""
 
     uses_interface: bool
     supports_sdpa: bool
+    computes_on_masks: bool
 
 
 @torch.compiler.assume_constant_result
@@ -38,10 +37,17 @@ def supports_sdpa(file_name: str) -> bool:
     return _abilities_of(file_name).supports_sdpa
 
 
+@torch.compiler.assume_constant_result
+def needs_mask(file_name: str) -> bool:
+    """Whether the attention layers of that file compute on their mask, so that a missing one would
+    hide nothing. Files of transformers 5 say so themselves, where they ask for the mask."""
+    return _abilities_of(file_name).computes_on_masks
+
+
 def _abilities_of(file_name: str) -> Abilities:
     file = sys.modules.get(file_name.replace("configuration_", "modeling_"))
     if file is None or "modeling_" not in file.__name__:
-        return Abilities(uses_interface=True, supports_sdpa=True)  # not the file of a model
+        return Abilities(True, True, False)  # not the file of a model
     return _read_abilities(file)
 
 
@@ -52,7 +58,15 @@ def _read_abilities(file: ModuleType) -> Abilities:
     has_backend = any(getattr(cls, "_supports_attention_backend", False) for cls in classes)
     has_sdpa = any(getattr(cls, "_supports_sdpa", False) for cls in classes)
     has_table = hasattr(file, "ALL_ATTENTION_FUNCTIONS")
-    return Abilities(has_backend or (has_sdpa and has_table), has_sdpa)
+    computes_on_masks = any(calls_interface(cls) and _computes_on_masks(cls) for cls in classes)
+    return Abilities(has_backend or (has_sdpa and has_table), has_sdpa, computes_on_masks)
+
+
+def _computes_on_masks(layer_type: type) -> bool:
+    """Whether a method of the layer's own makes a mask of the one that it takes."""
+    methods = [m for name, m in vars(layer_type).items() if "mask" in name and callable(m)]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
+    return any(code is not None and "attention_mask" in code.co_varnames for code in codes)
 
 
 def eager_function(layer_type: type) -> Callable[..., Any] | None:
@@ -82,7 +96,8 @@ def keywords(layer_type: type) -> set[str]:
 
 
 def _forward_code(layer_type: type) -> CodeType | None:
-    return getattr(inspect.unwrap(layer_type.forward), "__code__", None)
+    forward = getattr(layer_type, "forward", None)
+    return None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
 
 
 def mask_makers(layer_type: type) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ._hf_file import NO_INTERFACE, supports_sdpa, uses_interface
+from ._hf_file import needs_mask, supports_sdpa, uses_interface
+from ._hf_route import NO_INTERFACE
 
 
 def make_mask_function(masking_utils) -> Callable:
@@ -36,6 +37,7 @@ def make_mask_function(masking_utils) -> Callable:
         allow_skip = allow_is_causal_skip or "cache_position" in kwargs
         if (
             make_mask is masking_utils.sdpa_mask
+            and not needs_mask(file_name)
             and allow_skip
             and _equals(kv_offset, 0)
             and _is_causal_only(mask_function, kv_length, masking_utils, kwargs.get("local_size"))

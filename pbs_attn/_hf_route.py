@@ -10,6 +10,8 @@ import torch
 from ._library import has_kernel
 from .config import HEAD_DIMS, PBSConfig
 
+NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +44,7 @@ class Call(NamedTuple):
     is_causal: bool | None
     has_mask: bool
     window: int | None
+    uses_interface: bool = True
     supports_sdpa: bool = True
     has_softcap: bool = False
     has_sinks: bool = False
@@ -79,6 +82,8 @@ def describe(reason: str, call: Call, settings: Settings) -> str:
 
 
 def _why_unsupported(call: Call) -> str | None:
+    if not call.uses_interface:
+        return NO_INTERFACE
     if call.selects_keys:
         return "the layer selects its own keys (an indexer)"
     if call.has_paged_cache:

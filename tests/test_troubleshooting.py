@@ -65,7 +65,7 @@ def python_messages(path):
 
 def reasons():
     """(place, template) of what explain() can say, from the files that decide."""
-    for path in (ROOT / "pbs_attn" / f"_hf_{name}.py" for name in ("route", "explain", "file")):
+    for path in (ROOT / "pbs_attn" / f"_hf_{name}.py" for name in ("route", "explain")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             texts = []
