@@ -11,10 +11,7 @@ from torch import Tensor
 
 def _fold(tensor: Tensor, in_dim: int | None, size: int, is_row_strided: bool) -> Tensor:
     """(..., size, ...) or, not vmapped, (batch, ...) as (size * batch, ...)."""
-    if in_dim is None:
-        batched = tensor.expand(size, *tensor.shape)
-    else:
-        batched = tensor.movedim(in_dim, 0)
+    batched = tensor.expand(size, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
     if batched.dim() < 2:
         return batched  # a number, which the operator refuses
     folded = batched.flatten(0, 1)

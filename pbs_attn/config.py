@@ -24,9 +24,9 @@ class PBSConfig:
             both block sizes.
         threshold: share of the mass, estimated per query block, that the selected key blocks must
             reach, in (0, 1]. 1 visits everything. With ``mass="block"`` a much smaller number, at
-            most 0.5, or 1: the least share of a single block. Shares of different masses and scores mean
-            different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``, 0.9
-            with ``"earlier"``.
+            most 0.5, or 1: the least share of a single block. Shares of different masses and scores
+            mean different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``,
+            0.9 with ``"earlier"``.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important

@@ -7,6 +7,7 @@ torch.compile and torch.export; lengths may be symbolic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,27 +151,6 @@ def _inference_only(name: str) -> Callable:
     return forward
 
 
-# The operands that must share a dtype; k_mean and the scores stay float32 under autocast.
-_CAST = ("q", "k", "v", "k_perm", "v_perm")
-_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -> Callable:
-    op = getattr(torch.ops.pbs, name).default
-    is_cast = [argument.name in _CAST for argument in op._schema.arguments]
-
-    def forward(*args, **kwargs):
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            arg.to(dtype) if casts and isinstance(arg, Tensor) and arg.dtype in _CAST_DTYPES else arg
-            for arg, casts in zip(args, is_cast, strict=False)
-        ]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*cast, **kwargs)
-
-    return forward
-
-
 def _kind(tensor: Tensor) -> str:
     """What a tensor is, in a word: "strided" if it is dense."""
     if tensor.is_nested:
@@ -182,17 +162,43 @@ def _has_kernel(tensor: Tensor) -> bool:
     return _kind(tensor) == "strided" and tensor.device.type in ("cpu", "cuda", "meta")
 
 
+# The operands that must share a dtype; k_mean and the scores stay float32 under autocast.
+_CAST = ("q", "k", "v", "k_perm", "v_perm")
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_castable(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and _has_kernel(arg) and arg.dtype in _CAST_DTYPES
+
+
+def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -> Callable:
+    op = getattr(torch.ops.pbs, name).default
+    is_cast = [argument.name in _CAST for argument in op._schema.arguments]
+
+    def forward(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [
+            arg.to(dtype) if casts and _is_castable(arg) else arg
+            for arg, casts in zip(args, is_cast, strict=False)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*cast, **kwargs)
+
+    return forward
+
+
 def _refuse_layout(name: str) -> Callable:
     names = [argument.name for argument in getattr(torch.ops.pbs, name).default._schema.arguments]
 
     # Runs for every kind of tensor and device that has no kernel of its own.
     def forward(*args, **kwargs):
-        tensors = [(n, t) for n, t in zip(names, args, strict=False) if isinstance(t, Tensor)]
-        argument, tensor = next((n, t) for n, t in tensors if not _has_kernel(t))
-        raise RuntimeError(
-            f"{argument} must be a dense tensor on the CPU or a CUDA GPU, "
-            f"got {_kind(tensor)} on {tensor.device}"
-        )
+        for argument, tensor in zip(names, args, strict=False):
+            if isinstance(tensor, Tensor) and not _has_kernel(tensor):
+                raise RuntimeError(
+                    f"{argument} must be a dense tensor on the CPU or a CUDA GPU, "
+                    f"got {_kind(tensor)} on {tensor.device}"
+                )
+        raise RuntimeError(f"{names[0]} must be a tensor, got None")
 
     return forward
 
