@@ -266,9 +266,9 @@ struct StageOps {
   static void check_permuted(const char* name, const Tensor& t, const Tensor& k,
                              const Problem& problem) {
     check_same_device(name, t, "k", k);
-    if (t.scalar_type() != k.scalar_type()) {
-      fail(name, " must have the dtype of k (", dtype_text(k.scalar_type()), "), got ",
-           dtype_text(t.scalar_type()));
+    if (dtype_of(t) != dtype_of(k)) {
+      fail(name, " must have the dtype of k (", dtype_text(dtype_of(k)), "), got ",
+           dtype_text(dtype_of(t)));
     }
     check_ndim(name, t, 4, "(batch, heads, tokens, head_dim)");
     check_size(name, t, 0, problem.batch, "batch of q");

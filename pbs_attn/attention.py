@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # registers torch.ops.pbs  # noqa: F401
-from .config import PBSConfig
+from .config import PBSConfig, check_config
 
 _DEFAULT = PBSConfig()
 
@@ -28,7 +28,8 @@ def attention(
     queries, and flash attention visits the selected blocks and each query's own segment. What is
     visited is computed exactly. Differs from ``scaled_dot_product_attention`` in three ways: the
     causal mask is aligned to the bottom right (query i of Nq stands at position Nkv - Nq + i), as
-    in chunked prefill; grouped heads need no flag; and there is no backward.
+    in chunked prefill; grouped heads need no flag; and there is no derivative, neither backward
+    nor forward-mode. ``torch.vmap`` takes the vmapped dimension as more batch.
 
     The selection looks at the last queries of the call, so an earlier row may attend to other
     blocks when a later token changes; with the selection fixed, rows stay causal.
@@ -48,9 +49,12 @@ def attention(
         (batch, query heads, Nq, head_dim) in the dtype and memory order of ``query``.
 
     Raises:
-        RuntimeError: if an argument breaks a rule above, requires grad in grad mode, or lives on
-            a device without a kernel.
+        RuntimeError: if an argument breaks a rule above, requires grad in grad mode, carries a
+            forward-mode tangent, or is of a kind (sparse, nested, quantized) or on a device
+            without a kernel.
+        TypeError: if ``config`` is no PBSConfig.
     """
+    check_config(config)
     return torch.ops.pbs.attention(
         query, key, value, is_causal=is_causal, scale=scale, **config.op_kwargs()
     )
@@ -81,6 +85,7 @@ def select(
 
     Takes the arguments of :func:`attention` and raises the same errors.
     """
+    check_config(config)
     pbs = torch.ops.pbs
     scores = pbs.score_keys(
         query,

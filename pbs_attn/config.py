@@ -24,9 +24,9 @@ class PBSConfig:
             both block sizes.
         threshold: share of the mass, estimated per query block, that the selected key blocks must
             reach, in (0, 1]. 1 visits everything. With ``mass="block"`` a much smaller number, at
-            most 0.5: the least share of a single block. Shares of different masses and scores mean
-            different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``, 0.9
-            with ``"earlier"``.
+            most 0.5, or 1: the least share of a single block. Shares of different masses and scores
+            mean different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``,
+            0.9 with ``"earlier"``.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important
@@ -147,11 +147,19 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
 
 
 def check_threshold(name: str, threshold: float, mass: str) -> None:
-    """Raises ValueError unless `mass` may be compared with it."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {threshold}")
-    if mass == "block" and 0.5 < threshold < 1:
+    """Raises ValueError, with the range of this mass, unless `mass` may be compared with it."""
+    most = 0.5 if mass == "block" else 1
+    if 0 < threshold <= most or threshold == 1:
+        return
+    if mass == "block":
         raise ValueError(f'{name} must lie in (0, 0.5] or be 1 with mass "block", got {threshold}')
+    raise ValueError(f"{name} must lie in (0, 1], got {threshold}")
+
+
+def check_config(config: object) -> None:
+    """Raises TypeError unless it is a PBSConfig."""
+    if not isinstance(config, PBSConfig):
+        raise TypeError(f"config must be a PBSConfig, got {type(config).__name__}")
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:

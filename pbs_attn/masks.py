@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import PBSConfig
+from .config import PBSConfig, check_config
 
 _BITS = 32
 
@@ -90,7 +90,16 @@ def candidate_blocks(
         two int64 tensors (query blocks): candidates (key blocks of the segments before the query
         block's own) and own blocks, the last of which may be visible in part. Without a causal
         mask: the blocks of all complete segments, and those of the incomplete tail.
+
+    Raises:
+        TypeError: if ``config`` is no PBSConfig.
+        ValueError: if there are more queries than keys.
     """
+    check_config(config)
+    if num_queries > num_keys:
+        raise ValueError(
+            f"num_queries must be no more than num_keys ({num_keys}), got {num_queries}"
+        )
     first = torch.arange(0, num_queries, config.block_size) + num_keys - num_queries
     last = (first + config.block_size).clamp(max=num_keys)
     if not is_causal:
@@ -98,6 +107,20 @@ def candidate_blocks(
     own_begin = first // config.segment_size * config.segment_size
     num_own = -(-(last - own_begin) // config.key_block_size)
     return own_begin // config.key_block_size, num_own
+
+
+def _check_query_blocks(block_mask: Tensor, num_query_blocks: int) -> None:
+    shape = tuple(block_mask.shape)
+    if len(shape) != 4:
+        raise ValueError(
+            "block_mask must have 4 dimensions (batch, heads, query blocks, words), "
+            f"got {len(shape)} {shape}"
+        )
+    if shape[2] != num_query_blocks:
+        raise ValueError(
+            f"block_mask must have size {num_query_blocks} in dimension 2 (query blocks), "
+            f"got {shape}"
+        )
 
 
 def density(
@@ -117,10 +140,22 @@ def density(
         block_mask: (batch, query heads, query blocks, words) int32.
         num_queries: Nq.
         num_keys: Nkv.
+        is_causal: as of the call that made the mask.
+        config: the one that the mask was made with. A mask does not say so itself: with another
+            ``segment_size``, or a ``kv_block_size`` that needs as many words, the result is wrong
+            without an error.
 
     Returns:
         (batch, query heads) float32.
+
+    Raises:
+        TypeError: if ``config`` is no PBSConfig.
+        ValueError: if there are more queries than keys, or if the mask is not int32, or does not
+            have four dimensions, the query blocks of ``num_queries`` and ``block_size``, or the
+            words of ``num_keys`` and ``kv_block_size``.
     """
+    check_config(config)
+    _check_query_blocks(block_mask, -(-num_queries // config.block_size))
     num_kv_blocks = -(-num_keys // config.key_block_size)
     candidates, num_own = (
         t.to(block_mask.device)

@@ -7,11 +7,15 @@ torch.compile and torch.export; lengths may be symbolic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from . import _library
+from ._autograd import carries_tangent, requires_backward
+from ._vmap import batching_rule
 
 _library.load()
 
@@ -128,13 +132,18 @@ def _(
 def _inference_only(name: str) -> Callable:
     op = getattr(torch.ops.pbs, name).default
 
+    # Under functional transforms this runs once a level, on the tensors of that level.
     def forward(*args, **kwargs):
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in (*args, *kwargs.values())
-        ):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if requires_backward(tensors):
             raise RuntimeError(
                 f"pbs::{name} has no backward: inputs must not require grad in grad mode, "
                 "got one that does; wrap the call in torch.no_grad()"
+            )
+        if carries_tangent(tensors):
+            raise RuntimeError(
+                f"pbs::{name} has no derivative: inputs must not carry a forward-mode tangent, "
+                "got one that does"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
@@ -142,9 +151,24 @@ def _inference_only(name: str) -> Callable:
     return forward
 
 
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is, in a word: "strided" if it is dense."""
+    if tensor.is_nested:
+        return "nested"
+    return "quantized" if tensor.is_quantized else str(tensor.layout).rpartition(".")[2].lstrip("_")
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return _kind(tensor) == "strided" and tensor.device.type in ("cpu", "cuda", "meta")
+
+
 # The operands that must share a dtype; k_mean and the scores stay float32 under autocast.
 _CAST = ("q", "k", "v", "k_perm", "v_perm")
 _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_castable(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and _has_kernel(arg) and arg.dtype in _CAST_DTYPES
 
 
 def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -> Callable:
@@ -154,7 +178,7 @@ def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -
     def forward(*args, **kwargs):
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
-            arg.to(dtype) if casts and arg.dtype in _CAST_DTYPES else arg
+            arg.to(dtype) if casts and _is_castable(arg) else arg
             for arg, casts in zip(args, is_cast, strict=False)
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
@@ -163,8 +187,36 @@ def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -
     return forward
 
 
+def _refuse_layout(name: str) -> Callable:
+    names = [argument.name for argument in getattr(torch.ops.pbs, name).default._schema.arguments]
+
+    # Runs for every kind of tensor and device that has no kernel of its own.
+    def forward(*args, **kwargs):
+        for argument, tensor in zip(names, args, strict=False):
+            if isinstance(tensor, Tensor) and not _has_kernel(tensor):
+                raise RuntimeError(
+                    f"{argument} must be a dense tensor on the CPU or a CUDA GPU, "
+                    f"got {_kind(tensor)} on {tensor.device}"
+                )
+        raise RuntimeError(f"{names[0]} must be a tensor, got None")
+
+    return forward
+
+
+def _of_subclass(call: Callable) -> Callable:
+    return lambda subclass, func, types, args, kwargs: call(*args, **(kwargs or {}))
+
+
 for _name in OPERATORS:
     _registrations.impl(_name, _inference_only(_name), "Autograd")
+    _refuse = _refuse_layout(_name)
+    for _kinds in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+        _registrations.impl(_name, _refuse, _kinds)
+    # A jagged tensor is a Python subclass, which the dispatcher's keys do not tell apart.
+    torch.library.register_torch_dispatch(
+        f"pbs::{_name}", NestedTensor, _of_subclass(_refuse), lib=_registrations
+    )
+    torch.library.register_vmap(f"pbs::{_name}", batching_rule(_name), lib=_registrations)
     for _device_type, _key in (
         ("cpu", torch._C.DispatchKey.AutocastCPU),
         ("cuda", torch._C.DispatchKey.AutocastCUDA),

@@ -200,7 +200,10 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
             "--layers and --densities must go with --preset, got --model",
         ),
         (["--text", "x"], "--text must go with --model: random weights read nothing"),
-        (["--threshold", "2"], "--threshold must lie in (0, 1], got 2.0"),
+        (
+            ["--threshold", "2"],
+            '--threshold must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
+        ),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
     ],
 )

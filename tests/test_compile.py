@@ -121,3 +121,29 @@ def test_out_keeps_the_memory_order_of_q():
     out = pbs_attn.attention(q, k, v)
     assert out.stride() == q.stride()
     assert out.transpose(1, 2).is_contiguous()
+
+
+def test_one_compiled_function_in_every_mode():
+    layer = torch.compile(lambda q, k, v: pbs_attn.attention(q * 1.0, k, v), backend="aot_eager")
+    tensors = inputs()
+    want = pbs_attn.attention(*tensors)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    for _ in range(2):
+        assert torch.equal(layer(*tensors), want)
+        with torch.no_grad():
+            assert torch.equal(layer(*leaves), want)
+        with pytest.raises(RuntimeError, match=r"must not require grad.*torch\.no_grad\(\)"):
+            layer(*leaves)
+        with torch.inference_mode():
+            assert torch.equal(layer(*leaves), want)
+
+
+def test_config_is_checked_without_a_break():
+    def layer(q, k, v, config):
+        return pbs_attn.attention(q, k, v, config=config)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    tensors = inputs()
+    assert torch.equal(compiled(*tensors, CONFIGS[1]), layer(*tensors, CONFIGS[1]))
+    with pytest.raises(Exception, match="config must be a PBSConfig, got dict"):
+        torch.compile(layer, backend="eager")(*tensors, {})

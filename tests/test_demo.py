@@ -197,7 +197,7 @@ def test_help_names_every_option(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threshold", "2"], "threshold must lie in (0, 1], got 2.0"),
+        (["--threshold", "2"], "threshold must lie in (0, 0.5] or be 1 with mass"),
         (["--segment-size", "100"], "segment_size must be a positive multiple"),
         (["--tokens", "100"], "tokens must be at least 1024, got 100"),
         (["--continue", "-1"], "continue must not be negative, got -1"),

@@ -77,3 +77,27 @@ def test_density_of_all_and_none():
     assert pbs_attn.density(everything, 1000, 1000, config=config).item() == 1
     nothing = pbs_attn.density(torch.zeros_like(everything), 1000, 1000, config=config)
     assert nothing.item() == pytest.approx((own.sum() / (own + candidates).sum()).item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_q", "changes", "message"),
+    [
+        ((1, 4, 8, 1), 1024, {"block_size": 64}, r"size 16 in dimension 2 \(query blocks\), got"),
+        ((1, 4, 8, 1), 1100, {}, r"size 9 in dimension 2 \(query blocks\), got \(1, 4, 8, 1\)"),
+        ((1, 4, 1, 1), 1024, {}, r"size 8 in dimension 2 \(query blocks\), got \(1, 4, 1, 1\)"),
+        ((1, 4, 8, 2), 1024, {}, "1 words for 32 key blocks, got 2"),
+        ((4, 8, 1), 1024, {}, r"4 dimensions \(batch, .*words\), got 3 \(4, 8, 1\)"),
+    ],
+)
+def test_density_refuses_masks_of_other_shapes(shape, num_q, changes, message):
+    block_mask = torch.zeros(shape, dtype=torch.int32)
+    config = PBSConfig(**changes)
+    with pytest.raises(ValueError, match=f"block_mask must have {message}"):
+        pbs_attn.density(block_mask, num_q, num_q, config=config)
+
+
+def test_density_refuses_more_queries_than_keys():
+    block_mask = torch.zeros(1, 1, 8, 1, dtype=torch.int32)
+    message = r"num_queries must be no more than num_keys \(1000\), got 1024"
+    with pytest.raises(ValueError, match=message):
+        pbs_attn.density(block_mask, 1024, 1000, config=PBSConfig())

@@ -96,6 +96,7 @@ void check_score_fits(const Problem& problem, const Blocking& blocking, int64_t 
 
 struct CudaBackend {
   static void require([[maybe_unused]] const char* stage, const Tensor& t) {
+    if (!t.defined()) return;  // None, which the checks refuse by its name
 #ifdef PBS_WITH_CUDA
     int capability = 0;
     check_cuda(cuda::compute_capability(t.get_device_index(), &capability),

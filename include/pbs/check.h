@@ -13,13 +13,11 @@
 #include <string>
 
 #include "pbs/bitmask.h"
+#include "pbs/dtype.h"
 #include "pbs/geometry.h"
 #include "pbs/params.h"
 
 namespace pbs {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -43,30 +41,9 @@ inline std::string device_text(const Tensor& t) {
   return text.str();
 }
 
-inline const char* dtype_text(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another dtype";
-  }
-}
-
 // The dtypes a stage takes for q, k and v.
 inline DType check_float_dtype(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
+  switch (dtype_of(t)) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::BFloat16:
@@ -74,18 +51,25 @@ inline DType check_float_dtype(const char* name, const Tensor& t) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      fail(name, " must be float32, bfloat16 or float16, got ", dtype_text(t.scalar_type()));
+      fail(name, " must be float32, bfloat16 or float16, got ", dtype_text(dtype_of(t)));
   }
 }
 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() != dtype) {
-    fail(name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
+  if (dtype_of(t) != dtype) {
+    fail(name, " must be ", dtype_text(dtype), ", got ", dtype_text(dtype_of(t)));
   }
+}
+
+// Python's None, which the dispatcher lets pass.
+inline void check_defined(const char* name, const Tensor& t) {
+  if (!t.defined()) fail(name, " must be a tensor, got None");
 }
 
 inline void check_same_device(const char* name, const Tensor& t, const char* other_name,
                               const Tensor& other) {
+  check_defined(other_name, other);
+  check_defined(name, t);
   if (device_text(t) != device_text(other)) {
     fail(name, " must be on the device of ", other_name, " (", device_text(other), "), got ",
          device_text(t));
@@ -131,9 +115,9 @@ inline void check_num_keys(const char* name, int64_t num_kv) {
 // k (and v) of a pair: same device, dtype and shape.
 inline void check_key_value(const Tensor& k, const Tensor& v) {
   check_same_device("v", v, "k", k);
-  if (v.scalar_type() != k.scalar_type()) {
-    fail("v must have the dtype of k (", dtype_text(k.scalar_type()), "), got ",
-         dtype_text(v.scalar_type()));
+  if (dtype_of(v) != dtype_of(k)) {
+    fail("v must have the dtype of k (", dtype_text(dtype_of(k)), "), got ",
+         dtype_text(dtype_of(v)));
   }
   check_ndim("v", v, 4, "(batch, heads, tokens, head_dim)");
   for (int64_t dim = 0; dim < 4; ++dim) {
@@ -148,9 +132,9 @@ inline Problem check_query_key(const Tensor& q, const Tensor& k) {
   check_same_device("k", k, "q", q);
   Problem problem{};
   problem.dtype = check_float_dtype("q", q);
-  if (k.scalar_type() != q.scalar_type()) {
-    fail("k must have the dtype of q (", dtype_text(q.scalar_type()), "), got ",
-         dtype_text(k.scalar_type()));
+  if (dtype_of(k) != dtype_of(q)) {
+    fail("k must have the dtype of q (", dtype_text(dtype_of(q)), "), got ",
+         dtype_text(dtype_of(k)));
   }
   check_ndim("q", q, 4, "(batch, heads, tokens, head_dim)");
   check_ndim("k", k, 4, "(batch, heads, tokens, head_dim)");
@@ -256,15 +240,14 @@ inline double default_threshold(MassRule rule) {
 }
 
 // 1 visits everything. With kBlock, what makes sense as a share of a sum is refused: hardly any
-// block reaches it by itself.
+// block reaches it by itself. The range in the message is the one of the rule.
 inline double check_threshold(std::optional<double> threshold, MassRule rule) {
   constexpr double kMostOfBlock = 0.5;
   const double value = threshold.value_or(default_threshold(rule));
-  if (!(value > 0.0 && value <= 1.0)) fail("threshold must lie in (0, 1], got ", value);
-  if (rule == MassRule::kBlock && value > kMostOfBlock && value < 1.0) {
-    fail("threshold must lie in (0, ", kMostOfBlock, "] or be 1 with mass \"block\", got ", value);
-  }
-  return value;
+  const double most = rule == MassRule::kBlock ? kMostOfBlock : 1.0;
+  if ((value > 0.0 && value <= most) || value == 1.0) return value;
+  if (rule != MassRule::kBlock) fail("threshold must lie in (0, 1], got ", value);
+  fail("threshold must lie in (0, ", kMostOfBlock, "] or be 1 with mass \"block\", got ", value);
 }
 
 inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
