@@ -11,6 +11,7 @@ from torch import Tensor
 from ._autograd import is_differentiated
 from ._hf_file import keywords, mask_makers, needs_mask, supports_sdpa, uses_interface
 from ._hf_route import DTYPES, Call
+from ._hf_trace import constant_in_traces
 
 # Keywords by which an attention layer hands on its attention sinks.
 _SINKS = {"s_aux", "sinks"}
@@ -128,7 +129,7 @@ def _is_causal(module: torch.nn.Module) -> bool | None:
     return told
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _takes_states_from_elsewhere(layer_type: type) -> bool:
     parameters = inspect.signature(layer_type.forward).parameters
     return any(name in parameters for name in _CROSS_ATTENTION)

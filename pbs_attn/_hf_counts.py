@@ -11,6 +11,7 @@ import torch
 
 from ._hf_route import Call, Route, Settings, describe
 from ._hf_table import format_table
+from ._hf_trace import constant_in_traces
 
 _lock = threading.Lock()
 _calls: dict[tuple[str, str, str], list[int]] = {}  # (name, route, reason) -> [calls, traces]
@@ -83,12 +84,12 @@ def warn_once(decided: Route, settings: Settings) -> None:
         _warn(settings.name, decided.kind, decided.reason)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _count_trace(name: str, kind: str, reason: str) -> None:
     _add(name, kind, re.sub(r"\{.*?\}", "...", reason), 1)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _warn_in_trace(name: str, kind: str, reason: str) -> None:
     _warn(name, kind, reason)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
-import torch
+from ._hf_trace import constant_in_traces
 
 
 class Abilities(NamedTuple):
@@ -20,7 +20,7 @@ class Abilities(NamedTuple):
     computes_on_masks: bool
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def uses_interface(file_name: str) -> bool:
     """Whether the model of a configuration_*.py or modeling_*.py works with a registered name.
 
@@ -30,14 +30,14 @@ def uses_interface(file_name: str) -> bool:
     return _abilities_of(file_name).uses_interface
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def supports_sdpa(file_name: str) -> bool:
     """Whether SDPA computes what the model of that file asks for. If not, its layers may compute
     on the mask too, so they must get the one that eager attention gets: additive, never None."""
     return _abilities_of(file_name).supports_sdpa
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def needs_mask(file_name: str) -> bool:
     """Whether the attention layers of that file compute on their mask, so that a missing one would
     hide nothing. Files of transformers 5 say so themselves, where they ask for the mask."""

@@ -26,7 +26,8 @@ def make_mask_function(masking_utils) -> Callable:
         allow_is_bidirectional_skip: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        file_name = type(kwargs.get("config")).__module__
+        config = kwargs.get("config")
+        file_name = type(config).__module__
         if not uses_interface(file_name):
             raise ValueError(f"attn_implementation must be transformers' own here: {NO_INTERFACE}")
         make_mask = masking_utils.sdpa_mask
@@ -38,6 +39,7 @@ def make_mask_function(masking_utils) -> Callable:
         if (
             make_mask is masking_utils.sdpa_mask
             and not needs_mask(file_name)
+            and not _makes_layers_bidirectional(config)
             and allow_skip
             and _equals(kv_offset, 0)
             and _is_causal_only(mask_function, kv_length, masking_utils, kwargs.get("local_size"))
@@ -58,6 +60,12 @@ def make_mask_function(masking_utils) -> Callable:
         )
 
     return pbs_mask
+
+
+def _makes_layers_bidirectional(config):
+    """Whether the layers say that they are not causal, so that they would take a missing mask for
+    one that hides nothing. The mask may be causal all the same: PaliGemma's is."""
+    return getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
 def _is_readable(tensor):

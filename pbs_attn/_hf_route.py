@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._hf_trace import constant_in_traces
 from ._library import has_kernel
 from .config import HEAD_DIMS, PBSConfig
 
@@ -155,6 +156,6 @@ def _why_no_kernel(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _has_kernel(device_type: str) -> bool:
     return has_kernel("attention", device_type)

@@ -26,8 +26,9 @@ from ._hf_explain import LayerRoute, LayerRoutes, explain
 from ._hf_file import eager_function
 from ._hf_mask import make_mask_function
 from ._hf_route import REGISTERED, Call, Route, Settings, route
+from ._hf_trace import mark
 from .attention import attention
-from .config import PBSConfig
+from .config import PBSConfig, check_config
 
 __all__ = [
     "LayerRoute",
@@ -74,6 +75,7 @@ def register(
     transformers.AttentionMaskInterface.register(name, mask_function)
     transformers.AttentionInterface.register(name, _make_attention_function(settings, sdpa))
     _refuse_continuous_batching()
+    mark()
     REGISTERED[name] = settings
     forget(name)
 
@@ -84,8 +86,7 @@ def _check_register_arguments(name, config, min_tokens):
     # transformers looks for these words in a name and then takes the path of its own function.
     if name == "eager" or any(word in name for word in ("flash", "sdpa", "flex_attention")):
         raise ValueError(f"name must not resemble one of transformers' own, got {name!r}")
-    if not isinstance(config, PBSConfig):
-        raise TypeError(f"config must be a PBSConfig, got {type(config).__name__}")
+    check_config(config)
     if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 1:
         raise ValueError(f"min_tokens must be a positive int, got {min_tokens!r}")
 

@@ -271,6 +271,30 @@ def test_compiled_prefill_that_goes_dense(family):
     assert_same(actual, logits(model, tokens(), "sdpa"))
 
 
+def test_one_compiled_model_in_every_mode():
+    """Neither a mode nor another registration is remembered from an earlier trace."""
+    model = build("llama")
+    expected = {name: logits(model, tokens(), name) for name in ("sdpa", "pbs_sparse")}
+    model.set_attn_implementation("pbs_exact")
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert_same(logits(compiled, tokens()), expected["sdpa"])
+        with torch.inference_mode():
+            assert_same(compiled(tokens()).logits, expected["sdpa"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled(tokens(), labels=tokens()).loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+        model.zero_grad()
+    integration.register("pbs_exact", config=SPARSE, min_tokens=MIN_TOKENS)
+    again = logits(compiled, tokens())
+    torch.compiler.reset()
+    if HAS_CACHE_POSITION:
+        assert_same(again, expected["sdpa"])
+    else:
+        assert_same(again, expected["pbs_sparse"])
+
+
 # Counts and warnings
 
 
