@@ -14,7 +14,6 @@ from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
 import pbs_attn.transformers as integration  # noqa: E402
 from pbs_attn import PBSConfig  # noqa: E402
-from pbs_attn._hf_explain import is_attention  # noqa: E402
 from pbs_attn._hf_route import Call, Settings, route  # noqa: E402
 
 EXACT = PBSConfig(block_size=64, segment_size=128, threshold=1.0)
@@ -108,29 +107,6 @@ def logits(model, input_ids, implementation=None, **kwargs):
 
 def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, atol=ATOL, rtol=1e-4)
-
-
-@pytest.fixture
-def op_layers(monkeypatch):
-    """`op_layers(model)` -> a list that grows by the layer index of each layer that runs the op."""
-
-    def watch(model):
-        current, ran = [], []
-        for module in model.modules():
-            if is_attention(module):
-                module.register_forward_pre_hook(
-                    lambda module, *_: current.append(module.layer_idx)
-                )
-        attention = integration.attention
-
-        def spy(*args, **kwargs):
-            ran.append(current[-1])
-            return attention(*args, **kwargs)
-
-        monkeypatch.setattr(integration, "attention", spy)
-        return ran
-
-    return watch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
