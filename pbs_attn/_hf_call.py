@@ -123,6 +123,8 @@ def _is_causal(module: torch.nn.Module) -> bool | None:
     # A config makes a decoder bidirectional without the knowledge of its layers.
     if getattr(getattr(module, "config", None), "is_causal", True) is False:
         return False
+    if getattr(module, "is_cross_attention", False):
+        return False
     told = getattr(module, "is_causal", None)
     if told is None and _takes_states_from_elsewhere(type(module)):
         return False

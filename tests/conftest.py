@@ -1,15 +1,72 @@
+import functools
+
 import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        return
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    skips = {}
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        skips["gpu"] = pytest.mark.skip(reason="no CUDA GPU of compute capability 9.0")
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="--slow is not given")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU of compute capability 9.0"))
+        for marker, skip in skips.items():
+            if marker in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def op_modules(monkeypatch):
+    """`op_modules(model)` -> two lists that grow while a transformers model runs: the modules that
+    run the op, and all modules that run, by name (or by `label(name, module)`)."""
+    import pbs_attn.transformers as integration
+
+    attention = integration.attention
+    hooks = []
+
+    def watch(model, label=lambda name, module: name):
+        running, ran_op, ran = [], [], []
+
+        def enter(entered, *_):
+            running.append(entered)
+            ran.append(entered)
+
+        def leave(*_):
+            running.pop()
+
+        for name, module in model.named_modules():
+            entering = functools.partial(enter, label(name, module))
+            hooks.append(module.register_forward_pre_hook(entering))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+
+        def spy(*args, **kwargs):
+            ran_op.append(running[-1])
+            return attention(*args, **kwargs)
+
+        monkeypatch.setattr(integration, "attention", spy)
+        return ran_op, ran
+
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def op_layers(op_modules):
+    """`op_layers(model)` -> a list that grows by the layer index of each layer that runs the op."""
+
+    def watch(model):
+        ran_op, _ = op_modules(model, lambda name, module: getattr(module, "layer_idx", None))
+        return ran_op
+
+    return watch

@@ -27,7 +27,6 @@ from hf_models import (  # noqa: E402
 from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
 import pbs_attn.transformers as integration  # noqa: E402
-from pbs_attn._hf_explain import is_attention  # noqa: E402
 from pbs_attn._hf_route import Call, Settings, route  # noqa: E402
 
 
@@ -35,29 +34,6 @@ from pbs_attn._hf_route import Call, Settings, route  # noqa: E402
 def registered():
     integration.register("pbs_exact", config=EXACT, min_tokens=MIN_TOKENS)
     integration.register("pbs_sparse", config=SPARSE, min_tokens=MIN_TOKENS)
-
-
-@pytest.fixture
-def op_layers(monkeypatch):
-    """`op_layers(model)` -> a list that grows by the layer index of each layer that runs the op."""
-
-    def watch(model):
-        current, ran = [], []
-        for module in model.modules():
-            if is_attention(module):
-                module.register_forward_pre_hook(
-                    lambda module, *_: current.append(module.layer_idx)
-                )
-        attention = integration.attention
-
-        def spy(*args, **kwargs):
-            ran.append(current[-1])
-            return attention(*args, **kwargs)
-
-        monkeypatch.setattr(integration, "attention", spy)
-        return ran
-
-    return watch
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,281 @@
+"""A tiny random model of every decoder that the installed transformers has, built from nothing but
+the defaults of its configuration class."""
+
+import inspect
+import re
+
+import torch
+
+VOCABULARY = 97
+WINDOW = 96
+HEAD_DIM = 64
+MAX_PARAMETERS = 40_000_000
+
+# Attribute of a configuration -> its value in a tiny model. A configuration takes what it knows.
+TINY = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 4 * HEAD_DIM),
+    **dict.fromkeys(("word_embed_proj_dim", "embedding_size"), 4 * HEAD_DIM),
+    **dict.fromkeys(
+        (
+            "intermediate_size", "intermediate_size_mlp", "ffn_dim", "decoder_ffn_dim", "n_inner",
+            "encoder_ffn_dim", "dim_feedforward", "dense_intermediate_size", "ffn_hidden_size",
+        ),
+        128,
+    ),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
+            "shared_intermediate_size", "moe_shared_expert_intermediate_size", "expert_hidden_size",
+            "moe_latent_size", "hidden_size_per_layer_input", "per_layer_input_dim",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+         "encoder_attention_heads", "swa_num_attention_heads"),
+        4,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "kv_channels"), HEAD_DIM),
+    **dict.fromkeys(("swa_head_dim", "rel_extent"), HEAD_DIM),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 32),
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": HEAD_DIM,
+    "qk_head_dim": HEAD_DIM,
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions",
+         "max_source_positions", "max_sequence_length", "max_seq_len"),
+        1024,
+    ),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4
+    ),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"), 2
+    ),
+    **dict.fromkeys(
+        ("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1
+    ),
+    **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups"), 1),
+    "add_cross_attention": True,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "n_mamba_heads"), 2),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 128),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
+    "mamba_d_ssm": 512,
+    **dict.fromkeys(("index_n_heads", "index_topk"), 32),
+    "index_head_dim": HEAD_DIM,
+    "query_pre_attn_scalar": HEAD_DIM,
+    "initializer_range": 0.1,
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
+         "attention_probs_dropout_prob", "hidden_dropout_prob", "activation_dropout"),
+        0.0,
+    ),
+    **dict.fromkeys(("layerdrop", "decoder_layerdrop"), 0.0),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "is_decoder": True,
+    "use_mamba_kernels": False,
+}  # fmt: skip
+
+# Attributes that get their value from TINY even where the default is None.
+MAY_BE_NONE = (
+    "head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_group",
+    "topk_group", "n_shared_experts",
+)  # fmt: skip
+
+# What the defaults of a configuration do not lead to by themselves.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = ROPE | {"mrope_section": [8, 12, 12]}
+HALF_SECTIONS = SECTIONS | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5}
+SHARED_KV = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
+COMPASS = {"layer_types": ["full_attention"] * 2}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+CHANGES = {
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "CohereCompassForCausalLM": {"text_config": COMPASS},
+    "CohereCompassForConditionalGeneration": {"text_config": COMPASS},
+    "DoryForCausalLM": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
+    "GPTNeoForCausalLM": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "GPTBigCodeForCausalLM": {"add_cross_attention": False},
+    "Gemma3nForCausalLM": SHARED_KV
+    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": 128},
+    "Gemma4ForCausalLM": SHARED_KV,
+    "Glm4vMoeForConditionalGeneration": {"text_config": {"rope_parameters": HALF_SECTIONS}},
+    "Glm5NextForConditionalGeneration": {"text_config": {"qk_rope_head_dim": 0}},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+    "HYV4VLForConditionalGeneration": {
+        "text_config": {"rope_parameters": SECTIONS | {"mrope_section": [4, 6, 6]}}
+    },
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "MiniMaxForCausalLM": {"sliding_window": WINDOW},
+    "Mamba2ForCausalLM": {"head_dim": 128},
+    "MllamaForCausalLM": {"text_config": {"cross_attention_layers": [1], "rope_parameters": ROPE}},
+    "MllamaForConditionalGeneration": {"text_config": {"rope_parameters": ROPE}},
+    "MusicgenForCausalLM": {"decoder": {"num_codebooks": 1}},
+    "MusicgenMelodyForCausalLM": {"decoder": {"num_codebooks": 1}},
+    "PaddleOCRVLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen2VLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen3VLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen3VLMoeForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Glm4vForConditionalGeneration": {"text_config": {"rope_parameters": HALF_SECTIONS}},
+    "Qwen4ExpForCausalLM": {"text_config": INDEXER},
+    "Qwen4ExpForConditionalGeneration": {"text_config": INDEXER},
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "ZambaForCausalLM": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}
+
+
+def families():
+    """Name of each class with a language-model head -> the model type that it is built from."""
+    from transformers.models.auto import modeling_auto
+
+    pairs = [
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items(),
+    ]
+    # Several model types may name one class; the type that the class is called after stands for it.
+    pairs.sort(key=lambda pair: not pair[1].lower().startswith(re.sub("[-_]", "", pair[0])))
+    types = {}
+    for model_type, class_name in pairs:
+        types.setdefault(class_name, model_type)
+    return dict(sorted(types.items()))
+
+
+def build(family):
+    """The tiny model, in eval mode and float32, with weights that make attention uneven. Raises
+    what the configuration, the model or its forward of a short text raises."""
+    import transformers
+
+    config_class = transformers.CONFIG_MAPPING[families()[family]]
+    config = tiny_config(config_class, CHANGES.get(family, {}))
+    model_class = getattr(transformers, family)
+    if not isinstance(config, model_class.config_class):  # the text part of a larger model
+        config = config.get_text_config(decoder=True)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"the model has {size} parameters")
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        spread(parameter, generator)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(torch.ones(1, 8, dtype=torch.long), **extra_inputs(model, 1)).logits.std()
+    return model
+
+
+@torch.no_grad()
+def spread(parameter, generator):
+    """Random values where an initialisation would leave constants or very small numbers."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.ndim >= 2:
+        parameter.copy_(noise * min(0.2, 1.5 * parameter.shape[-1] ** -0.5))
+    else:
+        parameter.add_(0.1 * noise)
+
+
+LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+    "num_decoder_layers", "num_encoder_layers", "depth", "num_blocks",
+)  # fmt: skip
+LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "moe_layers")
+
+
+def tiny_layers(known):
+    """The numbers of layers, and what a configuration lists layer by layer, cut down to one layer
+    of every kind and two at least."""
+    counts = [known[name] for name in LAYER_COUNTS if isinstance(known.get(name), int)]
+    num_layers = counts[0] if counts else 0
+    per_layer = {
+        name: values
+        for name, values in known.items()
+        if isinstance(values, list) and len(values) == num_layers > 2
+    }
+    kept = set()
+    for name in LAYER_KINDS:
+        values = per_layer.get(name, [])
+        kept |= {values.index(value) for value in values}
+    kept |= set(
+        [index for index in range(num_layers) if index not in kept][: max(0, 2 - len(kept))]
+    )
+    kept = sorted(kept)
+    cut = {name: [values[index] for index in kept] for name, values in per_layer.items()}
+    return cut | {name: len(kept) for name in LAYER_COUNTS if isinstance(known.get(name), int)}
+
+
+def tiny_config(config_class, changes):
+    """`config_class` with TINY's sizes, the changes, and as few layers as show every kind."""
+    default = config_class()
+    known = default.to_dict()
+    values = {
+        name: int(value) if type(known[name]) is int else value
+        for name, value in TINY.items()
+        if isinstance(known.get(name), (int, float))
+    }
+    values |= {name: TINY[name] for name in MAY_BE_NONE if name in known}
+    values |= tiny_layers(known)
+    if "qk_rope_head_dim" in known:  # multi-head latent attention
+        values |= {"head_dim": TINY["qk_rope_head_dim"]} if "head_dim" in known else {}
+        values["num_key_value_heads"] = TINY["num_attention_heads"]
+    if isinstance(known.get("rope_parameters"), dict):
+        values["rope_parameters"] = tiny_rope(known["rope_parameters"])
+    values |= changes
+    if "rope_scaling" in known and "rope_parameters" in changes:  # the name in transformers 4
+        values["rope_scaling"] = values.pop("rope_parameters")
+    for name in getattr(config_class, "sub_configs", {}):
+        sub = getattr(default, name, None)
+        if hasattr(sub, "to_dict"):
+            values[name] = tiny_config(type(sub), changes.get(name, {})).to_dict()
+    return config_class(**values)
+
+
+def tiny_rope(parameters):
+    """The sections of a rotary embedding for HEAD_DIM; the rest as it is."""
+    if "mrope_section" not in parameters:
+        return parameters
+    pairs = int(HEAD_DIM * parameters.get("partial_rotary_factor", 1.0)) // 2
+    side = pairs * 3 // 8
+    return parameters | {"mrope_section": [pairs - 2 * side, side, side]}
+
+
+def extra_inputs(model, batch):
+    """States to cross-attend to, for the decoders that take them."""
+    parameters = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(batch, 150, 4 * HEAD_DIM, generator=generator)
+    if not getattr(model.config, "add_cross_attention", True):
+        return {}
+    names = ("cross_attention_states", "encoder_hidden_states")
+    return {name: states for name in names if name in parameters}
