@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class LayerRoute:
     reason: str
 
 
-class LayerRoutes(list):
+class LayerRoutes(list[LayerRoute]):
     """A list of LayerRoute that prints as a table."""
 
     def __str__(self) -> str:
@@ -68,13 +69,13 @@ def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoute
     )
 
 
-def is_attention(module):
+def is_attention(module: torch.nn.Module) -> bool:
     """Whether `module` is an attention layer, as far as its attributes tell."""
     hints = ("layer_idx", "scaling", "num_key_value_groups")
     return hasattr(module, "is_causal") and any(hasattr(module, hint) for hint in hints)
 
 
-def _explain_layer(model, name, module, num_tokens):
+def _explain_layer(model: Any, name: str, module: torch.nn.Module, num_tokens: int) -> LayerRoute:
     config = getattr(module, "config", model.config)
     layer_idx = getattr(module, "layer_idx", None)
     implementation = getattr(config, "_attn_implementation", None)
@@ -90,7 +91,7 @@ def _explain_layer(model, name, module, num_tokens):
     return LayerRoute(layer_idx, name, kind, words)
 
 
-def _foresee_call(model, module, config, num_tokens):
+def _foresee_call(model: Any, module: Any, config: Any, num_tokens: int) -> Call:
     """The Call that `module` will make, from its attributes and its config."""
     head_dim = _first_given(
         (module, "qk_head_dim"),
@@ -122,19 +123,19 @@ def _foresee_call(model, module, config, num_tokens):
     )
 
 
-def _asks_for_mask(layer_type):
+def _asks_for_mask(layer_type: type) -> bool:
     """Whether the model has its mask made by the registered function; a few in transformers 4
     build one by themselves, always explicit."""
     names = vars(sys.modules.get(layer_type.__module__, object))
     return any(name.startswith("create_") and "mask" in name for name in names)
 
 
-def _first_given(*places):
+def _first_given(*places: tuple[Any, str]) -> Any:
     values = (getattr(owner, name, None) for owner, name in places)
     return next((value for value in values if value is not None), None)
 
 
-def _window(module, config):
+def _window(module: Any, config: Any) -> Any:
     """How many keys the layer's window (or chunk) holds; None without one."""
     if getattr(module, "is_sliding", True) is False:
         return None

@@ -67,7 +67,7 @@ def route(call: Call, settings: Settings) -> Route:
     return Route("pbs", "causal prefill")
 
 
-def _why_eager(call):
+def _why_eager(call: Call) -> str | None:
     """What SDPA has no argument for."""
     if call.has_softcap:
         return "the layer caps its attention logits (softcap)"
@@ -80,7 +80,7 @@ def _why_eager(call):
     return None
 
 
-def _why_not_plain(call):
+def _why_not_plain(call: Call) -> str | None:
     """What is not bottom-right causal inference over all keys."""
     if call.needs_grad:
         return "gradients are needed, and PBS is inference only (use torch.no_grad())"
@@ -101,7 +101,7 @@ def _why_not_plain(call):
     return None
 
 
-def _why_not_worth_it(call, settings):
+def _why_not_worth_it(call: Call, settings: Settings) -> str | None:
     if call.num_keys < settings.min_tokens:
         return "fewer than min_tokens={min_tokens} keys"
     if call.num_queries < settings.config.block_size:
@@ -109,7 +109,7 @@ def _why_not_worth_it(call, settings):
     return None
 
 
-def _why_no_kernel(call):
+def _why_no_kernel(call: Call) -> str | None:
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim {{head_dim}} is not one of {HEAD_DIMS}"
     if call.value_head_dim != call.head_dim:
@@ -126,7 +126,7 @@ def _why_no_kernel(call):
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device_type):
+def _has_kernel(device_type: str) -> bool:
     return has_kernel("attention", device_type)
 
 
@@ -134,7 +134,7 @@ NO_INTERFACE = "the model's file does not support SDPA through transformers' att
 
 
 @torch.compiler.assume_constant_result
-def uses_interface(file_name):
+def uses_interface(file_name: str) -> bool:
     """Whether the model of a configuration_*.py or modeling_*.py works with a registered name.
 
     transformers builds its masks for every model and checks no name that somebody registered; a
@@ -152,6 +152,6 @@ def uses_interface(file_name):
     return supports_sdpa and hasattr(file, "ALL_ATTENTION_FUNCTIONS")
 
 
-def has(module, name):
+def has(module: object, name: str) -> bool:
     """Whether `module` has an attribute that is not None."""
     return getattr(module, name, None) is not None

@@ -51,9 +51,10 @@ def attention(
         RuntimeError: if an argument breaks a rule above, requires grad in grad mode, or lives on
             a device without a kernel.
     """
-    return torch.ops.pbs.attention(
+    out: Tensor = torch.ops.pbs.attention(
         query, key, value, is_causal=is_causal, scale=scale, **config.op_kwargs()
     )
+    return out
 
 
 class Selection(NamedTuple):

@@ -154,6 +154,6 @@ def check_threshold(name: str, threshold: float, mass: str) -> None:
         raise ValueError(f'{name} must lie in (0, 0.5] or be 1 with mass "block", got {threshold}')
 
 
-def _check_choice(name: str, value: object, choices: tuple) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

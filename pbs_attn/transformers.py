@@ -30,6 +30,8 @@ MIN_TRANSFORMERS = (4, 56)
 
 _DEFAULT = PBSConfig()
 
+_AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
 
 def register(
     name: str = "pbs_attn", *, config: PBSConfig = _DEFAULT, min_tokens: int = 1024
@@ -63,7 +65,7 @@ def register(
     REGISTERED[name] = settings
 
 
-def _check_register_arguments(name, config, min_tokens):
+def _check_register_arguments(name: object, config: object, min_tokens: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"name must be letters, digits, '_', '-' and '.', got {name!r}")
     # transformers looks for these words in a name and then takes the path of its own function.
@@ -75,7 +77,7 @@ def _check_register_arguments(name, config, min_tokens):
         raise ValueError(f"min_tokens must be a positive int, got {min_tokens!r}")
 
 
-def _import_transformers():
+def _import_transformers() -> Any:
     needed = ".".join(map(str, MIN_TRANSFORMERS))
     try:
         import transformers
@@ -92,7 +94,7 @@ def _import_transformers():
     return transformers
 
 
-def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
+def _make_attention_function(settings: Settings, sdpa: _AttentionFunction) -> _AttentionFunction:
     def pbs_attention_forward(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -103,7 +105,7 @@ def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query (B, Hq, Nq, D), key and value (B, Hkv, Nkv, D) -> (B, Nq, Hq, D), None."""
         call = _describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
         kind, reason = route(call, settings)
@@ -133,7 +135,16 @@ def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
     return pbs_attention_forward
 
 
-def _describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs):
+def _describe_call(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> Call:
     same_dtype = query.dtype == key.dtype == value.dtype
     needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
     return Call(
@@ -157,11 +168,11 @@ def _describe_call(module, query, key, value, attention_mask, dropout, is_causal
     )
 
 
-def _any_given(kwargs, *names):
+def _any_given(kwargs: dict[str, Any], *names: str) -> bool:
     return any(kwargs.get(name) is not None for name in names)
 
 
-def _needs_mask(call, kind):
+def _needs_mask(call: Call, kind: str) -> bool:
     """Whether a call without a mask needs one on its dense way."""
     if not call.is_causal or call.has_paged_cache:
         return False
@@ -173,7 +184,7 @@ def _needs_mask(call, kind):
     return kind == "eager" or call.num_queries < call.num_keys
 
 
-def _causal_mask(call, device):
+def _causal_mask(call: Call, device: torch.device) -> torch.Tensor:
     """(1, 1, Nq, Nkv) bool, bottom-right aligned, True where a query sees a key."""
     keys = torch.arange(call.num_keys, device=device)
     queries = torch.arange(call.num_queries, device=device) + call.num_keys - call.num_queries
@@ -184,7 +195,7 @@ def _causal_mask(call, device):
     return visible[None, None]
 
 
-def _additive(mask, dtype):
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """The mask as eager functions add it to the logits. The lowest finite value, not -inf: a row of
     padding sees nothing and would turn into NaN."""
     if mask is None or mask.dtype != torch.bool:
@@ -192,7 +203,7 @@ def _additive(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _eager_function(module):
+def _eager_function(module: torch.nn.Module) -> Any:
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
