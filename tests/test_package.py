@@ -46,10 +46,14 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory):
-    """Built from the source distribution, so that the one build shows that both are complete."""
-    folder = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", folder]
-    run(sys.executable, "-m", "pip", "wheel", sdist, *options, cwd=folder, PBS_CUDA="OFF")
+    """Built from the source distribution, so that the one build shows that both are complete;
+    unpacked inside a repository of something else."""
+    folder, other = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("other")
+    run("git", "init", "-q", cwd=other)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    run("git", *author, "commit", "-q", "--allow-empty", "-m", "other", cwd=other)
+    command = [sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation"]
+    run(*command, "--no-cache-dir", "-w", folder, cwd=folder, TMPDIR=str(other), PBS_CUDA="OFF")
     (path,) = folder.iterdir()
     return path
 
@@ -173,6 +177,11 @@ q = torch.randn(1, 1, 600, 64)
 assert pbs_attn.attention(q, q, q).isfinite().all()
 print(pbs_attn.__path__[0], pbs_attn.build_info()["cuda_status"])
 """
+
+
+def test_commit_is_not_that_of_another_repository(installed, tmp_path):
+    code = "import pbs_attn; print(pbs_attn.build_info()['commit'])"
+    assert run(installed, "-c", code, cwd=tmp_path) == "unknown\n"
 
 
 def test_installed_package_runs_outside_the_sources(installed, installed_folder, tmp_path):
