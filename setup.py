@@ -55,7 +55,10 @@ class CMakeBuild(build_ext):
     @staticmethod
     def run_cmake(arguments):
         # stderr reaches pip's console even where it hides the build's stdout.
-        subprocess.run(["cmake", *arguments], check=True, stdout=sys.stderr)
+        status = subprocess.run(["cmake", *arguments], stdout=sys.stderr).returncode
+        if status:
+            # No traceback, which would push CMake's own message out of sight.
+            sys.exit(f"pbs_attn: cmake ended with status {status}, for the reason above")
 
 
 class PackageExamples(build_py):
@@ -77,6 +80,8 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def git_commit():
+    if not (ROOT / ".git").exists():
+        return "unknown"  # unpacked somewhere, perhaps inside another repository
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -86,8 +91,9 @@ def git_commit():
 
 
 def cuda_build_requirements():
-    """CUTLASS headers, only where a CUDA compiler could use them."""
-    wants_cuda = os.environ.get("PBS_CUDA", "AUTO") != "OFF" and shutil.which("nvcc")
+    """CUTLASS headers for an isolated build, only where a CUDA compiler could use them."""
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+    wants_cuda = os.environ.get("PBS_CUDA", "AUTO") != "OFF" and nvcc
     return ["nvidia-cutlass==4.2.0.0"] if wants_cuda and not os.environ.get("CUTLASS_DIR") else []
 
 

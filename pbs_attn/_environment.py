@@ -36,7 +36,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str]:
     }
 
 
-def write_csv(path: Path | str, rows: list[dict]) -> None:
+def write_csv(path: Path | str, rows: list[dict[str, str]]) -> None:
     """Rows of the same columns, under a header."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0])

@@ -58,9 +58,7 @@ def describe_call(
     )
 
 
-def foresee_call(
-    module: torch.nn.Module, model: torch.nn.Module, config: Any, num_tokens: int
-) -> Call:
+def foresee_call(module: torch.nn.Module, model: Any, config: Any, num_tokens: int) -> Call:
     """The call that `module` will make for a prompt of `num_tokens`, from its attributes, its
     config and the file of its class."""
     head_dim = _first_given(
@@ -132,7 +130,7 @@ def _is_causal(module: torch.nn.Module) -> bool | None:
 
 
 @constant_in_traces
-def _takes_states_from_elsewhere(layer_type: type) -> bool:
+def _takes_states_from_elsewhere(layer_type: type[torch.nn.Module]) -> bool:
     parameters = inspect.signature(layer_type.forward).parameters
     return any(name in parameters for name in _CROSS_ATTENTION)
 
@@ -145,11 +143,11 @@ def _operand_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None
     return dtypes[0] if all(dtype == dtypes[0] for dtype in dtypes) else None
 
 
-def _device_type(module: torch.nn.Module, model: torch.nn.Module) -> str:
+def _device_type(module: torch.nn.Module, model: Any) -> str:
     """Where the layer computes. Offloaded weights are on the meta device between calls; the hook
     that accelerate puts on a module knows where they are brought to."""
     weight = next(module.parameters(), None)
-    device = (model if weight is None else weight).device
+    device: torch.device = model.device if weight is None else weight.device
     if device.type != "meta":
         return device.type
     for part in module.modules():
@@ -159,7 +157,7 @@ def _device_type(module: torch.nn.Module, model: torch.nn.Module) -> str:
     return device.type
 
 
-def _window(module: torch.nn.Module, config: Any) -> int | None:
+def _window(module: Any, config: Any) -> Any:
     """How many keys the layer's window (or chunk) holds; None without one."""
     if getattr(module, "is_sliding", True) is False:
         return None

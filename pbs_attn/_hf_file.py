@@ -72,13 +72,14 @@ def _computes_on_masks(layer_type: type) -> bool:
 def eager_function(layer_type: type) -> Callable[..., Any] | None:
     """The eager attention function beside the class, or beside one that it inherits from."""
     for cls in layer_type.__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        file = sys.modules.get(cls.__module__)
+        function: Callable[..., Any] | None = getattr(file, "eager_attention_forward", None)
         if function is not None:
             return function
     return None
 
 
-def calls_interface(layer_type: type) -> bool:
+def calls_interface(layer_type: type[Any]) -> bool:
     """Whether the layer looks its attention function up in transformers' table."""
     code = _forward_code(layer_type)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

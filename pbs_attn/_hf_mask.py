@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ._hf_file import needs_mask, supports_sdpa, uses_interface
 from ._hf_route import NO_INTERFACE
 
 
-def make_mask_function(masking_utils) -> Callable:
+def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor | None]:
     """None for plain bottom-right causal attention, else transformers' explicit boolean mask; for
     a model without SDPA always the additive mask of eager attention."""
 
@@ -20,7 +21,7 @@ def make_mask_function(masking_utils) -> Callable:
         *,
         kv_length: int,
         kv_offset: int = 0,
-        mask_function: Callable = masking_utils.causal_mask_function,
+        mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
         attention_mask: torch.Tensor | None = None,
         allow_is_causal_skip: bool = True,
         allow_is_bidirectional_skip: bool = False,
@@ -49,7 +50,7 @@ def make_mask_function(masking_utils) -> Callable:
             return None
         # transformers' own skips align top-left, which is wrong for an attention function that
         # reads a missing mask as bottom-right.
-        return make_mask(
+        mask: torch.Tensor | None = make_mask(
             kv_length=kv_length,
             kv_offset=kv_offset,
             mask_function=mask_function,
@@ -58,24 +59,31 @@ def make_mask_function(masking_utils) -> Callable:
             allow_is_bidirectional_skip=False,
             **kwargs,
         )
+        return mask
 
     return pbs_mask
 
 
-def _makes_layers_bidirectional(config):
+def _makes_layers_bidirectional(config: Any) -> bool:
     """Whether the layers say that they are not causal, so that they would take a missing mask for
     one that hides nothing. The mask may be causal all the same: PaliGemma's is."""
     return getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
-def _is_readable(tensor):
+def _is_readable(tensor: torch.Tensor) -> bool:
     """Whether the values can be looked at here without breaking a trace."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
     fake = isinstance(tensor, (torch.fx.Proxy, torch._subclasses.FakeTensor))
     return not (tracing or fake or tensor.is_meta)
 
 
-def _ends_at_last_key(kv_length, q_length=None, q_offset=0, cache_position=None, **_):
+def _ends_at_last_key(
+    kv_length: int,
+    q_length: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    cache_position: torch.Tensor | None = None,
+    **_: Any,
+) -> bool:
     """Whether the queries are the last ones of kv_length positions, in order."""
     if cache_position is not None:  # older transformers
         q_length = cache_position.shape[0]
@@ -86,14 +94,14 @@ def _ends_at_last_key(kv_length, q_length=None, q_offset=0, cache_position=None,
     return _equals(q_offset, kv_length - q_length)
 
 
-def _equals(offset, expected):
+def _equals(offset: int | torch.Tensor, expected: int) -> bool:
     """Static caches keep their offsets in tensors."""
     if isinstance(offset, torch.Tensor):
         return _is_readable(offset) and int(offset) == expected
     return offset == expected
 
 
-def _hides_no_key(attention_mask, kv_length):
+def _hides_no_key(attention_mask: torch.Tensor | None, kv_length: int) -> bool:
     if attention_mask is None:
         return True
     if attention_mask.ndim != 2 or attention_mask.shape[-1] < kv_length:
@@ -101,7 +109,12 @@ def _hides_no_key(attention_mask, kv_length):
     return _is_readable(attention_mask) and bool(attention_mask[:, :kv_length].all())
 
 
-def _is_causal_only(mask_function, kv_length, masking_utils, local_size=None):
+def _is_causal_only(
+    mask_function: Callable[..., Any],
+    kv_length: int,
+    masking_utils: ModuleType,
+    local_size: int | None = None,
+) -> bool:
     """Whether `mask_function` is causal over kv_length keys and hides nothing else.
 
     transformers builds its patterns as nested functions. They are recognised by name, and what
@@ -121,7 +134,7 @@ def _is_causal_only(mask_function, kv_length, masking_utils, local_size=None):
     )
 
 
-def _and_parts(mask_function):
+def _and_parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     if getattr(mask_function, "__qualname__", None) == "and_masks.<locals>.and_mask":
         for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
             yield from _and_parts(part)
@@ -129,15 +142,15 @@ def _and_parts(mask_function):
         yield mask_function
 
 
-def _hides_nothing(overlay, kv_length):
+def _hides_nothing(overlay: Callable[..., Any], kv_length: int) -> bool:
     """A window or chunk that covers all keys (without padding), or packing of one sequence, which
     transformers 4 builds for every forward without a cache."""
     hidden = inspect.getclosurevars(overlay).nonlocals
     maker = overlay.__qualname__.removesuffix(".<locals>.inner_mask")
     if maker == "sliding_window_overlay":
-        return hidden["sliding_window"] >= kv_length
+        return bool(hidden["sliding_window"] >= kv_length)
     if maker == "chunked_overlay":
-        return hidden["chunk_size"] >= kv_length
+        return bool(hidden["chunk_size"] >= kv_length)
     if maker == "packed_sequence_mask_function":
         sequence = hidden["packed_sequence_mask"]
         return _is_readable(sequence) and bool((sequence == sequence[:, :1]).all())

@@ -5,26 +5,80 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PATH = Path(__file__).with_name("libpbs.so")
+_NAME = "libpbs.so"
+_PACKAGE = Path(__file__).resolve().parent
+_SUPPORTED = (9, 0)
+
+
+class GPUSupportWarning(UserWarning):
+    """A GPU that PBS could run on, and a build of pbs_attn without kernels for it."""
 
 
 def load() -> None:
     """Registers the operators.
 
     Raises:
-        ImportError: if the library was not built or torch is too old for it.
+        ImportError: if the library was not built, is that of other Python files, or torch is too
+            old for it.
+
+    Warns:
+        GPUSupportWarning: if the build lacks kernels for a GPU that torch sees, unless it was asked
+            to leave them out.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         raise ImportError(f"pbs_attn needs torch >= 2.10, got {torch.__version__}")
-    if not _PATH.exists():
-        raise ImportError(f"{_PATH.name} is missing: install pbs_attn with `pip install .`")
-    torch.ops.load_library(_PATH)
+    torch.ops.load_library(_path())
+    info = compiled_info()
+    is_unasked = not info["cuda_version"] and "PBS_CUDA=OFF" not in info["cuda_status"]
+    if is_unasked and torch.version.cuda is not None and _SUPPORTED in _gpu_capabilities():
+        notice = missing_gpu_support()
+        if notice:
+            warnings.warn(f"pbs_attn: {notice}", GPUSupportWarning, stacklevel=2)
+
+
+@functools.cache
+def _path() -> Path:
+    """The library of this folder, or else of an installed pbs_attn with the same Python files.
+
+    In the root of the sources Python finds the folder pbs_attn before the installed package, and
+    only the latter has the library. Equal files are asked for, not equal versions: a version lasts
+    until the next release, and newer Python files could call an older library with arguments that
+    it does not know, or with other defaults.
+    """
+    folders = [_PACKAGE, *(Path(entry).resolve() / "pbs_attn" for entry in sys.path)]
+    folder = next((folder for folder in folders if (folder / _NAME).exists()), None)
+    if folder is None:
+        raise ImportError(
+            f"{_NAME} must lie in {_PACKAGE} or in an installed pbs_attn, found neither: "
+            f"`pip install {_PACKAGE.parent}`"
+        )
+    sources = _PACKAGE.parent
+    for file in [] if folder == _PACKAGE else sorted(folder.rglob("*.py")):
+        own = _PACKAGE / file.relative_to(folder)
+        if not own.exists() or own.read_bytes() != file.read_bytes():
+            raise ImportError(
+                f"pbs_attn in {_PACKAGE} must have the files of the installed one in {folder}, "
+                f"whose {_NAME} it needs, but {own.name} differs: `pip install {sources}` again "
+                f"(with `-e` to edit the sources), or take {sources} off Python's path"
+            )
+    return folder / _NAME
+
+
+@functools.cache
+def compiled_info() -> dict[str, str]:
+    """The part of build_info that was fixed when the library was compiled."""
+    library = ctypes.CDLL(str(_path()))
+    library.pbs_build_info.restype = ctypes.c_char_p
+    info: dict[str, str] = json.loads(library.pbs_build_info())
+    return info
 
 
 @functools.cache
@@ -38,10 +92,10 @@ def build_info() -> dict[str, Any]:
         ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
         CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build.
     """
-    library = ctypes.CDLL(str(_PATH))
-    for name in ("pbs_build_info", "pbs_cpu_capability", "pbs_cuda_stages"):
+    library = ctypes.CDLL(str(_path()))
+    for name in ("pbs_cpu_capability", "pbs_cuda_stages"):
         getattr(library, name).restype = ctypes.c_char_p
-    info = json.loads(library.pbs_build_info())
+    info: dict[str, Any] = dict(compiled_info())
     info["cpu_capability"] = library.pbs_cpu_capability().decode()
     info["cuda"] = bool(info["cuda_version"])
     info["cuda_stages"] = tuple(library.pbs_cuda_stages().decode().split())
@@ -57,5 +111,58 @@ def has_kernel(stage: str, device: torch.device | str) -> bool:
         is_built = stage in build_info()["cuda_stages"]
         if not is_built or not torch.cuda.is_available():
             return is_built
-        return torch.cuda.get_device_capability(device) == (9, 0)
+        return torch.cuda.get_device_capability(device) == _SUPPORTED
     return device.type == "cpu"
+
+
+def missing_gpu_support() -> str | None:
+    """Why PBS cannot use this machine's NVIDIA GPU, and the cure, in one line. None if it can, or
+    if there is no GPU, or torch's CUDA devices are hidden. Does not initialize CUDA."""
+    capabilities = _gpu_capabilities()
+    is_hidden = torch.version.cuda is not None and torch.cuda.device_count() == 0
+    if not capabilities or is_hidden:
+        return None
+    if _SUPPORTED not in capabilities:
+        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+        return (
+            "PBS runs on the CPU here: its GPU kernels need compute capability 9.0 (H100, H200), "
+            f"and this machine has {found}"
+        )
+    if torch.version.cuda is None:
+        return (
+            f"the GPU is not used: torch {torch.__version__} has no CUDA; install a CUDA build of "
+            "torch"
+        )
+    if not compiled_info()["cuda_version"]:
+        return (
+            f"the GPU is not used: this build of pbs_attn has no CUDA kernels "
+            f"({compiled_info()['cuda_status']}); in the folder of the sources, "
+            "`PBS_CUDA=ON pip install --no-build-isolation .` builds them or says what it lacks"
+        )
+    return None
+
+
+def _gpu_capabilities() -> list[tuple[int, int]]:
+    """Of this machine's NVIDIA GPUs, as the driver's NVML tells them.
+
+    Unlike torch.cuda this works under a CPU build of torch, and does not initialize CUDA, which an
+    import must not do: processes forked afterwards could not use the GPU.
+    """
+    found = []
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return []
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+            nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+            nvml.nvmlDeviceGetCudaComputeCapability(
+                device, ctypes.byref(major), ctypes.byref(minor)
+            )
+            found.append((major.value, minor.value))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # no driver, or one older than these functions
+        return []
+    return found

@@ -22,7 +22,8 @@ def _fold(tensor: Tensor, in_dim: int | None, size: int, is_row_strided: bool) -
 
 
 def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+    unfolded: Tensor = tensor.unflatten(0, (size, tensor.shape[0] // size))
+    return unfolded
 
 
 def batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:

@@ -55,9 +55,10 @@ def attention(
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
-    return torch.ops.pbs.attention(
+    out: Tensor = torch.ops.pbs.attention(
         query, key, value, is_causal=is_causal, scale=scale, **config.op_kwargs()
     )
+    return out
 
 
 class Selection(NamedTuple):

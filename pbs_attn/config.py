@@ -162,6 +162,6 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be a PBSConfig, got {type(config).__name__}")
 
 
-def _check_choice(name: str, value: object, choices: tuple) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

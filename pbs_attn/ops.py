@@ -44,19 +44,29 @@ def _check_one_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 @torch.library.register_fake("pbs::score_keys")
-def _(q, k, *, block_size=128, segment_size=256, scale=None, permute_per="kv_head"):
+def _(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int = 128,
+    segment_size: int = 256,
+    scale: float | None = None,
+    permute_per: str = "kv_head",
+) -> Tensor:
     _check_one_device(q, k)
     num_heads = q.shape[1] if permute_per == "query_head" else k.shape[1]
     return q.new_empty((q.shape[0], num_heads, k.shape[2]), dtype=torch.float32)
 
 
 @torch.library.register_fake("pbs::sort_segments")
-def _(scores, *, segment_size=256, num_heavy=None):
+def _(scores: Tensor, *, segment_size: int = 256, num_heavy: int | None = None) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.int32)
 
 
 @torch.library.register_fake("pbs::permute_kv")
-def _(k, v, perm, *, kv_block_size=128):
+def _(
+    k: Tensor, v: Tensor, perm: Tensor, *, kv_block_size: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_one_device(k, v, perm)
     batch, num_heads, num_kv = perm.shape
     head_dim = k.shape[3]
@@ -67,22 +77,22 @@ def _(k, v, perm, *, kv_block_size=128):
 
 @torch.library.register_fake("pbs::select_blocks")
 def _(
-    q,
-    k,
-    k_mean,
-    perm=None,
-    k_perm=None,
+    q: Tensor,
+    k: Tensor,
+    k_mean: Tensor,
+    perm: Tensor | None = None,
+    k_perm: Tensor | None = None,
     *,
-    block_size=128,
-    kv_block_size=None,
-    segment_size=256,
-    threshold=0.9,
-    is_causal=True,
-    scale=None,
-    mass="earlier",
-    score="mean",
-    num_samples=16,
-):
+    block_size: int = 128,
+    kv_block_size: int | None = None,
+    segment_size: int = 256,
+    threshold: float = 0.9,
+    is_causal: bool = True,
+    scale: float | None = None,
+    mass: str = "earlier",
+    score: str = "mean",
+    num_samples: int = 16,
+) -> tuple[Tensor, Tensor]:
     _check_one_device(q, k, k_mean, perm, k_perm)
     shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
@@ -90,50 +100,50 @@ def _(
 
 @torch.library.register_fake("pbs::attend")
 def _(
-    q,
-    k,
-    v,
-    k_perm,
-    v_perm,
-    block_mask,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_perm: Tensor,
+    v_perm: Tensor,
+    block_mask: Tensor,
     *,
-    block_size=128,
-    kv_block_size=None,
-    segment_size=256,
-    is_causal=True,
-    scale=None,
-):
+    block_size: int = 128,
+    kv_block_size: int | None = None,
+    segment_size: int = 256,
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
     _check_one_device(q, k, v, k_perm, v_perm, block_mask)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("pbs::attention")
 def _(
-    q,
-    k,
-    v,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    is_causal=True,
-    scale=None,
-    block_size=128,
-    kv_block_size=32,
-    segment_size=256,
-    threshold=None,
-    permute_per="kv_head",
-    num_heavy=32,
-    mass="block",
-    score="sampled",
-    num_samples=16,
-):
+    is_causal: bool = True,
+    scale: float | None = None,
+    block_size: int = 128,
+    kv_block_size: int | None = 32,
+    segment_size: int = 256,
+    threshold: float | None = None,
+    permute_per: str = "kv_head",
+    num_heavy: int | None = 32,
+    mass: str = "block",
+    score: str = "sampled",
+    num_samples: int = 16,
+) -> Tensor:
     _check_one_device(q, k, v)
     return torch.empty_like(q)
 
 
-def _inference_only(name: str) -> Callable:
+def _inference_only(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
 
     # Under functional transforms this runs once a level, on the tensors of that level.
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if requires_backward(tensors):
             raise RuntimeError(
@@ -171,11 +181,13 @@ def _is_castable(arg: Any) -> bool:
     return isinstance(arg, Tensor) and _has_kernel(arg) and arg.dtype in _CAST_DTYPES
 
 
-def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -> Callable:
+def _in_autocast_dtype(
+    name: str, device_type: str, key: torch._C.DispatchKey
+) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
     is_cast = [argument.name in _CAST for argument in op._schema.arguments]
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
             arg.to(dtype) if casts and _is_castable(arg) else arg
@@ -187,11 +199,11 @@ def _in_autocast_dtype(name: str, device_type: str, key: torch._C.DispatchKey) -
     return forward
 
 
-def _refuse_layout(name: str) -> Callable:
+def _refuse_layout(name: str) -> Callable[..., Any]:
     names = [argument.name for argument in getattr(torch.ops.pbs, name).default._schema.arguments]
 
     # Runs for every kind of tensor and device that has no kernel of its own.
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         for argument, tensor in zip(names, args, strict=False):
             if isinstance(tensor, Tensor) and not _has_kernel(tensor):
                 raise RuntimeError(
@@ -203,7 +215,7 @@ def _refuse_layout(name: str) -> Callable:
     return forward
 
 
-def _of_subclass(call: Callable) -> Callable:
+def _of_subclass(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda subclass, func, types, args, kwargs: call(*args, **(kwargs or {}))
 
 

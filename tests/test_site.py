@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+REASON = "mkdocs-material is not installed: pip install -r requirements/docs.txt"
+pytest.importorskip("material", reason=REASON)
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 

@@ -189,6 +189,19 @@ def test_every_build_status_is_listed():
     assert_listed("troubleshooting.md", "status", statuses)
 
 
+def test_every_notice_is_listed():
+    path = ROOT / "pbs_attn" / "_library.py"
+    (function,) = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "missing_gpu_support"
+    )
+    values = [n.value for n in ast.walk(function) if isinstance(n, ast.Return)]
+    texts = [value for value in values if ast.unparse(value) != "None"]
+    notices = [(place(path, v.lineno), t) for v in texts for t in python_templates(v, function)]
+    assert_listed("troubleshooting.md", "notice", notices)
+
+
 def test_every_reason_of_explain_is_listed():
     assert_listed("transformers.md", "reason", reasons())
 

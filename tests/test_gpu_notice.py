@@ -1,0 +1,122 @@
+"""What is said where a GPU is left unused, on machines of every kind."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from pbs_attn import _library
+
+NO_NVCC = {"cuda_version": "", "cuda_status": "no CUDA compiler (nvcc) was found"}
+SWITCHED_OFF = {"cuda_version": "", "cuda_status": "switched off (PBS_CUDA=OFF)"}
+WITH_KERNELS = {"cuda_version": "13.0", "cuda_status": "sm_90a"}
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    def make(*gpus, compiled=NO_NVCC, torch_cuda="13.0", visible=1):
+        monkeypatch.setattr(_library, "_gpu_capabilities", lambda: list(gpus))
+        monkeypatch.setattr(_library, "compiled_info", lambda: compiled)
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+
+    return make
+
+
+@pytest.mark.parametrize("compiled", [NO_NVCC, SWITCHED_OFF])
+def test_build_without_kernels(machine, compiled):
+    machine(AMPERE, HOPPER, compiled=compiled)
+    assert _library.missing_gpu_support() == (
+        "the GPU is not used: this build of pbs_attn has no CUDA kernels "
+        f"({compiled['cuda_status']}); in the folder of the sources, "
+        "`PBS_CUDA=ON pip install --no-build-isolation .` builds them or says what it lacks"
+    )
+
+
+def test_torch_without_cuda(machine):
+    machine(HOPPER, torch_cuda=None, visible=0, compiled=WITH_KERNELS)
+    notice = _library.missing_gpu_support()
+    assert notice.startswith(f"the GPU is not used: torch {torch.__version__} has no CUDA")
+
+
+@pytest.mark.parametrize("torch_cuda", ["13.0", None])
+def test_another_gpu(machine, torch_cuda):
+    machine(AMPERE, (8, 9), torch_cuda=torch_cuda)
+    notice = _library.missing_gpu_support()
+    assert "need compute capability 9.0 (H100, H200), and this machine has 8.0, 8.9" in notice
+
+
+@pytest.mark.parametrize(
+    "gpus, options",
+    [
+        ([], {"torch_cuda": None}),
+        ([], {"visible": 0}),
+        ([HOPPER], {"compiled": WITH_KERNELS}),
+        ([HOPPER], {"visible": 0}),  # CUDA_VISIBLE_DEVICES hides it
+        ([AMPERE], {"visible": 0}),
+    ],
+)
+def test_nothing_to_say(machine, gpus, options):
+    machine(*gpus, **options)
+    assert _library.missing_gpu_support() is None
+
+
+def test_import_warns_of_a_build_without_kernels(machine):
+    machine(HOPPER)
+    with pytest.warns(_library.GPUSupportWarning, match=r"^pbs_attn: the GPU is not used: this b"):
+        _library.load()
+
+
+@pytest.mark.parametrize(
+    "gpus, options",
+    [
+        ([HOPPER], {"compiled": SWITCHED_OFF}),
+        ([HOPPER], {"compiled": WITH_KERNELS}),
+        ([HOPPER], {"torch_cuda": None}),
+        ([HOPPER], {"visible": 0}),
+        ([AMPERE], {}),
+        ([], {}),
+    ],
+)
+def test_import_does_not_warn(machine, gpus, options):
+    machine(*gpus, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library.load()
+
+
+NVML = """
+extern "C" {
+int nvmlInit_v2() { return INIT; }
+int nvmlShutdown() { return 0; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
+  static int devices[2] = {0, 1};
+  *device = &devices[index];
+  return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
+  *major = 8 + *static_cast<int*>(device);
+  *minor = 0;
+  return 0;
+}
+}
+"""
+
+
+@pytest.mark.parametrize("init, expected", [(0, [AMPERE, HOPPER]), (9, [])])
+def test_capabilities_come_from_the_driver(init, expected, tmp_path):
+    """A driver's library of two GPUs, and one whose driver is not loaded."""
+    (tmp_path / "nvml.cpp").write_text(NVML)
+    library = tmp_path / "libnvidia-ml.so.1"
+    compiler = ["c++", "-shared", "-fPIC", f"-DINIT={init}", tmp_path / "nvml.cpp", "-o", library]
+    subprocess.run(compiler, check=True)
+    code = "from pbs_attn import _library; print(_library._gpu_capabilities())"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{expected}\n", result.stderr
