@@ -62,14 +62,12 @@ function(pbs_add_cuda_kernels target)
     list(APPEND cutlass_version ${CMAKE_MATCH_1})
   endforeach()
   list(JOIN cutlass_version "." cutlass_version)
-  add_library(pbs_cuda OBJECT csrc/cuda/score_keys/score_keys.cu csrc/cuda/sort_segments.cu
-                              csrc/cuda/permute_kv.cu csrc/cuda/tma.cu csrc/cuda/select_blocks/select_blocks.cu
-                              csrc/cuda/select_sampled/select_sampled.cu
-                              csrc/cuda/attend/attend.cu
-                              csrc/cuda/attend/order.cu csrc/cuda/attend/attend_d64.cu
-                              csrc/cuda/attend/attend_d96.cu csrc/cuda/attend/attend_d128.cu
-                              csrc/cuda/attend/attend_d256.cu)
-  target_include_directories(pbs_cuda PRIVATE include)
+  # One folder a GPU family, and what all of them use.
+  file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
+  file(GLOB_RECURSE host_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp)
+  list(FILTER host_sources EXCLUDE REGEX "/no_cuda\\.cpp$")
+  add_library(pbs_cuda OBJECT ${cuda_sources})
+  target_include_directories(pbs_cuda PRIVATE include csrc/cuda)
   target_include_directories(pbs_cuda SYSTEM PRIVATE ${CUTLASS_DIR}/include)
   target_compile_options(
     pbs_cuda PRIVATE --expt-relaxed-constexpr -lineinfo -Xcompiler=-fvisibility=hidden
@@ -78,7 +76,7 @@ function(pbs_add_cuda_kernels target)
   target_compile_definitions(
     ${target} PRIVATE PBS_WITH_CUDA PBS_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
                       PBS_CUTLASS_VERSION="${cutlass_version}")
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_cuda>)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_cuda> ${host_sources})
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   # The static runtime's symbols stay inside: torch brings its own copy.
   target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)

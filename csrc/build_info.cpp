@@ -1,9 +1,9 @@
 // What this library was built with, as JSON; read through ctypes by pbs_attn.build_info().
 #include <string>
-#include <string_view>
 
 #include "kernels.h"
 #include "pbs/arch.h"
+#include "pbs/dispatch.h"
 
 #ifndef PBS_WITH_CUDA
 #define PBS_CUDA_VERSION ""
@@ -22,12 +22,38 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_cpu_capability
   return pbs::cpu::kernels().name;
 }
 
-// Names by a space.
+// The GPU families with kernels, as JSON: their names and compute capabilities.
+extern "C" __attribute__((visibility("default"))) const char* pbs_gpu_families() {
+  static const std::string families = [] {
+    std::string list;
+#ifdef PBS_WITH_CUDA
+    for (const pbs::GpuFamily& family : pbs::kGpuFamilies) {
+      list += std::string(list.empty() ? "" : ", ") + "{\"name\": \"" + family.name +
+              "\", \"first\": " + std::to_string(family.first) +
+              ", \"last\": " + std::to_string(family.last) + "}";
+    }
+#endif
+    return "[" + list + "]";
+  }();
+  return families.c_str();
+}
+
+// Head dims with kernels, by a space.
+extern "C" __attribute__((visibility("default"))) const char* pbs_head_dims() {
+  static const std::string sizes = [] {
+    std::string list;
+    for (const int size : pbs::kHeadDims) list += std::to_string(size) + ' ';
+    return list;
+  }();
+  return sizes.c_str();
+}
+
+// Operators with CUDA kernels, by a space.
 extern "C" __attribute__((visibility("default"))) const char* pbs_cuda_stages() {
   static const std::string stages = [] {
     std::string names;
 #ifdef PBS_WITH_CUDA
-    for (const std::string_view name : pbs::kCudaStages) names += std::string(name) + ' ';
+    for (const char* name : pbs::kCudaStages) names += std::string(name) + ' ';
 #endif
     return names;
   }();

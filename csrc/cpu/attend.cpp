@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kKeyTile =
     64;  // keys a pass: scores, queries and outputs of a group fit in L1/L2
 constexpr float kNegInf = -__builtin_huge_valf();
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Running softmax of one block of queries; every array has the queries along its last dim.
@@ -169,17 +168,15 @@ int64_t attend_scratch(const AttendParams& params) {
 void attend_block(const AttendParams& params, int64_t item, float* scratch) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
-  const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
+  const int64_t num_q_blocks = num_query_blocks(problem, blocking);
   const int64_t hq = item % problem.num_q_heads;
   const int64_t b = item / problem.num_q_heads % problem.batch;
   // Later blocks visit more keys; starting with them leaves no long tail.
   const int64_t q_block_idx = num_q_blocks - 1 - item / problem.num_q_heads / problem.batch;
-  const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
-  const int64_t hp = hq / (problem.num_q_heads / problem.num_perm_heads);
+  const int64_t hkv = hq / heads_per_kv(problem);
+  const int64_t hp = hq / heads_per_perm(problem);
 
-  const QueryBlock block =
-      query_block(q_block_idx, problem.num_q, problem.num_kv, blocking.block_size,
-                  blocking.kv_block_size, blocking.segment_size, params.is_causal);
+  const QueryBlock block = query_block(q_block_idx, problem, blocking, params.is_causal);
   const int64_t padded = padded_rows(block.num_rows);
   const Tile tile = carve(problem, padded, blocking.block_size, scratch);
   pack_queries(params.q, problem, b, hq, block.first_row, block.num_rows, padded,
@@ -188,7 +185,7 @@ void attend_block(const AttendParams& params, int64_t item, float* scratch) {
   for (int64_t i = 0; i < padded; ++i) tile.row_max[i] = kNegInf;
   for (int64_t i = 0; i < padded; ++i) tile.row_sum[i] = 0.0f;
 
-  const int64_t num_words = num_mask_words(ceil_div(problem.num_kv, blocking.kv_block_size));
+  const int64_t num_words = num_mask_words(num_key_blocks(problem, blocking));
   const uint32_t* words =
       params.block_mask + ((b * problem.num_q_heads + hq) * num_q_blocks + q_block_idx) * num_words;
   for_each_selected(words, block.num_candidates, [&](int64_t kv_block_idx) {

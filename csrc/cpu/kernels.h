@@ -12,15 +12,21 @@ namespace pbs::cpu {
 
 constexpr int64_t kScoreChunk = 512;  // keys per item of score_keys
 
+// What score_keys keeps between its passes.
+struct ScoreStates {
+  float* row_max;  // (B, Hq, num_chunks, num_score_rows), of scale * log2(e) * q.k
+  float* row_sum;  // (B, Hq, num_chunks, num_score_rows), of exp2(score - row_max)
+};
+
 struct Kernels {
   const char* name;
 
   // item: (b, q head, chunk of keys) -> row_max, row_sum of the chunk.
-  void (*score_chunk)(const ScoreKeysParams&, int64_t item, float* scratch);
+  void (*score_chunk)(const ScoreKeysParams&, const ScoreStates&, int64_t item, float* scratch);
   // item: (b, q head); folds all chunks' row_max and row_sum into those of chunk 0.
-  void (*score_merge)(const ScoreKeysParams&, int64_t item, float* scratch);
+  void (*score_merge)(const ScoreKeysParams&, const ScoreStates&, int64_t item, float* scratch);
   // item: (b, perm head, chunk of keys) -> importance.
-  void (*score_average)(const ScoreKeysParams&, int64_t item, float* scratch);
+  void (*score_average)(const ScoreKeysParams&, const ScoreStates&, int64_t item, float* scratch);
   int64_t (*score_scratch)(const ScoreKeysParams&);  // floats
 
   // item: (b, perm head, key block).

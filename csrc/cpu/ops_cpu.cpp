@@ -31,12 +31,32 @@ void for_each_item(int64_t num_items, int64_t scratch_floats, const Body& body) 
   });
 }
 
-struct CpuBackend {
-  static void require(const char*, const Tensor&) {}
-  static void check_attention(const Tensor&, const Tensor&, const Tensor&, float, const Problem&,
-                              const Blocking&, int64_t) {}
+int64_t num_block_items(const Problem& problem, const Blocking& blocking) {
+  return problem.batch * problem.num_q_heads * num_query_blocks(problem, blocking);
+}
 
-  static void score_keys(ScoreKeysParams& params, const Tensor& like) {
+// Takes whatever the checks of every backend let pass.
+class CpuBackend {
+ public:
+  CpuBackend(const char*, const char* name, const Tensor& t) { check_defined(name, t); }
+
+  static void check_score_keys(const ScoreKeysParams&) {}
+  static void check_sort_segments(const SortSegmentsParams&) {}
+  static void check_permute_kv(const PermuteKVParams& params) {
+    const Problem& problem = params.problem;
+    const int64_t n = problem.batch * problem.num_perm_heads * problem.num_kv;
+    for (int64_t i = 0; i < n; ++i) {
+      if (params.perm[i] < 0 || params.perm[i] >= problem.num_kv) {
+        fail("perm must hold key rows from 0 to ", problem.num_kv - 1, ", got ", params.perm[i]);
+      }
+    }
+  }
+  static void check_select_blocks(const SelectBlocksParams&) {}
+  static void check_attend(const AttendParams&) {}
+  static void check_attention(const ConstRows&, const ConstRows&, const ConstRows&, const Problem&,
+                              const Blocking&, float, const SelectRule&) {}
+
+  static void score_keys(const ScoreKeysParams& params) {
     const Problem& problem = params.problem;
     std::memset(params.importance, 0,
                 problem.batch * problem.num_perm_heads * problem.num_kv * sizeof(float));
@@ -44,63 +64,46 @@ struct CpuBackend {
     const int64_t num_rows = num_score_rows(problem, params.blocking);
     const int64_t num_chunks = ceil_div(num_scored, cpu::kScoreChunk);
     if (num_rows == 0 || num_chunks == 0) return;
-    const Tensor state = StageOps<CpuBackend>::new_tensor(
-        like, {2, problem.batch, problem.num_q_heads, num_chunks, num_rows}, ScalarType::Float);
-    params.row_max = state.mutable_data_ptr<float>();
-    params.row_sum = params.row_max + state.numel() / 2;
-
+    const int64_t num_states = problem.batch * problem.num_q_heads * num_chunks * num_rows;
+    const std::unique_ptr<float[]> memory(new float[2 * num_states]);
+    const cpu::ScoreStates states{memory.get(), memory.get() + num_states};
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t scratch = kernels.score_scratch(params);
     const auto run = [&](auto kernel, int64_t num_items) {
       for_each_item(num_items, scratch,
-                    [&](int64_t item, float* own) { kernel(params, item, own); });
+                    [&](int64_t item, float* own) { kernel(params, states, item, own); });
     };
     run(kernels.score_chunk, problem.batch * problem.num_q_heads * num_chunks);
     run(kernels.score_merge, problem.batch * problem.num_q_heads);
     run(kernels.score_average, problem.batch * problem.num_perm_heads * num_chunks);
   }
 
-  static void sort_segments(const SortSegmentsParams& params, const Tensor&) {
+  static void sort_segments(const SortSegmentsParams& params) {
     const int64_t num_segments = ceil_div(params.num_kv, params.segment_size);
     for_each_item(params.num_heads * num_segments, 0,
                   [&](int64_t item, float*) { cpu::sort_segment(params, item); });
   }
 
-  static void permute_kv(const PermuteKVParams& params, const Tensor&) {
-    const Problem& problem = params.problem;
-    const int64_t num_heads = problem.batch * problem.num_perm_heads;
-    check_perm_range(params.perm, num_heads * problem.num_kv, problem.num_kv);
+  static void permute_kv(const PermuteKVParams& params) {
+    const int64_t num_heads = params.problem.batch * params.problem.num_perm_heads;
     const cpu::Kernels& kernels = cpu::kernels();
     for_each_item(num_heads * num_copied_blocks(params), kernels.permute_scratch(params),
                   [&](int64_t item, float* own) { kernels.permute_block(params, item, own); });
   }
 
-  static void select_blocks(const SelectBlocksParams& params, const Tensor&) {
-    const Problem& problem = params.problem;
+  static void select_blocks(const SelectBlocksParams& params) {
     const cpu::Kernels& kernels = cpu::kernels();
-    for_each_item(
-        problem.batch * problem.num_q_heads * ceil_div(problem.num_q, params.blocking.block_size),
-        kernels.select_scratch(params), [&](int64_t item, float* own) {
-          kernels.block_mass(params, item, own);
-          cpu::select_top_mass(params, item, own);
-        });
+    for_each_item(num_block_items(params.problem, params.blocking), kernels.select_scratch(params),
+                  [&](int64_t item, float* own) {
+                    kernels.block_mass(params, item, own);
+                    cpu::select_top_mass(params, item, own);
+                  });
   }
 
-  static void attend(const AttendParams& params, const Tensor&) {
-    const Problem& problem = params.problem;
+  static void attend(const AttendParams& params) {
     const cpu::Kernels& kernels = cpu::kernels();
-    for_each_item(
-        problem.batch * problem.num_q_heads * ceil_div(problem.num_q, params.blocking.block_size),
-        kernels.attend_scratch(params),
-        [&](int64_t item, float* own) { kernels.attend_block(params, item, own); });
-  }
-
-  static void check_perm_range(const int32_t* perm, int64_t n, int64_t num_kv) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (perm[i] < 0 || perm[i] >= num_kv) {
-        fail("perm must hold key rows from 0 to ", num_kv - 1, ", got ", perm[i]);
-      }
-    }
+    for_each_item(num_block_items(params.problem, params.blocking), kernels.attend_scratch(params),
+                  [&](int64_t item, float* own) { kernels.attend_block(params, item, own); });
   }
 };
 

@@ -1,4 +1,5 @@
-// permute_kv: gathers K and V rows of one permuted key block and averages its keys.
+// permute_kv: gathers K and V rows of one permuted key block and averages its keys, where the means
+// are asked for.
 #include "pbs/geometry.h"
 #include "simd.h"
 #include "stages.h"
@@ -19,8 +20,6 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
   const int64_t begin = kv_block_idx * params.kv_block_size;
   const int64_t end = smaller(begin + params.kv_block_size, params.num_copied);
 
-  float* mean = params.k_mean + (head * num_kv_blocks + kv_block_idx) * head_dim;
-  for (int64_t d = 0; d < head_dim; ++d) mean[d] = 0.0f;
   const int64_t row_bytes = head_dim * element_size(problem.dtype);
   const int64_t k_head = b * params.k.batch_stride + hkv * params.k.head_stride;
   const int64_t v_head = b * params.v.batch_stride + hkv * params.v.head_stride;
@@ -31,6 +30,13 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
     const void* value = offset(params.v.data, v_head + src * params.v.row_stride, problem.dtype);
     std::memcpy(static_cast<char*>(params.k_perm) + dst * row_bytes, key, row_bytes);
     std::memcpy(static_cast<char*>(params.v_perm) + dst * row_bytes, value, row_bytes);
+  }
+  if (params.k_mean == nullptr) return;
+  float* mean = params.k_mean + (head * num_kv_blocks + kv_block_idx) * head_dim;
+  for (int64_t d = 0; d < head_dim; ++d) mean[d] = 0.0f;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t src = params.perm[head * problem.num_kv + row];
+    const void* key = offset(params.k.data, k_head + src * params.k.row_stride, problem.dtype);
     to_floats(key, problem.dtype, scratch, head_dim);
     for (int64_t d = 0; d < head_dim; ++d) mean[d] += scratch[d];
   }

@@ -14,7 +14,6 @@ namespace pbs::cpu::PBS_CPU_ARCH {
 namespace {
 
 constexpr float kNegInf = -__builtin_huge_valf();
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Samples {
   int64_t count;
@@ -27,12 +26,14 @@ struct Samples {
   float* block_sum;  // (entries, padded), of exponentials against block_max
 };
 
-int64_t max_padded(const SelectBlocksParams& params) { return padded_rows(params.num_samples); }
+int64_t max_padded(const SelectBlocksParams& params) {
+  return padded_rows(params.rule.num_samples);
+}
 
 Samples carve(const SelectBlocksParams& params, const QueryBlock& block, float* scratch) {
   const int64_t head_dim = params.problem.head_dim;
   Samples samples{};
-  samples.count = num_samples_of<int64_t>(block.num_rows, params.num_samples);
+  samples.count = num_samples_of<int64_t>(block.num_rows, params.rule.num_samples);
   samples.padded = padded_rows(samples.count);
   samples.queries = scratch;
   samples.keys = samples.queries + head_dim * max_padded(params);
@@ -128,8 +129,8 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
                   float* mass, float* scratch) {
   const Problem& problem = params.problem;
   const int64_t head_dim = problem.head_dim, kv_block_size = params.blocking.kv_block_size;
-  const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
-  const int64_t hp = hq / (problem.num_q_heads / problem.num_perm_heads);
+  const int64_t hkv = hq / heads_per_kv(problem);
+  const int64_t hp = hq / heads_per_perm(problem);
   const Samples samples = carve(params, block, scratch);
   pack_samples(params, block, b, hq, samples);
 
@@ -141,7 +142,7 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
     fold_block(samples, keys, stride, head_dim, kv_block_size, j, all_seen);
   }
   int64_t num_entries = block.num_candidates;
-  if (params.is_mass_causal) {
+  if (counts_own_mass(params.rule)) {
     for (int64_t begin = block.own_begin; begin < block.own_end; begin += kv_block_size) {
       const int64_t num_keys = smaller(kv_block_size, problem.num_kv - begin);
       int64_t stride = 0;
@@ -160,7 +161,7 @@ void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int
     }
   }
   merge_blocks(samples, num_entries, mass);
-  if (!params.is_by_block) divide_by_sum(num_entries, mass);
+  if (params.rule.mass != MassRule::kBlock) divide_by_sum(num_entries, mass);
 }
 
 }  // namespace pbs::cpu::PBS_CPU_ARCH

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kKeyTile = 64;
 constexpr float kNegInf = -__builtin_huge_valf();
-constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t num_scored(const ScoreKeysParams& params) {
   return round_down(params.problem.num_kv, params.blocking.segment_size);
@@ -98,7 +97,8 @@ int64_t score_scratch(const ScoreKeysParams& params) {
          2 * padded + kScoreChunk;
 }
 
-void score_chunk(const ScoreKeysParams& params, int64_t item, float* scratch) {
+void score_chunk(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
+                 float* scratch) {
   const Problem& problem = params.problem;
   const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
   const int64_t head = item / num_chunks;
@@ -108,21 +108,21 @@ void score_chunk(const ScoreKeysParams& params, int64_t item, float* scratch) {
   pack(params, chunk, b, hq);
   for (int64_t i = 0; i < chunk.padded; ++i) chunk.row_max[i] = kNegInf;
   for (int64_t i = 0; i < chunk.padded; ++i) chunk.row_sum[i] = 0.0f;
-  const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
+  const int64_t hkv = hq / heads_per_kv(problem);
   for_each_tile(params, chunk, b, hkv, [&](auto vecs, int64_t lane, int64_t, int64_t num_keys) {
     fold_max_sum<decltype(vecs)::value>(chunk, lane, num_keys);
   });
-  std::memcpy(params.row_max + item * chunk.num_rows, chunk.row_max,
+  std::memcpy(states.row_max + item * chunk.num_rows, chunk.row_max,
               chunk.num_rows * sizeof(float));
-  std::memcpy(params.row_sum + item * chunk.num_rows, chunk.row_sum,
+  std::memcpy(states.row_sum + item * chunk.num_rows, chunk.row_sum,
               chunk.num_rows * sizeof(float));
 }
 
-void score_merge(const ScoreKeysParams& params, int64_t item, float*) {
+void score_merge(const ScoreKeysParams& params, const ScoreStates& states, int64_t item, float*) {
   const int64_t num_rows = num_score_rows(params.problem, params.blocking);
   const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
-  float* row_max = params.row_max + item * num_chunks * num_rows;
-  float* row_sum = params.row_sum + item * num_chunks * num_rows;
+  float* row_max = states.row_max + item * num_chunks * num_rows;
+  float* row_sum = states.row_sum + item * num_chunks * num_rows;
   for (int64_t r = 0; r < num_rows; ++r) {
     float top = row_max[r];
     for (int64_t c = 1; c < num_chunks; ++c) {
@@ -138,26 +138,27 @@ void score_merge(const ScoreKeysParams& params, int64_t item, float*) {
   }
 }
 
-void score_average(const ScoreKeysParams& params, int64_t item, float* scratch) {
+void score_average(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
+                   float* scratch) {
   const Problem& problem = params.problem;
   const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
   const int64_t head = item / num_chunks;
   const int64_t hp = head % problem.num_perm_heads;
   const int64_t b = head / problem.num_perm_heads;
-  const int64_t heads_per_perm = problem.num_q_heads / problem.num_perm_heads;
+  const int64_t num_heads = heads_per_perm(problem);
   const Chunk chunk = carve(params, item % num_chunks, scratch);
   float* totals = chunk.row_sum + chunk.padded;  // (kScoreChunk)
   for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) totals[i] = 0.0f;
 
-  for (int64_t hq = hp * heads_per_perm; hq < (hp + 1) * heads_per_perm; ++hq) {
+  for (int64_t hq = hp * num_heads; hq < (hp + 1) * num_heads; ++hq) {
     pack(params, chunk, b, hq);
     const int64_t merged = (b * problem.num_q_heads + hq) * num_chunks * chunk.num_rows;
     for (int64_t r = 0; r < chunk.padded; ++r) {
       // Padding rows weigh nothing.
-      chunk.row_max[r] = r < chunk.num_rows ? params.row_max[merged + r] : 0.0f;
-      chunk.row_sum[r] = r < chunk.num_rows ? 1.0f / params.row_sum[merged + r] : 0.0f;
+      chunk.row_max[r] = r < chunk.num_rows ? states.row_max[merged + r] : 0.0f;
+      chunk.row_sum[r] = r < chunk.num_rows ? 1.0f / states.row_sum[merged + r] : 0.0f;
     }
-    const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
+    const int64_t hkv = hq / heads_per_kv(problem);
     for_each_tile(params, chunk, b, hkv, [&](auto vecs, int64_t lane, int64_t key, int64_t n) {
       constexpr int kVecs = decltype(vecs)::value;
       for (int64_t i = 0; i < n; ++i) {
@@ -173,7 +174,7 @@ void score_average(const ScoreKeysParams& params, int64_t item, float* scratch) 
     });
   }
   float* importance = params.importance + head * problem.num_kv + chunk.begin;
-  const float share = 1.0f / static_cast<float>(chunk.num_rows * heads_per_perm);
+  const float share = 1.0f / static_cast<float>(chunk.num_rows * num_heads);
   for (int64_t i = 0; i < chunk.end - chunk.begin; ++i) importance[i] = totals[i] * share;
 }
 

@@ -7,7 +7,6 @@ namespace pbs::cpu::PBS_CPU_ARCH {
 namespace {
 
 constexpr float kNegInf = -__builtin_huge_valf();
-constexpr float kLog2e = 1.4426950408889634f;
 
 // The mean of rows [begin, end) of one head; `buffer` (D) serves inputs that are not float32.
 void mean_rows(const ConstRows& rows, const Problem& problem, int64_t b, int64_t h, int64_t begin,
@@ -42,50 +41,60 @@ void softmax_base2(float* logits, int64_t n) {
 
 }  // namespace
 
-int64_t select_scratch(const SelectBlocksParams& params) {
-  const int64_t others =
-      params.num_samples > 0 ? sampled_scratch(params) : 3 * params.problem.head_dim;
-  return num_mass_entries(params) + others;
-}
+int64_t mean_scratch(const SelectBlocksParams& params) { return 3 * params.problem.head_dim; }
 
-void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {
+void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
+               float* mass, float* scratch) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
-  const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
-  const int64_t num_kv_blocks = ceil_div(problem.num_kv, blocking.kv_block_size);
-  const int64_t hq = item / num_q_blocks % problem.num_q_heads;
-  const int64_t b = item / num_q_blocks / problem.num_q_heads;
-  const int64_t hp = hq / (problem.num_q_heads / problem.num_perm_heads);
-  const int64_t hkv = hq / (problem.num_q_heads / problem.num_kv_heads);
-  const QueryBlock block =
-      query_block(item % num_q_blocks, problem.num_q, problem.num_kv, blocking.block_size,
-                  blocking.kv_block_size, blocking.segment_size, params.is_causal);
-
-  if (params.num_samples > 0) {
-    sampled_mass(params, block, b, hq, scratch, scratch + num_mass_entries(params));
-    return;
-  }
-  float* logits = scratch;
-  float* q_mean = scratch + num_mass_entries(params);
+  const int64_t hp = hq / heads_per_perm(problem);
+  const int64_t hkv = hq / heads_per_kv(problem);
+  float* q_mean = scratch;
   float* own_mean = q_mean + problem.head_dim;
   float* buffer = own_mean + problem.head_dim;
   mean_rows(params.q, problem, b, hq, block.first_row, block.first_row + block.num_rows, buffer,
             q_mean);
   const float factor = params.scale * kLog2e;
-  const float* k_mean =
-      params.k_mean + (b * problem.num_perm_heads + hp) * num_kv_blocks * problem.head_dim;
+  const float* k_mean = params.k_mean + (b * problem.num_perm_heads + hp) *
+                                            num_key_blocks(problem, blocking) * problem.head_dim;
   for (int64_t j = 0; j < block.num_candidates; ++j) {
-    logits[j] = factor * dot(q_mean, k_mean + j * problem.head_dim, problem.head_dim);
+    mass[j] = factor * dot(q_mean, k_mean + j * problem.head_dim, problem.head_dim);
   }
   int64_t num_entries = block.num_candidates;
-  if (params.is_mass_causal) {
+  if (counts_own_mass(params.rule)) {
     for (int64_t begin = block.own_begin; begin < block.own_end; begin += blocking.kv_block_size) {
       const int64_t end = smaller(begin + blocking.kv_block_size, problem.num_kv);
       mean_rows(params.k, problem, b, hkv, begin, end, buffer, own_mean);
-      logits[num_entries++] = factor * dot(q_mean, own_mean, problem.head_dim);
+      mass[num_entries++] = factor * dot(q_mean, own_mean, problem.head_dim);
     }
   }
-  softmax_base2(logits, num_entries);
+  softmax_base2(mass, num_entries);
+}
+
+int64_t select_scratch(const SelectBlocksParams& params) {
+  switch (params.rule.score) {
+    case Score::kMean:
+      return num_mass_entries(params) + mean_scratch(params);
+    case Score::kSampled:
+      return num_mass_entries(params) + sampled_scratch(params);
+  }
+  return 0;
+}
+
+void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {
+  const Problem& problem = params.problem;
+  const int64_t num_q_blocks = num_query_blocks(problem, params.blocking);
+  const int64_t hq = item / num_q_blocks % problem.num_q_heads;
+  const int64_t b = item / num_q_blocks / problem.num_q_heads;
+  const QueryBlock block =
+      query_block(item % num_q_blocks, problem, params.blocking, params.is_causal);
+  float* rest = scratch + num_mass_entries(params);
+  switch (params.rule.score) {
+    case Score::kMean:
+      return mean_mass(params, block, b, hq, scratch, rest);
+    case Score::kSampled:
+      return sampled_mass(params, block, b, hq, scratch, rest);
+  }
 }
 
 }  // namespace pbs::cpu::PBS_CPU_ARCH

@@ -29,9 +29,10 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
   // With a NaN among the inputs no order means anything: visit everything, as dense would.
   const bool is_ordered =
       std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; });
-  const bool takes_all = !is_ordered || params.threshold >= 1.0;
-  if (takes_all || params.is_by_block) {
-    const auto least = static_cast<float>(params.threshold);
+  const double threshold = params.rule.threshold;
+  const bool takes_all = !is_ordered || threshold >= 1.0;
+  if (takes_all || params.rule.mass == MassRule::kBlock) {
+    const auto least = static_cast<float>(threshold);
     for (int64_t j = 0; j < num_candidates; ++j) {
       if (takes_all || mass[j] >= least) set_bit(words, j);
     }
@@ -43,7 +44,7 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
   std::sort(order.begin(), order.end(), [mass](int32_t a, int32_t b) {
     return mass[a] != mass[b] ? mass[a] > mass[b] : a < b;
   });
-  for (int64_t i = 0; i < num_candidates && reached < params.threshold; ++i) {
+  for (int64_t i = 0; i < num_candidates && reached < threshold; ++i) {
     set_bit(words, order[i]);
     reached += mass[order[i]];
   }
@@ -54,21 +55,19 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
-  const int64_t num_q_blocks = ceil_div(problem.num_q, blocking.block_size);
+  const int64_t num_q_blocks = num_query_blocks(problem, blocking);
   const int64_t hq = item / num_q_blocks % problem.num_q_heads;
   const int64_t b = item / num_q_blocks / problem.num_q_heads;
-  const QueryBlock block =
-      query_block(item % num_q_blocks, problem.num_q, problem.num_kv, blocking.block_size,
-                  blocking.kv_block_size, blocking.segment_size, params.is_causal);
-  const int64_t num_words = num_mask_words(ceil_div(problem.num_kv, blocking.kv_block_size));
+  const QueryBlock block = query_block(item % num_q_blocks, problem, blocking, params.is_causal);
+  const int64_t num_words = num_mask_words(num_key_blocks(problem, blocking));
   uint32_t* words = params.block_mask + item * num_words;
   std::fill_n(words, num_words, 0u);
   if (block.num_candidates > 0) {
-    const int64_t num_own = params.is_mass_causal
+    const int64_t num_own = counts_own_mass(params.rule)
                                 ? ceil_div(block.own_end - block.own_begin, blocking.kv_block_size)
                                 : 0;
     set_top(params, block.num_candidates, block.num_candidates + num_own, mass, words);
-    set_bit(words, sink_block(params, b, hq / (problem.num_q_heads / problem.num_perm_heads)));
+    set_bit(words, sink_block(params, b, hq / heads_per_perm(problem)));
   }
   int32_t count = 0;
   for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(words[w]);

@@ -6,9 +6,12 @@
 
 namespace pbs::cpu::PBS_CPU_ARCH {
 
-void score_chunk(const ScoreKeysParams& params, int64_t item, float* scratch);
-void score_merge(const ScoreKeysParams& params, int64_t item, float* scratch);
-void score_average(const ScoreKeysParams& params, int64_t item, float* scratch);
+void score_chunk(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
+                 float* scratch);
+void score_merge(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
+                 float* scratch);
+void score_average(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
+                   float* scratch);
 int64_t score_scratch(const ScoreKeysParams& params);
 
 void permute_block(const PermuteKVParams& params, int64_t item, float* scratch);
@@ -16,7 +19,10 @@ int64_t permute_scratch(const PermuteKVParams& params);
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch);
 int64_t select_scratch(const SelectBlocksParams& params);
-// block_mass by a few queries of the block; `mass` (num_mass_entries).
+// block_mass of each score; `mass` (num_mass_entries).
+void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
+               float* mass, float* scratch);
+int64_t mean_scratch(const SelectBlocksParams& params);
 void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
                   float* mass, float* scratch);
 int64_t sampled_scratch(const SelectBlocksParams& params);

@@ -1,15 +1,14 @@
-// The current device.
+// Questions to the CUDA runtime, in words that need no CUDA headers. An error comes back as a text,
+// no error as null.
 #pragma once
-
-#include <cuda_runtime.h>
 
 namespace pbs::cuda {
 
-inline cudaError_t count_sms(int* num_sms) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-}
+const char* current_device(int* device);
+const char* set_device(int device);
+// 10 * major + minor.
+const char* compute_capability(int device, int* capability);
+// Multiprocessors of the current device.
+const char* count_sms(int* num_sms);
 
 }  // namespace pbs::cuda

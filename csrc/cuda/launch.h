@@ -1,29 +1,34 @@
-// The CUDA launchers: a params struct, a stream (cudaStream_t as void*), and back to the host an
-// error text, or null. No torch and no CUDA headers, so that ops_cuda.cpp compiles without nvcc.
+// What a GPU family runs, in one table: for each stage the memory it needs and the function that
+// launches it, and what its kernels take. No torch and no CUDA headers, so that ops_cuda.cpp
+// compiles without nvcc.
 #pragma once
 
 #include "pbs/params.h"
 
 namespace pbs::cuda {
 
-// bfloat16 and float16 only. workspace: score_workspace_floats of them, on the current device.
-const char* launch_score_keys(const ScoreKeysParams& params, float* workspace, void* stream);
-int64_t score_workspace_floats(const ScoreKeysParams& params);
-const char* launch_sort_segments(const SortSegmentsParams& params, void* stream);
-const char* launch_permute_kv(const PermuteKVParams& params, void* stream);
-// workspace: select_workspace_floats of them.
-const char* launch_select_blocks(const SelectBlocksParams& params, float* workspace, void* stream);
-int64_t select_workspace_floats(const SelectBlocksParams& params);
-// The same with num_samples > 0; bfloat16 and float16 only.
-const char* launch_select_sampled(const SelectBlocksParams& params, float* workspace, void* stream);
-int64_t sampled_workspace_floats(const SelectBlocksParams& params);
-// bfloat16 and float16 only. workspace: attend_workspace_ints of them.
-const char* launch_attend(const AttendParams& params, int32_t* workspace, void* stream);
-int64_t attend_workspace_ints(const AttendParams& params);
+// `launch` takes workspace_bytes of device memory and a stream (a cudaStream_t). Both work on the
+// current device; an error comes back as a text, no error as null.
+template <class Params>
+struct StageLaunch {
+  int64_t (*workspace_bytes)(const Params& params);
+  const char* (*launch)(const Params& params, void* workspace, void* stream);
+};
 
-// The device that is current, and its compute capability as 10 * major + minor.
-const char* current_device(int* device);
-const char* set_device(int device);
-const char* compute_capability(int device, int* capability);
+struct Launchers {
+  StageLaunch<ScoreKeysParams> score_keys;
+  StageLaunch<SortSegmentsParams> sort_segments;
+  StageLaunch<PermuteKVParams> permute_kv;
+  StageLaunch<SelectBlocksParams> select_blocks;
+  StageLaunch<AttendParams> attend;
+
+  int64_t max_segment_size;
+  int64_t max_samples;
+  // With mean scores: one row of them has to fit in shared memory.
+  int64_t (*max_key_blocks)(const Problem& problem, const Blocking& blocking);
+};
+
+// Those of kGpuFamilies[family] (include/pbs/arch.h).
+const Launchers& launchers(int family);
 
 }  // namespace pbs::cuda

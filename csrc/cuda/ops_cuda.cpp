@@ -1,20 +1,14 @@
-// The CUDA backend. Registered in every build: in one without CUDA the user learns why instead of
-// reading the dispatcher's list of backends.
-#include "stage_ops.h"
-
-#ifdef PBS_WITH_CUDA
+// The CUDA backend, in a build with CUDA kernels: which GPU family runs a call, and what torch has
+// to say to it (device, stream, memory).
 #include <dlfcn.h>
 
+#include "device.h"
 #include "launch.h"
 #include "pbs/arch.h"
-#include "pbs/sampled_plan.h"
-#include "pbs/select_tiles.h"
-#endif
+#include "stage_ops.h"
 
 namespace pbs {
 namespace {
-
-#ifdef PBS_WITH_CUDA
 
 void check_cuda(const char* error, const char* what) {
   if (error != nullptr) fail("pbs_attn: ", what, " failed: ", error);
@@ -72,140 +66,127 @@ void check_positive(float scale) {
   if (!(scale > 0.0f)) fail("scale must be positive on CUDA, got ", scale);
 }
 
-void check_segment_fits(int64_t segment_size) {
-  constexpr int64_t kMost = 4096;
-  if (segment_size > kMost) {
-    fail("segment_size must be at most ", kMost, " on CUDA, got ", segment_size);
-  }
+const cuda::Launchers& launchers_for(const Tensor& t) {
+  int capability = 0;
+  check_cuda(cuda::compute_capability(t.get_device_index(), &capability), "cudaDeviceGetAttribute");
+  const std::string error = capability_error(capability);
+  if (!error.empty()) fail(error);
+  return cuda::launchers(find_family(capability));
 }
 
-void check_score_fits(const Problem& problem, const Blocking& blocking, int64_t num_samples) {
-  if (num_samples > kStackRows) {
-    fail("num_samples must be at most ", kStackRows, " on CUDA, got ", num_samples);
-  }
-  if (num_samples > 0) return;
-  const int64_t num_blocks = ceil_div(problem.num_kv, blocking.kv_block_size);
-  const int64_t most = most_key_blocks(problem, blocking);
-  if (num_blocks > most) {
-    fail("k must have at most ", most, " key blocks of kv_block_size ", blocking.kv_block_size,
-         " with these sizes on CUDA, got ", num_blocks);
-  }
-}
+class CudaBackend {
+ public:
+  CudaBackend(const char*, const char* name, const Tensor& t)
+      : like_(defined(name, t)), launchers_(launchers_for(t)), guard_(t) {}
 
-#endif
-
-struct CudaBackend {
-  static void require([[maybe_unused]] const char* stage, const Tensor& t) {
-    if (!t.defined()) return;  // None, which the checks refuse by its name
-#ifdef PBS_WITH_CUDA
-    int capability = 0;
-    check_cuda(cuda::compute_capability(t.get_device_index(), &capability),
-               "cudaDeviceGetAttribute");
-    const std::string error = capability_error(capability);
-    if (!error.empty()) fail(error);
-#else
-    fail(stage,
-         " has no CUDA kernel: this is a CPU-only build of pbs_attn (" PBS_CUDA_STATUS
-         "), got a tensor on ",
-         device_text(t));
-#endif
-  }
-
-  static void check_attention([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Tensor& k,
-                              [[maybe_unused]] const Tensor& v, [[maybe_unused]] float scale,
-                              [[maybe_unused]] const Problem& problem,
-                              [[maybe_unused]] const Blocking& blocking,
-                              [[maybe_unused]] int64_t num_samples) {
-#ifdef PBS_WITH_CUDA
-    const DType dtype = problem.dtype;
-    check_half(dtype);
-    check_aligned("q", const_rows(q), dtype);
-    check_aligned("k", const_rows(k), dtype);
-    check_aligned("v", const_rows(v), dtype);
-    check_positive(scale);
-    check_segment_fits(blocking.segment_size);
-    check_score_fits(problem, blocking, num_samples);
-#endif
-  }
-
-  static void score_keys([[maybe_unused]] const ScoreKeysParams& params,
-                         [[maybe_unused]] const Tensor& like) {
-#ifdef PBS_WITH_CUDA
-    const DType dtype = params.problem.dtype;
-    check_half(dtype);
-    check_aligned("q", params.q, dtype);
-    check_aligned("k", params.k, dtype);
+  void check_score_keys(const ScoreKeysParams& params) const {
+    check_half(params.problem.dtype);
+    check_operands(params.q, params.k, params.problem.dtype);
     check_positive(params.scale);
-    run_with_workspace<float>("score_keys", like, ScalarType::Float, params,
-                              cuda::score_workspace_floats, cuda::launch_score_keys);
-#endif
   }
 
-  static void sort_segments([[maybe_unused]] const SortSegmentsParams& params,
-                            [[maybe_unused]] const Tensor& like) {
-#ifdef PBS_WITH_CUDA
+  void check_sort_segments(const SortSegmentsParams& params) const {
     check_segment_fits(params.segment_size);
-    const DeviceGuard guard(like);
-    check_cuda(cuda::launch_sort_segments(params, current_stream(like)), "sort_segments");
-#endif
   }
 
-  static void permute_kv([[maybe_unused]] const PermuteKVParams& params,
-                         [[maybe_unused]] const Tensor& like) {
-#ifdef PBS_WITH_CUDA
+  static void check_permute_kv(const PermuteKVParams& params) {
     check_aligned("k", params.k, params.problem.dtype);
     check_aligned("v", params.v, params.problem.dtype);
-    const DeviceGuard guard(like);
-    check_cuda(cuda::launch_permute_kv(params, current_stream(like)), "permute_kv");
-#endif
   }
 
-  static void select_blocks([[maybe_unused]] const SelectBlocksParams& params,
-                            [[maybe_unused]] const Tensor& like) {
-#ifdef PBS_WITH_CUDA
-    check_aligned("q", params.q, params.problem.dtype);
-    check_aligned("k", params.k, params.problem.dtype);
-    check_score_fits(params.problem, params.blocking, params.num_samples);
-    if (params.num_samples == 0) {
-      run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
-                                cuda::select_workspace_floats, cuda::launch_select_blocks);
-      return;
-    }
+  void check_select_blocks(const SelectBlocksParams& params) const {
+    check_operands(params.q, params.k, params.problem.dtype);
+    check_rule_fits(params.problem, params.blocking, params.rule);
+    if (params.rule.score == Score::kMean) return;
     check_half(params.problem.dtype);
     check_aligned("k_perm", params.k_perm, params.problem.dtype);
     check_positive(params.scale);
-    run_with_workspace<float>("select_blocks", like, ScalarType::Float, params,
-                              cuda::sampled_workspace_floats, cuda::launch_select_sampled);
-#endif
   }
 
-  static void attend([[maybe_unused]] const AttendParams& params,
-                     [[maybe_unused]] const Tensor& like) {
-#ifdef PBS_WITH_CUDA
+  static void check_attend(const AttendParams& params) {
     const DType dtype = params.problem.dtype;
     check_half(dtype);
-    check_aligned("q", params.q, dtype);
-    check_aligned("k", params.k, dtype);
+    check_operands(params.q, params.k, dtype);
     check_aligned("v", params.v, dtype);
     check_aligned("k_perm", params.k_perm, dtype);
     check_aligned("v_perm", params.v_perm, dtype);
     check_positive(params.scale);
-    run_with_workspace<int32_t>("attend", like, ScalarType::Int, params,
-                                cuda::attend_workspace_ints, cuda::launch_attend);
-#endif
   }
 
-#ifdef PBS_WITH_CUDA
- private:
-  template <class T, class Params>
-  static void run_with_workspace(const char* stage, const Tensor& like, ScalarType dtype,
-                                 const Params& params, int64_t (*size)(const Params&),
-                                 const char* (*launch)(const Params&, T*, void*)) {
-    const DeviceGuard guard(like);
-    const Tensor workspace = StageOps<CudaBackend>::new_tensor(like, {size(params)}, dtype);
-    check_cuda(launch(params, workspace.mutable_data_ptr<T>(), current_stream(like)), stage);
+  void check_attention(const ConstRows& q, const ConstRows& k, const ConstRows& v,
+                       const Problem& problem, const Blocking& blocking, float scale,
+                       const SelectRule& rule) const {
+    check_half(problem.dtype);
+    check_operands(q, k, problem.dtype);
+    check_aligned("v", v, problem.dtype);
+    check_positive(scale);
+    check_segment_fits(blocking.segment_size);
+    check_rule_fits(problem, blocking, rule);
   }
-#endif
+
+  void score_keys(const ScoreKeysParams& params) const {
+    run("score_keys", launchers_.score_keys, params);
+  }
+  void sort_segments(const SortSegmentsParams& params) const {
+    run("sort_segments", launchers_.sort_segments, params);
+  }
+  void permute_kv(const PermuteKVParams& params) const {
+    run("permute_kv", launchers_.permute_kv, params);
+  }
+  void select_blocks(const SelectBlocksParams& params) const {
+    run("select_blocks", launchers_.select_blocks, params);
+  }
+  void attend(const AttendParams& params) const { run("attend", launchers_.attend, params); }
+
+ private:
+  static const Tensor& defined(const char* name, const Tensor& t) {
+    check_defined(name, t);
+    return t;
+  }
+
+  static void check_operands(const ConstRows& q, const ConstRows& k, DType dtype) {
+    check_aligned("q", q, dtype);
+    check_aligned("k", k, dtype);
+  }
+
+  void check_segment_fits(int64_t segment_size) const {
+    if (segment_size > launchers_.max_segment_size) {
+      fail("segment_size must be at most ", launchers_.max_segment_size, " on CUDA, got ",
+           segment_size);
+    }
+  }
+
+  void check_rule_fits(const Problem& problem, const Blocking& blocking,
+                       const SelectRule& rule) const {
+    if (rule.score == Score::kSampled) {
+      if (rule.num_samples > launchers_.max_samples) {
+        fail("num_samples must be at most ", launchers_.max_samples, " on CUDA, got ",
+             rule.num_samples);
+      }
+      return;
+    }
+    const int64_t most = launchers_.max_key_blocks(problem, blocking);
+    if (num_key_blocks(problem, blocking) > most) {
+      fail("k must have at most ", most, " key blocks of kv_block_size ", blocking.kv_block_size,
+           " with these sizes on CUDA, got ", num_key_blocks(problem, blocking));
+    }
+  }
+
+  template <class Params>
+  void run(const char* stage, const cuda::StageLaunch<Params>& kernel, const Params& params) const {
+    const int64_t bytes = kernel.workspace_bytes(params);
+    void* workspace = nullptr;
+    Tensor memory;
+    if (bytes > 0) {
+      memory = new_tensor(like_, {bytes}, ScalarType::Byte);
+      workspace = memory.mutable_data_ptr();
+    }
+    check_cuda(kernel.launch(params, workspace, current_stream(like_)), stage);
+  }
+
+  const Tensor& like_;
+  const cuda::Launchers& launchers_;
+  DeviceGuard guard_;
 };
 
 }  // namespace

@@ -9,22 +9,16 @@
 #include <limits>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 
 #include "pbs/bitmask.h"
+#include "pbs/dispatch.h"
 #include "pbs/dtype.h"
+#include "pbs/fail.h"
 #include "pbs/geometry.h"
 #include "pbs/params.h"
 
 namespace pbs {
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 inline std::string shape_text(const Tensor& t) {
   std::ostringstream text;
@@ -101,8 +95,8 @@ inline void check_contiguous(const char* name, const Tensor& t) {
 }
 
 inline void check_head_dim(const char* name, int64_t head_dim) {
-  if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 256) {
-    fail(name, " must have a head_dim of 64, 96, 128 or 256, got ", head_dim);
+  if (!is_head_dim(head_dim)) {
+    fail(name, " must have a head_dim of ", head_dims_text(), ", got ", head_dim);
   }
 }
 
@@ -204,26 +198,26 @@ inline bool check_choice(const char* name, const std::string& value, const char*
   fail(name, " must be \"", first, "\" or \"", second, "\", got \"", value, "\"");
 }
 
-// The queries of a block that score key by key; 0 for score "mean".
-inline int64_t check_score(const std::string& score, int64_t num_samples, int64_t block_size) {
+inline int32_t check_num_samples(int64_t num_samples, int64_t block_size) {
   if (num_samples < 1 || num_samples > block_size) {
     fail("num_samples must lie in [1, ", block_size, "], got ", num_samples);
   }
-  return check_choice("score", score, "mean", "sampled") ? num_samples : 0;
+  return static_cast<int32_t>(num_samples);
 }
 
-// What `threshold` is compared with: the mass of earlier segments, the causal mass, or each block's
-// share of the causal mass by itself.
-enum class MassRule { kEarlier, kCausal, kBlock };
+inline Score check_score(const std::string& score) {
+  return check_choice("score", score, "mean", "sampled") ? Score::kSampled : Score::kMean;
+}
 
-inline MassRule check_mass(const std::string& mass, int64_t num_samples) {
+inline MassRule check_mass(const std::string& mass, Score score) {
   if (mass == "earlier") return MassRule::kEarlier;
   if (mass == "causal") return MassRule::kCausal;
   if (mass != "block") {
     fail("mass must be \"earlier\", \"causal\" or \"block\", got \"", mass, "\"");
   }
-  if (num_samples == 0)
+  if (score == Score::kMean) {
     fail("mass must be \"earlier\" or \"causal\" with score \"mean\", got \"block\"");
+  }
   return MassRule::kBlock;
 }
 
@@ -234,9 +228,10 @@ inline double default_threshold(MassRule rule) {
       return 0.9;
     case MassRule::kCausal:
       return 0.95;
-    default:
+    case MassRule::kBlock:
       return 0.01;
   }
+  fail("mass must be one with a default threshold");
 }
 
 // 1 visits everything. With kBlock, what makes sense as a share of a sum is refused: hardly any
@@ -248,6 +243,19 @@ inline double check_threshold(std::optional<double> threshold, MassRule rule) {
   if ((value > 0.0 && value <= most) || value == 1.0) return value;
   if (rule != MassRule::kBlock) fail("threshold must lie in (0, 1], got ", value);
   fail("threshold must lie in (0, ", kMostOfBlock, "] or be 1 with mass \"block\", got ", value);
+}
+
+inline SelectRule check_rule(const std::string& score, const std::string& mass,
+                             std::optional<double> threshold, int64_t num_samples,
+                             int64_t block_size) {
+  SelectRule rule{};
+  rule.num_samples = check_num_samples(num_samples, block_size);
+  rule.score = check_score(score);
+  rule.mass = check_mass(mass, rule.score);
+  rule.threshold = check_threshold(threshold, rule.mass);
+  // Everything is taken under every rule, so the kernels need no case of their own.
+  if (rule.threshold >= 1.0 && rule.mass == MassRule::kBlock) rule.mass = MassRule::kCausal;
+  return rule;
 }
 
 inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {

@@ -12,6 +12,17 @@ namespace pbs {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
+// How select_blocks weighs a key block: by mean query . mean key, or by the largest share of its
+// attention that a sampled query of the block gives it.
+enum class Score : int32_t { kMean, kSampled };
+
+// What `threshold` is compared with: the mass of earlier segments, the causal mass, or each block's
+// share of the causal mass by itself.
+enum class MassRule : int32_t { kEarlier, kCausal, kBlock };
+
+// Weights are powers of two: exp(x) = exp2(kLog2e * x).
+constexpr float kLog2e = 1.4426950408889634f;
+
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A (B, H, N, D) tensor with any strides but the last.
@@ -46,6 +57,28 @@ struct Blocking {
   int64_t segment_size;   // rows of a segment, a multiple of both
 };
 
+// Query heads that share a key head, and those that share a permutation.
+PBS_HOST_DEVICE constexpr int64_t heads_per_kv(const Problem& problem) {
+  return problem.num_q_heads / problem.num_kv_heads;
+}
+PBS_HOST_DEVICE constexpr int64_t heads_per_perm(const Problem& problem) {
+  return problem.num_q_heads / problem.num_perm_heads;
+}
+
+PBS_HOST_DEVICE constexpr int64_t num_query_blocks(const Problem& problem,
+                                                   const Blocking& blocking) {
+  return ceil_div(problem.num_q, blocking.block_size);
+}
+PBS_HOST_DEVICE constexpr int64_t num_key_blocks(const Problem& problem, const Blocking& blocking) {
+  return ceil_div(problem.num_kv, blocking.kv_block_size);
+}
+
+PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, const Problem& problem,
+                                                 const Blocking& blocking, bool is_causal) {
+  return query_block(q_block_idx, problem.num_q, problem.num_kv, blocking.block_size,
+                     blocking.kv_block_size, blocking.segment_size, is_causal);
+}
+
 // The last query rows, whose attention says how important a key is.
 constexpr int64_t num_score_rows(const Problem& problem, const Blocking& blocking) {
   return problem.num_q < blocking.block_size ? problem.num_q : blocking.block_size;
@@ -57,8 +90,6 @@ struct ScoreKeysParams {
   float scale;
   ConstRows q;        // (B, Hq, Nq, D)
   ConstRows k;        // (B, Hkv, Nkv, D)
-  float* row_max;     // (B, Hq, num_chunks, num_score_rows), of scale * log2(e) * q.k
-  float* row_sum;     // (B, Hq, num_chunks, num_score_rows), of exp2(score - row_max)
   float* importance;  // (B, Hp, Nkv)
 };
 
@@ -80,7 +111,7 @@ struct PermuteKVParams {
   const int32_t* perm;  // (B, Hp, Nkv)
   void* k_perm;         // (B, Hp, Nkv, D), contiguous
   void* v_perm;         // (B, Hp, Nkv, D), contiguous
-  float* k_mean;        // (B, Hp, num_kv_blocks, D)
+  float* k_mean;        // (B, Hp, num_kv_blocks, D), or null where nobody reads it
 };
 
 // Key blocks of a head whose rows and means are written.
@@ -88,19 +119,28 @@ constexpr int64_t num_copied_blocks(const PermuteKVParams& params) {
   return ceil_div(params.num_copied, params.kv_block_size);
 }
 
+struct SelectRule {
+  Score score;
+  MassRule mass;
+  double threshold;     // 1 takes everything; kBlock then does not occur
+  int32_t num_samples;  // queries of a block that kSampled scores by
+};
+
+// Whether the own segment's mass counts towards the threshold.
+PBS_HOST_DEVICE constexpr bool counts_own_mass(const SelectRule& rule) {
+  return rule.mass != MassRule::kEarlier;
+}
+
 struct SelectBlocksParams {
   Problem problem;
   Blocking blocking;
   float scale;
-  double threshold;
   bool is_causal;
-  bool is_mass_causal;   // the own segment's mass counts towards the threshold
-  bool is_by_block;      // each block has to reach the threshold by itself
-  int32_t num_samples;   // queries of a block that score key by key; 0: its mean scores mean keys
+  SelectRule rule;
   ConstRows q;           // (B, Hq, Nq, D)
   ConstRows k;           // (B, Hkv, Nkv, D)
-  ConstRows k_perm;      // (B, Hp, Nkv, D), read where num_samples is positive
-  const float* k_mean;   // (B, Hp, num_kv_blocks, D)
+  ConstRows k_perm;      // (B, Hp, Nkv, D), of sampled scores
+  const float* k_mean;   // (B, Hp, num_kv_blocks, D), of mean scores
   const int32_t* perm;   // (B, Hp, Nkv) or null for the identity
   uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)
   int32_t* counts;       // (B, Hq, num_q_blocks)
@@ -113,8 +153,7 @@ constexpr int64_t num_own_entries(const Blocking& blocking) {
 
 // Shares of one query block: of every key block, and of its own segment's.
 constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
-  return ceil_div(params.problem.num_kv, params.blocking.kv_block_size) +
-         num_own_entries(params.blocking);
+  return num_key_blocks(params.problem, params.blocking) + num_own_entries(params.blocking);
 }
 
 struct AttendParams {

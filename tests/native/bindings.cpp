@@ -9,15 +9,16 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
-#include "pbs/sampled_plan.h"
-#include "pbs/score_parts.h"
-#include "pbs/select_tiles.h"
-#include "pbs/tile_shape.h"
+#include "pbs/sm90/sampled_plan.h"
+#include "pbs/sm90/score_parts.h"
+#include "pbs/sm90/select_tiles.h"
+#include "pbs/sm90/tile_shape.h"
 #include "pbs/work_order.h"
 #include "simd.h"
 
 namespace py = pybind11;
 namespace cpu = pbs::cpu::native_test;
+namespace sm90 = pbs::cuda::sm90;
 
 PYBIND11_MODULE(pbs_native, m) {
   py::class_<pbs::QueryBlock>(m, "QueryBlock")
@@ -27,7 +28,9 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("own_begin", &pbs::QueryBlock::own_begin)
       .def_readonly("own_end", &pbs::QueryBlock::own_end)
       .def_readonly("num_candidates", &pbs::QueryBlock::num_candidates);
-  m.def("query_block", &pbs::query_block);
+  m.def("query_block",
+        static_cast<decltype(pbs::query_block(0, 0, 0, 1, 1, 1, true)) (*)(
+            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool)>(&pbs::query_block));
   py::class_<pbs::KeyTiles>(m, "KeyTiles")
       .def_readonly("num_own", &pbs::KeyTiles::num_own)
       .def_readonly("total", &pbs::KeyTiles::total)
@@ -49,14 +52,14 @@ PYBIND11_MODULE(pbs_native, m) {
     }
     return tiles;
   });
-  m.def("tile_keys", &pbs::tile_keys);
-  m.def("tile_bytes", &pbs::tile_bytes);
+  m.def("tile_keys", &sm90::tile_keys);
+  m.def("tile_bytes", &sm90::tile_bytes);
   m.def("stages", [](int head_dim) {
-    return std::make_tuple(pbs::q_stages(head_dim), pbs::k_stages(head_dim),
-                           pbs::v_stages(head_dim));
+    return std::make_tuple(sm90::q_stages(head_dim), sm90::k_stages(head_dim),
+                           sm90::v_stages(head_dim));
   });
-  m.attr("shared_bytes_per_cta") = pbs::kSharedBytesPerCta;
-  m.attr("swizzle_bytes") = pbs::kSwizzleBytes;
+  m.attr("shared_bytes_per_cta") = sm90::kSharedBytesPerCta;
+  m.attr("swizzle_bytes") = sm90::kSwizzleBytes;
   py::class_<pbs::WorkGroups>(m, "WorkGroups")
       .def(py::init(&pbs::work_groups))
       .def_readonly("heads_per_group", &pbs::WorkGroups::heads_per_group)
@@ -73,21 +76,21 @@ PYBIND11_MODULE(pbs_native, m) {
     return std::vector<int64_t>{layout.counter,  layout.sorted,  layout.unsorted,
                                 layout.group_at, layout.weights, layout.size};
   });
-  py::class_<pbs::ScorePlan>(m, "ScorePlan")
-      .def_readonly("heads_per_group", &pbs::ScorePlan::heads_per_group)
-      .def_readonly("num_groups", &pbs::ScorePlan::num_groups)
-      .def_readonly("keys_per_part", &pbs::ScorePlan::keys_per_part)
-      .def_readonly("num_parts", &pbs::ScorePlan::num_parts)
-      .def_readonly("num_stages", &pbs::ScorePlan::num_stages);
-  m.def("score_plan", &pbs::score_plan);
-  m.def("score_shared_bytes", &pbs::score_shared_bytes);
-  m.def("score_stage_rows", &pbs::score_stage_rows);
-  m.def("blocks_per_warpgroup", &pbs::blocks_per_warpgroup);
-  m.attr("score_warpgroups") = pbs::kScoreWarpgroups;
-  py::class_<pbs::SelectTiles>(m, "SelectTiles")
-      .def_readonly("rows", &pbs::SelectTiles::rows)
-      .def_readonly("num_slots", &pbs::SelectTiles::num_slots)
-      .def_readonly("shared_bytes", &pbs::SelectTiles::shared_bytes);
+  py::class_<sm90::ScorePlan>(m, "ScorePlan")
+      .def_readonly("heads_per_group", &sm90::ScorePlan::heads_per_group)
+      .def_readonly("num_groups", &sm90::ScorePlan::num_groups)
+      .def_readonly("keys_per_part", &sm90::ScorePlan::keys_per_part)
+      .def_readonly("num_parts", &sm90::ScorePlan::num_parts)
+      .def_readonly("num_stages", &sm90::ScorePlan::num_stages);
+  m.def("score_plan", &sm90::score_plan);
+  m.def("score_shared_bytes", &sm90::score_shared_bytes);
+  m.def("score_stage_rows", &sm90::score_stage_rows);
+  m.def("blocks_per_warpgroup", &sm90::blocks_per_warpgroup);
+  m.attr("score_warpgroups") = sm90::kScoreWarpgroups;
+  py::class_<sm90::SelectTiles>(m, "SelectTiles")
+      .def_readonly("rows", &sm90::SelectTiles::rows)
+      .def_readonly("num_slots", &sm90::SelectTiles::num_slots)
+      .def_readonly("shared_bytes", &sm90::SelectTiles::shared_bytes);
   // Of `num_heads` heads, and the most key blocks that have room; as many queries as keys.
   m.def("select_tiles", [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
                            int64_t block_size, int64_t kv_block_size, int64_t segment_size) {
@@ -99,22 +102,22 @@ PYBIND11_MODULE(pbs_native, m) {
     params.problem.head_dim = head_dim;
     params.problem.dtype = is_float ? pbs::DType::kFloat32 : pbs::DType::kFloat16;
     params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
-    return std::make_pair(pbs::select_tiles(params, 132),
-                          pbs::most_key_blocks(params.problem, params.blocking));
+    return std::make_pair(sm90::select_tiles(params, 132),
+                          sm90::max_key_blocks(params.problem, params.blocking));
   });
-  m.attr("logit_rows") = pbs::kLogitRows;
-  py::class_<pbs::SampledPlan>(m, "SampledPlan")
-      .def_readonly("rows_per_pair", &pbs::SampledPlan::rows_per_pair)
-      .def_readonly("pairs_per_stack", &pbs::SampledPlan::pairs_per_stack)
-      .def_readonly("heads_per_perm", &pbs::SampledPlan::heads_per_perm)
-      .def_readonly("pairs_per_perm", &pbs::SampledPlan::pairs_per_perm)
-      .def_readonly("units_per_perm", &pbs::SampledPlan::units_per_perm)
-      .def_readonly("num_perm_heads", &pbs::SampledPlan::num_perm_heads)
-      .def_readonly("heads_per_group", &pbs::SampledPlan::heads_per_group)
-      .def_readonly("num_ctas", &pbs::SampledPlan::num_ctas)
-      .def_readonly("own_tiles", &pbs::SampledPlan::own_tiles)
-      .def_readonly("candidate_tiles", &pbs::SampledPlan::candidate_tiles)
-      .def_readonly("mass_stride", &pbs::SampledPlan::mass_stride);
+  m.attr("logit_rows") = sm90::kLogitRows;
+  py::class_<sm90::SampledPlan>(m, "SampledPlan")
+      .def_readonly("rows_per_pair", &sm90::SampledPlan::rows_per_pair)
+      .def_readonly("pairs_per_stack", &sm90::SampledPlan::pairs_per_stack)
+      .def_readonly("heads_per_perm", &sm90::SampledPlan::heads_per_perm)
+      .def_readonly("pairs_per_perm", &sm90::SampledPlan::pairs_per_perm)
+      .def_readonly("units_per_perm", &sm90::SampledPlan::units_per_perm)
+      .def_readonly("num_perm_heads", &sm90::SampledPlan::num_perm_heads)
+      .def_readonly("heads_per_group", &sm90::SampledPlan::heads_per_group)
+      .def_readonly("num_ctas", &sm90::SampledPlan::num_ctas)
+      .def_readonly("own_tiles", &sm90::SampledPlan::own_tiles)
+      .def_readonly("candidate_tiles", &sm90::SampledPlan::candidate_tiles)
+      .def_readonly("mass_stride", &sm90::SampledPlan::mass_stride);
   m.def("sampled_plan",
         [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t num_perm_heads,
            int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
@@ -125,20 +128,20 @@ PYBIND11_MODULE(pbs_native, m) {
                                         num_q, num_kv,      head_dim,     pbs::DType::kBFloat16};
           params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
           params.is_causal = is_causal;
-          params.is_mass_causal = is_mass_causal;
-          params.num_samples = num_samples;
-          return pbs::sampled_plan(params, num_sms);
+          params.rule.mass = is_mass_causal ? pbs::MassRule::kCausal : pbs::MassRule::kEarlier;
+          params.rule.num_samples = num_samples;
+          return sm90::sampled_plan(params, num_sms);
         });
-  m.def("table_bytes", &pbs::table_bytes);
-  m.def("sampled_workspace_bytes", &pbs::sampled_workspace_bytes);
-  m.def("sampled_key_stages", &pbs::sampled_key_stages);
-  m.attr("stack_rows") = pbs::kStackRows;
-  m.attr("sampled_tile_keys") = pbs::kSampledTileKeys;
-  m.attr("drawn_units") = pbs::kDrawnUnits;
-  m.attr("sampled_tables") = pbs::kSampledTables;
-  m.attr("sampled_warpgroups") = pbs::kSampledWarpgroups;
-  m.attr("select_warps") = pbs::kSelectWarps;
-  m.attr("sampled_cut_scratch") = pbs::kCutScratch;
+  m.def("table_bytes", &sm90::table_bytes);
+  m.def("sampled_workspace_bytes", &sm90::sampled_workspace_bytes);
+  m.def("sampled_key_stages", &sm90::sampled_key_stages);
+  m.attr("stack_rows") = sm90::kStackRows;
+  m.attr("sampled_tile_keys") = sm90::kSampledTileKeys;
+  m.attr("drawn_units") = sm90::kDrawnUnits;
+  m.attr("sampled_tables") = sm90::kSampledTables;
+  m.attr("sampled_warpgroups") = sm90::kSampledWarpgroups;
+  m.attr("select_warps") = sm90::kSelectWarps;
+  m.attr("sampled_cut_scratch") = sm90::kCutScratch;
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

@@ -1,0 +1,38 @@
+#include "device.h"
+
+#include <cuda_runtime.h>
+
+namespace pbs::cuda {
+namespace {
+
+const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* current_device(int* device) { return text_of(cudaGetDevice(device)); }
+
+const char* set_device(int device) { return text_of(cudaSetDevice(device)); }
+
+const char* compute_capability(int device, int* capability) {
+  int major = 0;
+  int minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  *capability = 10 * major + minor;
+  return text_of(error);
+}
+
+const char* count_sms(int* num_sms) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  return text_of(error);
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,11 @@
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include "kernel.cuh"
+
+namespace pbs::cuda::sm90 {
+
+template cudaError_t run_attend<cutlass::bfloat16_t, 96>(const AttendArgs&, int, cudaStream_t);
+template cudaError_t run_attend<cutlass::half_t, 96>(const AttendArgs&, int, cudaStream_t);
+
+}  // namespace pbs::cuda::sm90

@@ -1,0 +1,289 @@
+// The consumers: two warpgroups of 64 query rows each, taking turns at the tensor cores.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+#include "epilogue.cuh"
+#include "softmax.cuh"
+#include "work.cuh"
+
+namespace pbs::cuda::sm90 {
+
+// A consumer works on one tile of keys after the other, whichever query block they belong to: the
+// first product of a block runs beside the last one of the block before.
+template <class Traits>
+class Consumer {
+ public:
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+
+  __device__ Consumer(const AttendArgs& args, Shared& shared)
+      : params_(args.params),
+        shared_(shared),
+        reader_(shared),
+        lane_(threadIdx.x % 32),
+        warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
+        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)) {}
+
+  __device__ void run() {
+    // The first turn belongs to warpgroup 0.
+    if (warpgroup_ == 1) pass_turn();
+    int num_tiles = reader_.next().tiles.total;
+    if (num_tiles < 0) return;
+
+    typename Traits::QkMma qk_mma;
+    typename Traits::PvMma pv_mma;
+    const cute::Tensor sK =
+        cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{});
+    const cute::Tensor sVt =
+        cute::make_tensor(cute::make_smem_ptr(shared_.v), typename Traits::LayoutVt{});
+    auto qk_thread = qk_mma.get_thread_slice(128 * uniform(warpgroup_));
+    auto pv_thread = pv_mma.get_thread_slice(128 * uniform(warpgroup_));
+    const cute::Tensor tSrK = qk_thread.partition_fragment_B(sK);   // (MMA, 1, D / 16, stage)
+    const cute::Tensor tOrV = pv_thread.partition_fragment_B(sVt);  // (MMA, 1, keys / 16, stage)
+    cute::Tensor tOrO =
+        cute::partition_fragment_C(pv_mma, Shape<Int<Traits::kRows>, Int<Traits::kHeadDim>>{});
+    cute::Tensor tSrS =
+        cute::partition_fragment_C(qk_mma, Shape<Int<Traits::kRows>, Int<Traits::kKeys>>{});
+    cute::Tensor tOrP = cute::make_tensor<Element>(
+        pv_thread
+            .partition_A(cute::make_tensor(static_cast<Element*>(nullptr),
+                                           Shape<Int<Traits::kRows>, Int<Traits::kKeys>>{},
+                                           cute::GenRowMajor{}))
+            .layout()
+            .shape());
+
+    Softmax softmax{params_.scale * kLog2e};
+    float rescale[kThreadRows];
+    bool rescales = false;
+
+    const auto start_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      // Where Q begins, as if it were new each time: what follows from it is not carried around
+      // the loop, in registers that D=256 lacks.
+      Element* q = shared_.q;
+      asm volatile("" : "+l"(q));
+      const cute::Tensor tSrQ = qk_thread.partition_fragment_A(cute::make_tensor(
+          cute::make_smem_ptr(q), typename Traits::LayoutQ{}));  // (MMA, 1, D / 16, stage)
+      start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, uniform(q_.stage())),
+                       tSrK(cute::_, cute::_, cute::_, uniform(k_.stage())), tSrS);
+    };
+    const auto start_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      start_gemm<false>(pv_mma, tOrP, tOrV(cute::_, cute::_, cute::_, uniform(v_.stage())), tOrO);
+    };
+    // Scores of the next tile, and weights times values of this one, at once.
+    const auto start_both = [&](bool has_older) CUTLASS_LAMBDA_FUNC_INLINE {
+      shared_.k_full[k_.stage()].wait(k_.parity());
+      cute::warpgroup_arrive();  // or ptxas puts the conversion to weights after the turn is taken
+      take_turn();
+      start_scores();
+      start_values();
+      pass_turn();
+      if (has_older) release(shared_.v_empty[v_.previous().stage()]);
+      v_.advance();
+    };
+    const auto take_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(tSrS);
+    };
+    const auto release_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      release(shared_.k_empty[k_.stage()]);
+      k_.advance();
+    };
+    // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
+    const auto weigh_masked = [&](int tile_idx) CUTLASS_LAMBDA_FUNC_INLINE {
+      mask(tSrS, tile_idx);
+      rescales = softmax.raise(tSrS, rescale);
+      return softmax.weigh_any(tSrS);
+    };
+    // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
+    // that a score lay far above these, the weights shrink; if they left the range of numbers, the
+    // scores are computed again.
+    const auto weigh = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      TileSums sums = softmax.weigh(tSrS);
+      rescales = Softmax::outgrow(sums);
+      if (rescales) {
+        if (Softmax::is_lost(sums)) {
+          recompute_scores(tSrS);
+          rescales = softmax.raise(tSrS, rescale);
+          sums = softmax.weigh_any(tSrS);
+        } else {
+          softmax.shrink(tSrS, sums, rescale);
+        }
+      }
+      return sums;
+    };
+    // NOTE: ptxas moves a wait to the top of its basic block. Behind the wait for a barrier, which
+    // is a loop, the exponentials stay before it, in the time of P . V. Read the SASS after a
+    // change.
+    const auto take_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      cute::warpgroup_fence_operand(tSrS);
+      shared_.v_full[v_.stage()].wait(v_.parity());
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(tOrO);
+    };
+    const auto round_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
+      auto& weights =
+          *reinterpret_cast<cutlass::Array<float, cute::size(tSrS.layout())>*>(tSrS.data());
+      *reinterpret_cast<cutlass::Array<Element, cute::size(tSrS.layout())>*>(
+          cute::raw_pointer_cast(tOrP.data())) = convert(weights);
+      fence_weights(tOrP);
+    };
+    const auto fold_tile = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
+      take_scores();
+      if constexpr (is_masked) {
+        release_keys();
+        softmax.add(weigh_masked(tile_idx));
+      } else {
+        softmax.add(weigh());
+        release_keys();
+      }
+      take_values();
+      round_weights();
+      if (rescales) {
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
+      }
+    };
+    const auto take_first_tile = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      take_scores();
+      release_keys();
+      softmax.add(weigh_masked(0));
+      take_values();
+    };
+
+    shared_.q_full[q_.stage()].wait(q_.parity());
+    shared_.k_full[k_.stage()].wait(k_.parity());
+    take_turn();
+    start_scores();
+    pass_turn();
+    cute::warpgroup_wait<0>();
+    take_first_tile();
+    while (true) {
+      cute::clear(tOrO);
+      round_weights();
+      const int num_masked = reader_.current().tiles.num_masked;
+      int tile_idx = 1;
+      for (; tile_idx < num_masked; ++tile_idx) {
+        start_both(tile_idx > 1);
+        fold_tile(tile_idx, cute::true_type{});
+      }
+      if (tile_idx < num_tiles) {
+        // The loop's branch is behind start_both, where there is time for it.
+        start_both(tile_idx > 1);
+        while (true) {
+          fold_tile(tile_idx, cute::false_type{});
+          if (++tile_idx == num_tiles) break;
+          start_both(true);
+        }
+      }
+      release(shared_.q_empty[q_.stage()]);
+      q_.advance();
+      const bool has_older = num_tiles > 1;
+      num_tiles = reader_.next().tiles.total;
+      if (num_tiles < 0) {
+        start_values();
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(tOrO);
+        write_rows<Traits>(params_, reader_.previous(), softmax, tOrO);
+        return;
+      }
+      shared_.q_full[q_.stage()].wait(q_.parity());
+      start_both(has_older);
+      const Softmax done = softmax;
+      softmax = Softmax{done.scale_log2};
+      take_first_tile();
+      release(shared_.v_empty[v_.previous().stage()]);
+      write_rows<Traits>(params_, reader_.previous(), done, tOrO);
+      reader_.free_previous();
+    }
+  }
+
+ private:
+  // Weights are ready here, before the wait for a turn, and not where they are first used.
+  template <class Weights>
+  __device__ static void fence_weights(Weights& tOrP) {
+    auto words = cute::recast<uint32_t>(tOrP);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(words); ++i) asm volatile("" : "+r"(words(i))::"memory");
+  }
+
+  template <class Scores>
+  __device__ void mask(Scores& tSrS, int tile_idx) const {
+    const KeyTiles& tiles = reader_.current().tiles;
+    // Against constants, counted from this lane's first column.
+    const int limit = visible_keys(tiles, tile_idx, row_, Traits::kKeys) - column_of(0, lane_);
+    const int next_limit =
+        visible_keys(tiles, tile_idx, row_ + 8, Traits::kKeys) - column_of(0, lane_);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tSrS); ++i) {
+      if (column_of(i, 0) >= (row_of(i) == 0 ? limit : next_limit)) tSrS(i) = -INFINITY;
+    }
+  }
+
+  // S = Q . K^T of this warp's rows once more, by the products that a warp can issue alone. They
+  // leave each element where the warpgroup's do.
+  template <class Scores>
+  __device__ void recompute_scores(Scores& tSrS) const {
+    using Mma = std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
+                                   cute::SM80_16x8x16_F32F16F16F32_TN,
+                                   cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+    constexpr int kEightRows = 8 * Traits::kGroupColumns * 2;
+    const int thread = read_thread();
+    const int row = thread % 32 / 4;
+    const uint32_t q =
+        cute::cast_smem_ptr_to_uint(shared_.q + q_.stage() * Traits::kRows * Traits::kHeadDim);
+    const uint32_t k =
+        cute::cast_smem_ptr_to_uint(shared_.k + k_.stage() * Traits::kKeys * Traits::kHeadDim);
+    cute::clear(tSrS);
+    CUTE_NO_UNROLL
+    for (int column = thread % 4 * 2; column < Traits::kHeadDim; column += 16) {
+      const int q_row = thread / 32 * 16 - 64 + row;
+      const uint32_t q_left = q + tile_offset<Traits::kGroupColumns>(Traits::kRows, q_row, column);
+      const uint32_t q_right =
+          q + tile_offset<Traits::kGroupColumns>(Traits::kRows, q_row, column + 8);
+      const uint32_t a[] = {load_pair(q_left), load_pair(q_left + kEightRows), load_pair(q_right),
+                            load_pair(q_right + kEightRows)};
+      const uint32_t k_left = k + tile_offset<Traits::kGroupColumns>(Traits::kKeys, row, column);
+      const uint32_t k_right =
+          k + tile_offset<Traits::kGroupColumns>(Traits::kKeys, row, column + 8);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(tSrS); i += 4) {
+        const uint32_t b[] = {load_pair(k_left + i / 4 * kEightRows),
+                              load_pair(k_right + i / 4 * kEightRows)};
+        Mma::fma(tSrS(i), tSrS(i + 1), tSrS(i + 2), tSrS(i + 3), a[0], a[1], a[2], a[3], b[0], b[1],
+                 tSrS(i), tSrS(i + 1), tSrS(i + 2), tSrS(i + 3));
+      }
+    }
+  }
+
+  // In program order, so that few are in flight: registers are short here, and time is not.
+  __device__ static uint32_t load_pair(uint32_t address) {
+    uint32_t pair;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address));
+    return pair;
+  }
+
+  // While one warpgroup computes its softmax, the other has the tensor cores.
+  __device__ void take_turn() const {
+    cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(warpgroup_));
+  }
+  __device__ void pass_turn() const {
+    cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 - warpgroup_));
+  }
+
+  const AttendParams& params_;
+  Shared& shared_;
+  WorkReader<Traits> reader_;
+  int lane_;
+  int warpgroup_;
+  int row_;
+  RingState<Traits::kQStages> q_;
+  RingState<Traits::kKStages> k_;
+  RingState<Traits::kVStages> v_;  // the next product with V
+};
+
+}  // namespace pbs::cuda::sm90

@@ -1,0 +1,133 @@
+// Online softmax over the accumulators of one warpgroup.
+#pragma once
+
+#include "common/exp2.cuh"
+#include "sm90/warpgroup.cuh"
+
+namespace pbs::cuda::sm90 {
+
+// By how many powers of two weights may outgrow the maximum that they are relative to before that
+// maximum moves: far from the end of float16, and a maximum that creeps up tile by tile costs
+// nothing.
+constexpr float kMaxGrowth = 8.0f;
+constexpr float kMaxSum = 256.0f;  // 2^kMaxGrowth
+// Sums below it have lost nothing to the range of float32.
+constexpr float kMaxFiniteSum = 0x1p100f;
+
+// One thread's share of the sums of a tile's weights.
+struct TileSums {
+  float row[kThreadRows];
+};
+
+struct Softmax {
+  float scale_log2 = 0.0f;                           // scale * log2(e)
+  float base[kThreadRows] = {-INFINITY, -INFINITY};  // about the maximum, in powers of two
+  float row_sum[kThreadRows] = {};                   // this thread's columns only
+
+  // Looks at new scores. True, for the whole warp, if a base moved: what was summed against the
+  // older one must then shrink by rescale.
+  template <class Scores>
+  __device__ bool raise(const Scores& scores, float (&rescale)[kThreadRows]) {
+    float top[kThreadRows];
+    row_maxima(scores, top);
+    bool is_higher = false;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) is_higher |= top[r] * scale_log2 > base[r] + kMaxGrowth;
+    const bool moves = __any_sync(~0u, is_higher);
+    if (moves) {
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        move_base(r, fmaxf(base[r], quad_max(top[r]) * scale_log2), rescale[r]);
+      }
+    }
+    return moves;
+  }
+
+  // Scores to weights, exp2(scale_log2 * score - base). Far elements are summed first, in pairs:
+  // ptxas starts exponentials in the order in which their sums need them, and a sum of neighbours
+  // would wait for the one that was started just before.
+  template <class Scores>
+  __device__ TileSums weigh(Scores& scores) const {
+    return weigh(scores, base);
+  }
+
+  // The same where some rows may have seen nothing yet.
+  template <class Scores>
+  __device__ TileSums weigh_any(Scores& scores) const {
+    const float finite[kThreadRows] = {base[0] == -INFINITY ? 0.0f : base[0],
+                                       base[1] == -INFINITY ? 0.0f : base[1]};
+    return weigh(scores, finite);
+  }
+
+  // True, for the whole warp, if some weights are too large, or not numbers.
+  __device__ static bool outgrow(const TileSums& sums) {
+    return __any_sync(~0u, !(sums.row[0] <= kMaxSum && sums.row[1] <= kMaxSum));
+  }
+
+  // True, for the whole warp, if weights left the range of numbers.
+  __device__ static bool is_lost(const TileSums& sums) {
+    return __any_sync(~0u, !(sums.row[0] <= kMaxFiniteSum && sums.row[1] <= kMaxFiniteSum));
+  }
+
+  // Moves bases to where the weights' maxima are, and weights and their sums with them.
+  template <class Weights>
+  __device__ void shrink(Weights& weights, TileSums& sums, float (&rescale)[kThreadRows]) {
+    float top[kThreadRows];
+    row_maxima(weights, top);
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      move_base(r, base[r] + fmaxf(0.0f, __log2f(quad_max(top[r]))), rescale[r]);
+      sums.row[r] *= rescale[r];
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(weights); ++i) weights(i) *= rescale[row_of(i)];
+  }
+
+  __device__ void add(const TileSums& sums) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) row_sum[r] += sums.row[r];
+  }
+
+ private:
+  // Of this thread's columns. Two chains a row, so that neighbours in program order do not wait for
+  // each other.
+  template <class Values>
+  __device__ static void row_maxima(const Values& values, float (&top)[kThreadRows]) {
+    float chains[kThreadRows][2];
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(values); ++i) {
+      float& chain = chains[row_of(i)][i % 2];
+      chain = i < 4 ? values(i) : fmaxf(chain, values(i));
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) top[r] = fmaxf(chains[r][0], chains[r][1]);
+  }
+
+  template <class Scores>
+  __device__ TileSums weigh(Scores& scores, const float (&bases)[kThreadRows]) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      scores(i) = exp2_approx(scores(i) * scale_log2 - bases[row_of(i)]);
+    }
+    constexpr int kHalf = cute::size(typename Scores::layout_type{}) / 2;
+    float chains[kThreadRows][2];
+    CUTE_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      float& chain = chains[row_of(i)][i % 2];
+      const float pair = scores(i) + scores(i + kHalf);
+      chain = i < 4 ? pair : chain + pair;
+    }
+    TileSums sums;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) sums.row[r] = chains[r][0] + chains[r][1];
+    return sums;
+  }
+
+  __device__ void move_base(int r, float new_base, float& rescale) {
+    rescale = base[r] == -INFINITY ? 0.0f : exp2_approx(base[r] - new_base);
+    row_sum[r] *= rescale;
+    base[r] = new_base;
+  }
+};
+
+}  // namespace pbs::cuda::sm90

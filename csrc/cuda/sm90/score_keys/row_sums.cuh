@@ -1,0 +1,154 @@
+// First pass of score_keys: the maximum and the sum of each query's weights, over the keys of a
+// part. Blocks of queries are the rows of the products, tiles of keys their columns.
+#pragma once
+
+#include "common/exp2.cuh"
+#include "key_parts.cuh"
+#include "row_state.cuh"
+
+namespace pbs::cuda::sm90 {
+
+// What a thread knows of its two rows of a block: its columns only.
+struct alignas(16) ThreadState {
+  float sum[kThreadRows];
+  float max[kThreadRows];
+};
+static_assert(sizeof(ThreadState) == 16);
+
+// Sums are taken relative to the maximum of the first tile: nothing is rounded on the way, so that
+// a later score may lie 126 powers of two above it. Where one lies further above, the weights of
+// the tile are computed once more, against its maximum.
+class RowSums {
+ public:
+  __device__ explicit RowSums(float factor) : factor_(factor) {}
+
+  template <class Scores>
+  __device__ void add(const Scores& scores, bool is_first, ThreadState& state) const {
+    float sums[kThreadRows];
+    bool is_lost = is_first;
+    if (!is_first) {
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        sums[r] = state.sum[r] + weigh(scores, r, state.max[r]);
+        is_lost |= !(sums[r] < INFINITY);
+      }
+    }
+    if (__any_sync(~0u, is_lost)) {
+      CUTE_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) {
+        const float max = fmaxf(state.max[r], maximum(scores, r) * factor_);
+        const float shift = shift_of(max);
+        sums[r] = state.sum[r] * exp2_approx(state.max[r] - shift) + weigh(scores, r, shift);
+        state.max[r] = max;
+      }
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) state.sum[r] = sums[r];
+  }
+
+ private:
+  // Where all scores are -inf: weights of 0, or of NaN where a score is NaN.
+  __device__ static float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
+
+  template <class Scores>
+  __device__ float weigh(const Scores& scores, int r, float shift) const {
+    float sums[2] = {};
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      if (row_of(i) == r) sums[i % 2] += exp2_approx(scores(i) * factor_ - shift);
+    }
+    return sums[0] + sums[1];
+  }
+
+  template <class Scores>
+  __device__ static float maximum(const Scores& scores, int r) {
+    float top = -INFINITY;
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      if (row_of(i) == r) top = fmaxf(top, scores(i));
+    }
+    return top;
+  }
+
+  float factor_;
+};
+
+// (blocks_per_warpgroup, kScoreConsumers) states.
+template <class Part>
+__device__ ThreadState& thread_state(const Part& part, int nth_block, int thread) {
+  return static_cast<ThreadState*>(part.table)[nth_block * kScoreConsumers + thread];
+}
+
+// The products of a warpgroup: of those of all tiles by all blocks, in this order, every fourth.
+template <class Traits>
+__device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
+  ScoreBarriers& barriers = *part.barriers;
+  const ScoreProduct<Traits> multiply(part.queries, part.keys);
+  const RowSums pass(args.params.scale * kLog2e);
+  const int num_heads = part.heads_in_group(args, part.first_group);
+  const int num_blocks = 2 * num_heads;
+  const int num_states = blocks_per_warpgroup(num_heads);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < num_states; ++i) {
+    thread_state(part, i, thread) = ThreadState{{0.0f, 0.0f}, {-INFINITY, -INFINITY}};
+  }
+  DynamicRingState k{args.plan.num_stages};
+  int block = uniform(thread / 128);
+  const ScoreTurns turns(block);
+  int nth = 0;  // of its states
+  bool is_first = true;
+  for (int tile = 0; tile * kScoreTileRows < part.num_keys; ++tile) {
+    const int num_left = part.num_keys - tile * kScoreTileRows;
+    if (block < num_blocks) barriers.k_full[0][k.stage].wait(k.parity);
+    for (; block < num_blocks; block += kScoreWarpgroups) {
+      if (is_first) barriers.q_full[block / 2].wait(0);
+      ThreadState state = thread_state(part, nth, thread);
+      cute::Tensor scores = multiply(block, k.stage, turns);
+      if (block + kScoreWarpgroups >= num_blocks) release(barriers.k_empty[k.stage]);
+      if (num_left < kScoreTileRows) {
+        CUTE_UNROLL
+        for (int i = 0; i < cute::size(scores); ++i) {
+          if (column_of(i, thread % 32) >= num_left) scores(i) = -INFINITY;
+        }
+      }
+      pass.add(scores, is_first, state);
+      thread_state(part, nth, thread) = state;
+      if (++nth == num_states) {
+        nth = 0;
+        is_first = false;
+      }
+    }
+    block -= num_blocks;
+    k.advance(1);
+  }
+}
+
+// Of each query of the part's heads, what all threads found that have a share in it.
+template <class Traits>
+__device__ void write_row_sums(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
+  const int num_heads = part.heads_in_group(args, part.first_group);
+  const int num_blocks = 2 * num_heads;
+  const int num_states = blocks_per_warpgroup(num_heads);
+  const int64_t first_head = part.first_head(args) + part.first_group * args.plan.heads_per_group;
+  cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
+  for (int i = threadIdx.x; i < num_heads * kScoreTileRows; i += kScoreConsumers) {
+    const int row = i % kScoreBlockRows;
+    const int thread = row / 16 * 32 + row % 8 * 4;  // the first of a quad
+    RowState all;
+    for (int warpgroup = 0; warpgroup < kScoreWarpgroups; ++warpgroup) {
+      for (int nth = 0; nth < num_states; ++nth) {
+        if ((warpgroup + nth * kScoreWarpgroups) % num_blocks != i / kScoreBlockRows) continue;
+        for (int lane = 0; lane < 4; ++lane) {
+          const ThreadState& state = thread_state(part, nth, warpgroup * 128 + thread + lane);
+          const int r = row / 8 % 2;
+          all = merge(all, RowState{state.max[r], state.sum[r]});
+        }
+      }
+    }
+    row_states(args,
+               first_head + i / kScoreTileRows)[part.idx * kScoreTileRows + i % kScoreTileRows] =
+        float2{all.max, all.sum};
+  }
+}
+
+}  // namespace pbs::cuda::sm90

@@ -1,0 +1,185 @@
+// select_blocks with score="mean": the mean of each query block, its logits against all mean keys,
+// and the smallest set of key blocks whose softmax mass reaches the threshold, in one kernel that
+// reads every query once.
+#include <cuda_runtime.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <limits>
+
+#include "common/elements.h"
+#include "common/launch_kernel.h"
+#include "cut_row.cuh"
+#include "device.h"
+#include "mask_row.cuh"
+#include "pbs/dispatch.h"
+#include "query_means.cuh"
+#include "sm90/launch.h"
+#include "sm90/tma.h"
+
+namespace pbs::cuda::sm90 {
+namespace {
+
+constexpr int kMeanKeysThreads = 256;
+
+// 96 a thread are there at launch (65536 / 640, in steps of 8).
+constexpr int kRowRegisters = 104;
+constexpr int kMeanRegisters = 64;
+static_assert(kRowWarps * kRowRegisters + kMeanWarps * kMeanRegisters ==
+              (kRowWarps + kMeanWarps) * 96);
+
+// One warp a key block.
+template <class T>
+__global__ void __launch_bounds__(kMeanKeysThreads)
+    mean_keys_kernel(const __grid_constant__ SelectArgs args) {
+  const Problem& problem = args.params.problem;
+  const ConstRows& k = args.params.k;
+  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kMeanKeysThreads + threadIdx.x) / 32;
+  const int64_t head = item / args.num_kv_blocks;
+  if (head >= problem.batch * problem.num_kv_heads) return;
+  const int64_t begin = item % args.num_kv_blocks * args.params.blocking.kv_block_size;
+  const T* rows = static_cast<const T*>(k.data) + head / problem.num_kv_heads * k.batch_stride +
+                  head % problem.num_kv_heads * k.head_stride;
+  mean_rows(rows, k.row_stride, begin,
+            smaller(begin + args.params.blocking.kv_block_size, problem.num_kv),
+            static_cast<int>(problem.head_dim), 1.0f,
+            [to = args.own_means + item * problem.head_dim](int d, float x) { to[d] = x; });
+}
+
+template <class Element, int kHeadDim>
+__device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
+  const int thread = static_cast<int>(threadIdx.x) - 32 * kRowWarps;
+  QueryMeans<Element, kHeadDim> means(args, shared);
+  for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
+    const SelectTile tile = walk.tile();
+    const int buffer = walk.nth() % kMeanBuffers;
+    const uint32_t parity = walk.nth() / kMeanBuffers & 1;
+    const int64_t hp = tile.hq / heads_per_perm(args.params.problem);
+    const int sink = thread < 32 ? find_sink(args.params, tile.b, hp) : 0;
+    shared.barriers->means_empty[buffer].wait(parity ^ 1);
+    if (thread == 0) shared.barriers->sinks[buffer] = sink;
+    means.add_tile(tile, shared.means_of(buffer));
+    cutlass::arch::fence_view_async_shared();  // read by the tensor cores
+    shared.barriers->means_full[buffer].arrive();
+  }
+}
+
+template <int kHeadDim>
+__device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
+  const Problem& problem = args.params.problem;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
+    const SelectTile tile = walk.tile();
+    const int buffer = walk.nth() % kMeanBuffers;
+    const SplitQueries q_means = shared.means_of(buffer);
+    const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / heads_per_perm(problem);
+    compute_logits<kHeadDim>(
+        q_means, args.params.k_mean + perm_head * args.num_kv_blocks * kHeadDim,
+        static_cast<int>(block_of(args, tile, tile.num_blocks - 1).num_candidates), tile.num_blocks,
+        args.row_stride, shared.logits,
+        [&] { shared.barriers->means_full[buffer].wait(walk.nth() / kMeanBuffers & 1); });
+    const int sink = shared.barriers->sinks[buffer];
+    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);
+    for (int r = warp; r < tile.num_blocks; r += kRowWarps) {
+      const QueryBlock block = block_of(args, tile, r);
+      float* row = shared.logits + r * args.row_stride;
+      const Cut cut =
+          cut_row(args, tile, block, q_means, r, row, shared.scratch + warp * kCutScratch);
+      write_row(args.params, args.num_words,
+                (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
+                static_cast<int>(block.num_candidates), sink, row, cut);
+    }
+    shared.barriers->means_empty[buffer].arrive();
+    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
+  }
+}
+
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    select_kernel(const __grid_constant__ SelectArgs args) {
+  extern __shared__ char raw[];
+  const SelectShared<kHeadDim> shared(args, raw);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < args.tiles.num_slots; ++slot) {
+      shared.barriers->slot_full[slot].init(1);
+      shared.barriers->slot_empty[slot].init(kMeanWarps);
+    }
+    for (int buffer = 0; buffer < kMeanBuffers; ++buffer) {
+      shared.barriers->means_full[buffer].init(32 * kMeanWarps);
+      shared.barriers->means_empty[buffer].init(32 * kRowWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  if constexpr (!std::is_same_v<Element, float>) {
+    for (int i = threadIdx.x; i < kOnesBytes / 2; i += kSelectThreads) {
+      static_cast<Element*>(shared.ones)[i] = Element(1.0f);
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+  __syncthreads();
+  if (warp < kRowWarps) {
+    cutlass::arch::warpgroup_reg_alloc<kRowRegisters>();
+    select_rows(args, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<kMeanRegisters>();
+    write_means<Element>(args, shared);
+  }
+}
+
+template <class Element>
+const char* launch(SelectArgs& args, cudaStream_t stream) {
+  const Problem& problem = args.params.problem;
+  int num_sms = 0;
+  if (const char* error = count_sms(&num_sms)) return error;
+  args.tiles = select_tiles(args.params, num_sms);
+  if (args.tiles.rows == 0) return "too many key blocks for shared memory";
+  if (args.tiles.num_slots > 0) {
+    if (const char* encode_error =
+            encode_rows(&args.q, args.params.q, problem, problem.num_q_heads, problem.num_q,
+                        args.params.blocking.block_size,
+                        query_slot_columns(static_cast<int>(problem.head_dim)))) {
+      return encode_error;
+    }
+  }
+  if (counts_own_mass(args.params.rule)) {
+    const int64_t num_key_blocks = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
+    const auto num_ctas = static_cast<unsigned>(ceil_div(32 * num_key_blocks, kMeanKeysThreads));
+    mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
+  }
+  const int64_t num_tiles =
+      problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tiles.rows);
+  const cudaError_t error = dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
+    return launch_kernel(select_kernel<Element, head_dim>, args, smaller(num_sms, num_tiles),
+                         kSelectThreads, args.tiles.shared_bytes, stream);
+  });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+int64_t select_mean_workspace(const SelectBlocksParams& params) {
+  const Problem& problem = params.problem;
+  if (!counts_own_mass(params.rule)) return 0;
+  return problem.batch * problem.num_kv_heads * num_key_blocks(problem, params.blocking) *
+         problem.head_dim * static_cast<int64_t>(sizeof(float));
+}
+
+const char* launch_select_mean(const SelectBlocksParams& params, void* workspace, void* stream) {
+  const Problem& problem = params.problem;
+  const Blocking& blocking = params.blocking;
+  SelectArgs args{};
+  args.params = params;
+  args.own_means = static_cast<float*>(workspace);
+  args.num_q_blocks = static_cast<int>(num_query_blocks(problem, blocking));
+  args.num_kv_blocks = static_cast<int>(num_key_blocks(problem, blocking));
+  args.num_words = static_cast<int>(num_mask_words(args.num_kv_blocks));
+  args.row_stride = static_cast<int>(logit_stride(num_mass_entries(params)));
+  const int64_t num_rows = problem.batch * problem.num_q_heads * args.num_q_blocks;
+  if (num_rows == 0) return nullptr;
+  if (num_rows > std::numeric_limits<int32_t>::max()) return "too many query blocks for one grid";
+  return dispatch_element(problem.dtype, [&](auto element) {
+    return launch<decltype(element)>(args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace pbs::cuda::sm90

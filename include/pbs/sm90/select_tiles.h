@@ -1,0 +1,88 @@
+// Tiles of select_blocks on CUDA: how many query blocks a CTA has in work at once, and the shared
+// memory they take. Host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/params.h"
+#include "pbs/sm90/tile_shape.h"
+
+namespace pbs::cuda::sm90 {
+
+constexpr int kLogitRows = 16;  // of one product: query blocks of a tile at most
+constexpr int kRowWarps = 16;   // compute rows of logits and cut them
+constexpr int kMeanWarps = 4;   // average queries
+constexpr int kMeanBuffers = 2;
+constexpr int kMaxQuerySlots = 8;
+constexpr int kCutScratch = 128;  // words of a warp: weights that it cuts in registers
+constexpr int kOnesBytes = 256;   // of 16 x 8 elements
+constexpr int kSelectBarrierBytes = 288;
+
+// Of one of the two halves of a tile's mean queries.
+PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) { return kLogitRows * head_dim; }
+
+// Queries that are loaded together: so many columns of a query block.
+PBS_HOST_DEVICE constexpr int query_slot_columns(int head_dim) {
+  return head_dim == 256 ? 128 : head_dim;
+}
+PBS_HOST_DEVICE constexpr int query_slot_bytes(int head_dim, int block_size) {
+  return 2 * block_size * query_slot_columns(head_dim);
+}
+
+// Floats from one row of logits to the next. Rows start 8 banks apart, and have room for three
+// zeros at the end.
+constexpr int64_t logit_stride(int64_t num_entries) {
+  return ceil_div(num_entries + 3, 32) * 32 + 8;
+}
+
+struct SelectTiles {
+  int32_t rows;       // query blocks of a tile; 0 where not one fits
+  int32_t num_slots;  // of queries in shared memory
+  int64_t shared_bytes;
+};
+
+// Beside slots and rows of logits.
+constexpr int64_t select_fixed_bytes(int head_dim) {
+  return kSwizzleBytes + kOnesBytes + kSelectBarrierBytes +
+         4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
+}
+
+// Float32 queries are averaged as they are read, without slots.
+constexpr int64_t slot_bytes_of(const Problem& problem, const Blocking& blocking) {
+  return problem.dtype == DType::kFloat32 ? 0
+                                          : query_slot_bytes(static_cast<int>(problem.head_dim),
+                                                             static_cast<int>(blocking.block_size));
+}
+
+// As many rows as a product has; on a short sequence fewer, so that each CTA has several tiles, of
+// which one is loaded while the one before is in work.
+constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num_sms) {
+  constexpr int64_t kTilesPerCta = 3;
+  const Problem& problem = params.problem;
+  const auto head_dim = static_cast<int>(problem.head_dim);
+  const int64_t num_rows =
+      problem.batch * problem.num_q_heads * num_query_blocks(problem, params.blocking);
+  int64_t wanted = kLogitRows;
+  while (wanted > kLogitRows / 4 && num_rows < wanted * num_sms * kTilesPerCta) wanted /= 2;
+  const int64_t row_bytes = 4 * logit_stride(num_mass_entries(params));
+  const int64_t slot_bytes = slot_bytes_of(problem, params.blocking);
+  const int64_t room = kSharedBytesPerCta - select_fixed_bytes(head_dim);
+  SelectTiles tiles{};
+  tiles.rows = static_cast<int32_t>(smaller(wanted, larger(0, room - slot_bytes) / row_bytes));
+  if (tiles.rows > 0 && slot_bytes > 0) {
+    tiles.num_slots =
+        static_cast<int32_t>(smaller(kMaxQuerySlots, (room - tiles.rows * row_bytes) / slot_bytes));
+    tiles.shared_bytes = tiles.num_slots * slot_bytes;
+  }
+  tiles.shared_bytes += select_fixed_bytes(head_dim) + tiles.rows * row_bytes;
+  return tiles;
+}
+
+// The key blocks that a row of logits has room for.
+constexpr int64_t max_key_blocks(const Problem& problem, const Blocking& blocking) {
+  const int64_t room = kSharedBytesPerCta - select_fixed_bytes(static_cast<int>(problem.head_dim)) -
+                       slot_bytes_of(problem, blocking);
+  return round_down(room / 4 - 8, 32) - 3 - num_own_entries(blocking);
+}
+
+}  // namespace pbs::cuda::sm90

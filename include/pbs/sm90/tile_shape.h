@@ -1,0 +1,43 @@
+// Shapes of the tiles that the sm_90a attend kernel holds in shared memory, and how much of it they
+// take. Host and device.
+#pragma once
+
+#include <cstdint>
+
+namespace pbs::cuda::sm90 {
+
+// Rows of a query block's tile: 64 for each of two consumer warpgroups.
+constexpr int kTileRows = 128;
+
+// Keys of one tile: what two stages of K and V beside Q leave room for, and no wider than the
+// accumulators of one warpgroup allow.
+constexpr int tile_keys(int head_dim) { return head_dim == 256 ? 64 : 128; }
+
+// A second Q hides its load behind the previous block's last products.
+constexpr int q_stages(int head_dim) { return head_dim == 256 ? 1 : 2; }
+
+// Tiles of K and of V in flight, as shared memory allows. V is freed later than K, after the
+// softmax of the next tile, and needs the third one: with three of K and two of V, D=128 loses a
+// fifth of its speed.
+constexpr int k_stages(int head_dim) { return head_dim == 64 ? 4 : head_dim == 96 ? 3 : 2; }
+constexpr int v_stages(int head_dim) { return head_dim == 64 ? 4 : 3; }
+
+// Query blocks drawn ahead, the one in work among them.
+constexpr int kDrawnBlocks = 3;
+
+// A tile in shared memory is a row of column groups, each as wide as the swizzle span of 128 (or,
+// for 96 columns, 64) bytes.
+constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
+// Of all tiles of 2-byte elements, and the limit of what one CTA may take, barriers included.
+constexpr int tile_bytes(int head_dim) {
+  return 2 * head_dim *
+         (q_stages(head_dim) * kTileRows +
+          (k_stages(head_dim) + v_stages(head_dim)) * tile_keys(head_dim));
+}
+constexpr int kSharedBytesPerCta = 227 * 1024;
+
+// Swizzled tiles repeat every so many bytes and have to start at a multiple of it.
+constexpr int kSwizzleBytes = 1024;
+
+}  // namespace pbs::cuda::sm90
