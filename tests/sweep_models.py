@@ -9,88 +9,74 @@ import torch
 VOCABULARY = 97
 WINDOW = 96
 HEAD_DIM = 64
-MAX_PARAMETERS = 40_000_000
+MAX_PARAMETERS = 70_000_000
 
-# Attribute of a configuration -> its value in a tiny model. A configuration takes what it knows.
-TINY = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 4 * HEAD_DIM),
-    **dict.fromkeys(("word_embed_proj_dim", "embedding_size"), 4 * HEAD_DIM),
-    **dict.fromkeys(
-        (
-            "intermediate_size", "intermediate_size_mlp", "ffn_dim", "decoder_ffn_dim", "n_inner",
-            "encoder_ffn_dim", "dim_feedforward", "dense_intermediate_size", "ffn_hidden_size",
-        ),
+# Value in a tiny model -> the attributes of configurations that get it. What a configuration does
+# not know is left out.
+SIZES = (
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
+    (
+        4 * HEAD_DIM,
+        "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim embedding_size",
+    ),
+    (
         128,
+        "intermediate_size intermediate_size_mlp ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner "
+        "dim_feedforward dense_intermediate_size ffn_hidden_size",
     ),
-    **dict.fromkeys(
-        (
-            "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
-            "shared_intermediate_size", "moe_shared_expert_intermediate_size", "expert_hidden_size",
-            "moe_latent_size", "hidden_size_per_layer_input", "per_layer_input_dim",
-        ),
+    (
         32,
+        "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
+        "shared_intermediate_size moe_shared_expert_intermediate_size expert_hidden_size "
+        "moe_latent_size hidden_size_per_layer_input per_layer_input_dim",
     ),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-         "encoder_attention_heads", "swa_num_attention_heads"),
+    (
         4,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+        "encoder_attention_heads swa_num_attention_heads",
     ),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "kv_channels"), HEAD_DIM),
-    **dict.fromkeys(("swa_head_dim", "rel_extent"), HEAD_DIM),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 32),
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": HEAD_DIM,
-    "qk_head_dim": HEAD_DIM,
-    **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions",
-         "max_source_positions", "max_sequence_length", "max_seq_len"),
+    (2, "num_key_value_heads num_kv_heads swa_num_key_value_heads"),
+    (HEAD_DIM, "head_dim attention_head_dim global_head_dim kv_channels swa_head_dim rel_extent"),
+    (HEAD_DIM, "v_head_dim qk_head_dim index_head_dim query_pre_attn_scalar"),
+    (32, "q_lora_rank kv_lora_rank o_lora_rank qk_nope_head_dim qk_rope_head_dim"),
+    (32, "index_n_heads index_topk linear_key_head_dim linear_value_head_dim"),
+    (
         1024,
+        "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions "
+        "max_sequence_length max_seq_len",
     ),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4
-    ),
-    **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"), 2
-    ),
-    **dict.fromkeys(
-        ("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1
-    ),
-    **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups"), 1),
-    "add_cross_attention": True,
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("linear_num_key_heads", "n_mamba_heads"), 2),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 128),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
-    "mamba_d_ssm": 512,
-    **dict.fromkeys(("index_n_heads", "index_topk"), 32),
-    "index_head_dim": HEAD_DIM,
-    "query_pre_attn_scalar": HEAD_DIM,
-    "initializer_range": 0.1,
-    **dict.fromkeys(
-        ("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
-         "attention_probs_dropout_prob", "hidden_dropout_prob", "activation_dropout"),
+    (WINDOW, "sliding_window sliding_window_size attention_chunk_size"),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "num_experts_per_tok num_experts_per_token moe_topk top_k_experts moe_k"),
+    (1, "n_group topk_group num_expert_group n_shared_experts num_shared_experts"),
+    (1, "n_groups mamba_n_groups mamba_ngroups"),
+    (4, "mamba_n_heads mamba_num_heads linear_num_value_heads"),
+    (2, "linear_num_key_heads n_mamba_heads"),
+    (128, "mamba_d_head mamba_head_dim"),
+    (16, "mamba_d_state ssm_state_size state_size"),
+    (512, "mamba_d_ssm"),
+    (0.1, "initializer_range"),
+    (
         0.0,
+        "attention_dropout hidden_dropout dropout attn_pdrop resid_pdrop embd_pdrop "
+        "attention_probs_dropout_prob hidden_dropout_prob activation_dropout layerdrop "
+        "decoder_layerdrop",
     ),
-    **dict.fromkeys(("layerdrop", "decoder_layerdrop"), 0.0),
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "is_decoder": True,
-    "use_mamba_kernels": False,
-}  # fmt: skip
+    (0, "pad_token_id"),
+    (1, "bos_token_id"),
+    (2, "eos_token_id"),
+    (True, "is_decoder add_cross_attention"),
+    (False, "use_mamba_kernels"),
+)
+TINY = {name: value for value, names in SIZES for name in names.split()}
 
 # Attributes that get their value from TINY even where the default is None.
-MAY_BE_NONE = (
-    "head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_group",
-    "topk_group", "n_shared_experts",
-)  # fmt: skip
+MAY_BE_NONE = {
+    "head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts",
+    "n_shared_experts", "n_group", "topk_group",
+}  # fmt: skip
 
-# What the defaults of a configuration do not lead to by themselves.
+# What the defaults of a configuration do not lead to by themselves, by family.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = ROPE | {"mrope_section": [8, 12, 12]}
 HALF_SECTIONS = SECTIONS | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5}
@@ -99,7 +85,7 @@ SHARED_KV = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
 }
-COMPASS = {"layer_types": ["full_attention"] * 2}
+COMPASS = {"rope_parameters": {"full_attention": SECTIONS}}
 INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -109,7 +95,7 @@ INDEXER = {
 }
 CHANGES = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
-    "CohereCompassForCausalLM": {"text_config": COMPASS},
+    "CohereCompassForCausalLM": COMPASS,
     "CohereCompassForConditionalGeneration": {"text_config": COMPASS},
     "DoryForCausalLM": {
         "num_hidden_layers": 3,
@@ -131,6 +117,8 @@ CHANGES = {
     },
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "MegatronBertForCausalLM": {"add_cross_attention": False},
+    "Mistral4ForCausalLM": {"head_dim": HEAD_DIM},
     "MiniMaxForCausalLM": {"sliding_window": WINDOW},
     "Mamba2ForCausalLM": {"head_dim": 128},
     "MllamaForCausalLM": {"text_config": {"cross_attention_layers": [1], "rope_parameters": ROPE}},
@@ -147,12 +135,53 @@ CHANGES = {
     "Qwen4ExpForCausalLM": {"text_config": INDEXER},
     "Qwen4ExpForConditionalGeneration": {"text_config": INDEXER},
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
+    "UnlimitedOcrForConditionalGeneration": {"text_config": {"num_key_value_heads": 4}},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "ZambaForCausalLM": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,
     },
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}
+
+# Why a family is not built. Most need more than a text, or have parts whose sizes depend on each
+# other in ways that the defaults do not tell.
+NOT_BUILT = {
+    "its forward needs an image, a layout or another input": """
+        Blip2ForConditionalGeneration BlipForConditionalGeneration
+        ChameleonForConditionalGeneration Emu3ForConditionalGeneration
+        Gemma4UnifiedAssistantForCausalLM Granite4VisionForConditionalGeneration
+        HunYuanVLForConditionalGeneration IdeficsForVisionText2Text
+        InstructBlipForConditionalGeneration InstructBlipVideoForConditionalGeneration
+        Kosmos2ForConditionalGeneration Llama4ForConditionalGeneration
+        PI0ForConditionalGeneration PPFormulaNetForConditionalGeneration
+        Pix2StructForConditionalGeneration T5Gemma2ForConditionalGeneration
+        UdopForConditionalGeneration
+    """,
+    "its parts must fit each other": """
+        Apertus1p5ForConditionalGeneration DbrxForCausalLM
+        DeepseekOcr2ForConditionalGeneration DiffusionGemmaForBlockDiffusion
+        Dots3NoteForCausalLM Dots3NoteForConditionalGeneration
+        Ernie4_5_VLMoeForConditionalGeneration EvollaForProteinText2Text
+        Gemma4AssistantForCausalLM Glm4vForConditionalGeneration
+        GraniteDoclingForConditionalGeneration Inkling2ForConditionalGeneration
+        Inkling2LoopForConditionalGeneration Molmo2ForConditionalGeneration
+        MuseSparkForConditionalGeneration MusicgenForCausalLM MusicgenMelodyForCausalLM
+        NemotronH_Omni_Reasoning_V3 Phi4MultimodalForCausalLM
+        Step3p7ForConditionalGeneration TransfoXLLMHeadModel VisionEncoderDecoderModel
+    """,
+    "it stays too large": """
+        BltForCausalLM Florence2ForConditionalGeneration JanusForConditionalGeneration
+        XLMWithLMHeadModel
+    """,
+    "another package is missing": """
+        FastVlmForConditionalGeneration Gemma3nForConditionalGeneration
+        InklingForConditionalGeneration PerceptionLMForConditionalGeneration
+        QDQBertLMHeadModel
+    """,
+    "transformers 4 cannot build or run it": """
+        ApertusForCausalLM MegaForCausalLM Speech2Text2ForCausalLM
+    """,
 }
 
 
@@ -210,7 +239,7 @@ LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "depth", "num_blocks",
 )  # fmt: skip
-LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "moe_layers")
+LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 
 
 def tiny_layers(known):
@@ -227,10 +256,8 @@ def tiny_layers(known):
     for name in LAYER_KINDS:
         values = per_layer.get(name, [])
         kept |= {values.index(value) for value in values}
-    kept |= set(
-        [index for index in range(num_layers) if index not in kept][: max(0, 2 - len(kept))]
-    )
-    kept = sorted(kept)
+    rest = [index for index in range(num_layers) if index not in kept]
+    kept = sorted([*kept, *rest[: max(0, 2 - len(kept))]])
     cut = {name: [values[index] for index in kept] for name, values in per_layer.items()}
     return cut | {name: len(kept) for name in LAYER_COUNTS if isinstance(known.get(name), int)}
 

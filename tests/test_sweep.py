@@ -1,8 +1,9 @@
-"""Every decoder of the installed transformers, tiny and random: at threshold 1 the logits of PBS are
-those of the model's own eager attention, and the op runs on the layers that explain() names.
+"""Every decoder of the installed transformers, tiny and random: at threshold 1 the logits of PBS
+are those of the model's own eager attention, and the op runs on the layers that explain() names.
 
-The families of DEFAULT run always, the others with --slow."""
+The families of DEFAULT always run, the others with `pytest --slow`."""
 
+import contextlib
 import functools
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
 import sweep_models  # noqa: E402
-from transformers import DynamicCache, EncoderDecoderCache  # noqa: E402
 
 import pbs_attn.transformers as integration  # noqa: E402
 from pbs_attn import PBSConfig  # noqa: E402
@@ -68,65 +68,68 @@ def tokens(batch=1):
     return torch.randint(3, sweep_models.VOCABULARY, (batch, NUM_TOKENS), generator=generator)
 
 
-def plain(run):
-    return run(tokens())
+def plain(model):
+    return forward(model, tokens()).logits
 
 
-def no_cache(run):
-    return run(tokens(), use_cache=False)
+def no_cache(model):
+    return forward(model, tokens(), use_cache=False).logits
 
 
-def padded_left(run):
-    return padded(run, slice(0, PADDING))
+def padded_left(model):
+    return padded(model, slice(0, PADDING))
 
 
-def padded_right(run):
-    return padded(run, slice(NUM_TOKENS - PADDING, None))
+def padded_right(model):
+    return padded(model, slice(NUM_TOKENS - PADDING, None))
 
 
-def padded(run, hidden):
+def padded(model, hidden):
     input_ids = tokens(batch=2)
     mask = torch.ones_like(input_ids)
     input_ids[1, hidden] = 0
     mask[1, hidden] = 0
-    return run(input_ids, attention_mask=mask)[mask.bool()]
+    return forward(model, input_ids, attention_mask=mask).logits[:, -NUM_TOKENS:][mask.bool()]
 
 
-def chunked(run):
-    model = run.keywords["model"]
-    cache = DynamicCache(config=model.config)
-    if "encoder_hidden_states" in sweep_models.extra_inputs(model, 1):
-        cache = EncoderDecoderCache(cache, DynamicCache())
-    parts = tokens().split(CHUNKS, dim=1)
-    return torch.cat([run(part, past_key_values=cache, use_cache=True) for part in parts], dim=1)
+def chunked(model):
+    """The cache is the one that the model makes: a DynamicCache or, for a hybrid, its own."""
+    cache, logits = None, []
+    for part in tokens().split(CHUNKS, dim=1):
+        outputs = forward(model, part, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1)
 
 
-def packed(run):
+def packed(model):
     lengths = [130, NUM_TOKENS - 130]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-    return run(tokens(), position_ids=position_ids, use_cache=False)
+    return forward(model, tokens(), position_ids=position_ids, use_cache=False).logits
 
 
 FORMS = [plain, no_cache, padded_left, padded_right, chunked, packed]
+
+
+def forward(model, input_ids, **inputs):
+    return model(input_ids, **inputs, **sweep_models.extra_inputs(model, len(input_ids)))
 
 
 @torch.no_grad()
 def logits(form, model, implementation):
     model.set_attn_implementation(implementation)
     torch.manual_seed(0)  # Reformer hashes at random
-    return form(functools.partial(forward, model=model))
-
-
-def forward(input_ids, *, model, **inputs):
-    inputs |= sweep_models.extra_inputs(model, len(input_ids))
-    return model(input_ids, **inputs).logits
+    return form(model)
 
 
 def reference(form, model):
-    """The logits of the model's own eager attention, or a skip where the model itself refuses."""
+    """The logits of the model's own eager attention, or a skip where the model itself refuses the
+    form. A model that was built takes the plain one."""
     try:
         expected = logits(form, model, "eager")
     except Exception as error:
+        if form is plain:
+            raise
         pytest.skip(f"eager refuses: {type(error).__name__}: {str(error)[:150]}")
     if not expected.isfinite().all():
         pytest.skip("eager gives logits that are not finite")
@@ -179,3 +182,41 @@ def test_default_families(family, form, model, op_modules, record_property):
 @pytest.mark.parametrize("family", SLOW)
 def test_all_other_families(family, form, model, op_modules, record_property):
     check(form, model, op_modules, record_property)
+
+
+def test_enough_default_families_are_built():
+    """So that the skips of the families above cannot become many unseen."""
+    assert len(build_all(name for name in DEFAULT if name in FAMILIES)) >= 20
+
+
+@pytest.mark.slow
+def test_families_are_built_or_named():
+    built = build_all(FAMILIES)
+    named = {name for names in sweep_models.NOT_BUILT.values() for name in names.split()}
+    assert set(FAMILIES) - set(built) <= named
+    assert len(built) >= (220 if len(FAMILIES) > 250 else 140)
+
+
+def build_all(names):
+    built = []
+    for name in names:
+        with contextlib.suppress(Exception):
+            sweep_models.build(name)
+            built.append(name)
+    return built
+
+
+def test_last_logits_of_layers_that_share_keys():
+    """Gemma 4 drops the queries of all other tokens before the layers that reuse earlier keys."""
+    if "Gemma4ForCausalLM" not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no Gemma4ForCausalLM")
+    model = sweep_models.build("Gemma4ForCausalLM")
+    for kept in (1, 30, 100):
+        expected = logits(functools.partial(last_logits, kept), model, "eager")
+        actual = logits(functools.partial(last_logits, kept), model, "pbs_exact")
+        assert actual.shape[1] == kept
+        torch.testing.assert_close(actual, expected, atol=ATOL, rtol=1e-4)
+
+
+def last_logits(kept, model):
+    return forward(model, tokens(), logits_to_keep=kept).logits
