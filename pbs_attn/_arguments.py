@@ -1,9 +1,18 @@
 """Arguments that several subcommands share."""
 
+import argparse
 import dataclasses
 
-from pbs_attn import PBSConfig, demo
-from pbs_attn.config import THRESHOLDS
+from ._errors import DemoError
+from .config import THRESHOLDS, PBSConfig
+
+PRESETS = {
+    "default": PBSConfig(),
+    "fast": PBSConfig.fast(),
+    "accurate": PBSConfig.accurate(),
+    "paper": PBSConfig.paper(),
+}
+FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
 
 
 def options_of(options_type, args, **others):
@@ -14,52 +23,64 @@ def options_of(options_type, args, **others):
     return options_type(**values, **others)
 
 
-def add_config(group, has_threshold=True):
-    default = PBSConfig()
-    if has_threshold:
-        add_threshold(group)
-    add_value(group, "--block-size", "N", default.block_size, "queries a block")
-    add_value(group, "--kv-block-size", "N", default.kv_block_size, "keys a block")
-    add_value(
-        group,
-        "--segment-size",
-        "N",
-        default.segment_size,
-        "keys are permuted inside segments of this length",
-    )
-    add_choice(
-        group,
-        "--permute-per",
-        ("kv_head", "query_head"),
-        default.permute_per,
-        "which heads have an order of their own",
-    )
+def add_config(group, is_swept=False):
+    """The fields of PBSConfig, for `read_config`. Where settings are swept, the sweep has the
+    presets and thresholds, and these options say what is given beside them."""
+    if not is_swept:
+        words = "preset, of which the options below change single values"
+        add_choice(group, "--settings", tuple(PRESETS), "default", words)
+        _add_threshold(group)
+
+    def add(name, words, **options):
+        values = _values(name, ("default",) if is_swept else tuple(PRESETS))
+        option = "--" + name.replace("_", "-")
+        words = f"{words} (default: {values})"
+        group.add_argument(option, default=argparse.SUPPRESS, help=words, **options)
+
+    add("block_size", "queries a block", metavar="N", type=int)
+    add("kv_block_size", "keys a block", metavar="N", type=int)
+    words = "keys are permuted inside segments of this length"
+    add("segment_size", words, metavar="N", type=int)
+    words = "which heads have an order of their own"
+    add("permute_per", words, choices=("kv_head", "query_head"))
     words = "keys that move to the front of their segment, or all to sort them"
-    group.add_argument(
-        "--num-heavy",
-        metavar="N",
-        type=number_or_all,
-        default=default.num_heavy,
-        help=f"{words} (default: {default.num_heavy})",
-    )
-    add_choice(
-        group,
-        "--mass",
-        ("earlier", "causal", "block"),
-        default.mass,
-        "what the threshold is a share of; block: of all causal mass, by each block itself",
-    )
-    add_choice(group, "--score", ("mean", "sampled"), default.score, "how blocks are scored")
+    add("num_heavy", words, metavar="N", type=number_or_all)
+    words = "what the threshold is a share of; block: of all causal mass, by each block itself"
+    add("mass", words, choices=("earlier", "causal", "block"))
+    add("score", "how blocks are scored", choices=("mean", "sampled"))
     words = "queries of a block that --score sampled takes"
-    add_value(group, "--num-samples", "N", default.num_samples, words)
+    add("num_samples", words, metavar="N", type=int)
 
 
-def add_threshold(group, words=""):
-    words += (
-        "share of the estimated attention mass that each visited block, or their sum, must reach"
+def _add_threshold(group):
+    values = [f"{value} with --mass {mass}" for mass, value in THRESHOLDS.items()]
+    values += [
+        f"{config.threshold} with --settings {preset}"
+        for preset, config in PRESETS.items()
+        if config.threshold not in (None, THRESHOLDS[config.mass])
+    ]
+    words = (
+        "share of the estimated attention mass: with --mass block, of each visited block, so that "
+        "a higher one visits less; with the others, of all visited blocks together, so that a "
+        "higher one visits more; 1 visits everything"
     )
-    by_mass = ", ".join(f"{value} with --mass {mass}" for mass, value in THRESHOLDS.items())
-    group.add_argument("--threshold", metavar="T", type=float, help=f"{words} (default: {by_mass})")
+    group.add_argument(
+        "--threshold",
+        metavar="T",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=f"{words} (default: {', '.join(values)})",
+    )
+
+
+def _values(name, presets):
+    """The default's, and those of the presets that differ from it."""
+    words = {"kv_block_size": "that of --block-size", "num_heavy": "all"}
+    values = {preset: getattr(PRESETS[preset], name) for preset in presets}
+    values = {preset: words[name] if x is None else x for preset, x in values.items()}
+    default = values.pop("default")
+    others = [f"{x} with --settings {preset}" for preset, x in values.items() if x != default]
+    return ", ".join([str(default), *others])
 
 
 def number_or_all(text):
@@ -80,21 +101,21 @@ def add_choice(parser, name, choices, default, words):
     )
 
 
-def read_config(args):
+def read_config(args, preset="default"):
+    """A preset, changed by the options of `add_config` that were given.
+
+    Raises:
+        DemoError: if they do not go together.
+    """
+    config = PRESETS[preset]
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    if given.get("mass", config.mass) != config.mass:
+        # Shares of different masses mean different things: the new one has a default of its own.
+        given = {"threshold": None} | given
     try:
-        return PBSConfig(
-            block_size=args.block_size,
-            kv_block_size=args.kv_block_size,
-            segment_size=args.segment_size,
-            threshold=getattr(args, "threshold", None),
-            permute_per=args.permute_per,
-            num_heavy=args.num_heavy,
-            mass=args.mass,
-            score=args.score,
-            num_samples=args.num_samples,
-        )
+        return dataclasses.replace(config, **given)
     except ValueError as error:
-        raise demo.DemoError(str(error)) from error
+        raise DemoError(str(error)) from error
 
 
 def add_list(parser, name, metavar, default, words, type=None, nargs="+", **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str]:
         "pbs_attn": info["version"],
         "commit": info["commit"],
     }
+
+
+def can_write(path: Path | str) -> bool:
+    """Whether a file can be written there: its folder exists and admits it."""
+    path = Path(path)
+    folder = path.resolve().parent
+    return folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
 
 
 def write_csv(path: Path | str, rows: list[dict[str, str]]) -> None:

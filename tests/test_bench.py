@@ -9,7 +9,7 @@ import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 from pbs_attn import PBSConfig, cli
-from pbs_attn.bench import prefill, report
+from pbs_attn.bench import pipeline, prefill, report
 from pbs_attn.bench.shapes import SHAPES, Shape, build
 from pbs_attn.bench.stages import Pipeline, heavy_hitters, reach
 
@@ -159,7 +159,7 @@ def test_a_gpu_that_is_full_is_told_in_one_line(monkeypatch, capsys):
     def run(options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
-    monkeypatch.setattr(cli.commands.pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "run", run)
     assert cli.main(["bench", "pipeline", "--device", "cpu"]) == 2
     words = "a shorter prompt would fit: CUDA out of memory"
     assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
@@ -201,7 +201,7 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
         ),
         (["--text", "x"], "--text must go with --model: random weights read nothing"),
         (
-            ["--threshold", "2"],
+            ["--model", "x", "--threshold", "2"],
             '--threshold must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
         ),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),

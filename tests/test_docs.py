@@ -1,16 +1,19 @@
 """The documents: links lead somewhere, code runs, and tables say what their CSV does."""
 
 import csv
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_model import SIZES, save_model
 
-from pbs_attn import PBSConfig
+from pbs_attn import PBSConfig, cli, density, select
 from pbs_attn.bench import curves
 from pbs_attn.bench.shapes import SHAPES
+from pbs_attn.bench.stages import heavy_hitters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +41,7 @@ def test_pages_have_code_to_run():
     assert {"README", "index", "method", "scoring", "transformers"} <= names
 
 
-@named([path for path in DOCUMENTS if code_blocks(path)])
+@named([path for path in DOCUMENTS if code_blocks(path) and path.name != "README.md"])
 def test_code_runs(path, tmp_path, monkeypatch):
     """The blocks of a document in order, as one program in a folder of its own."""
     transformers = pytest.importorskip("transformers")
@@ -49,6 +52,83 @@ def test_code_runs(path, tmp_path, monkeypatch):
     with torch.no_grad():
         for block in code_blocks(path):
             exec(compile(block, str(path), "exec"), names)
+
+
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize("nth", range(len(code_blocks(README))))
+def test_each_block_of_the_readme_runs_as_pasted(nth, tmp_path, monkeypatch):
+    """Alone, in a new interpreter's namespace. A model that it names lies where it says."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    block = code_blocks(README)[nth]
+    for name in re.findall(r'^path = "(.+?)"', block, re.MULTILINE):
+        save_model(tmp_path / name, transformers.LlamaConfig(**SIZES))
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def commands_in(path):
+    """Each `pbs-attn` command with options, in code of any kind."""
+    text = path.read_text()
+    spans = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    spans += re.findall(r"`([^`]+)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S))
+    found = [c for span in spans for c in re.findall(r"pbs-attn [a-z][^&\n]* --[^&]*", span)]
+    return [shlex.split(command)[1:] for command in found]
+
+
+@named([path for path in DOCUMENTS if commands_in(path)])
+def test_commands_have_these_options(path, capsys):
+    for command in commands_in(path):
+        try:
+            cli.parse(command)
+        except SystemExit as done:
+            assert done.code == 0, (command, capsys.readouterr().err)
+
+
+THRESHOLDS = {
+    "block": (0.002, 0.005, 0.01),
+    "causal": (0.8, 0.9, 0.97),
+    "earlier": (0.5, 0.8, 0.95),
+}
+
+
+def verb_for_more(mass):
+    """What to do to `threshold` in order to visit more."""
+    q, k, v = (x.float() for x in heavy_hitters(2048, 4, 2, "cpu", 64))
+    densities = []
+    for threshold in THRESHOLDS[mass]:
+        config = PBSConfig(mass=mass, threshold=threshold)
+        mask = select(q, k, v, config=config).block_mask
+        densities.append(density(mask, 2048, 2048, config=config).mean().item())
+    steps = [after - before for before, after in itertools.pairwise(densities)]
+    assert all(step > 0.01 for step in steps) or all(step < -0.01 for step in steps), densities
+    return "raise" if steps[0] > 0 else "lower"
+
+
+@pytest.mark.parametrize("mass", THRESHOLDS)
+def test_advice_on_the_threshold_has_the_right_direction(mass):
+    """By the sentences of the documents and of the command line that name this mass."""
+    more = verb_for_more(mass)
+    less = {"raise": "lower", "lower": "raise"}[more]
+    rows = dict(row for _, rows in tables_in(ROOT / "docs" / "troubleshooting.md") for row in rows)
+    for symptom, verb in (("The density is near 1", less), ("Quality suffers", more)):
+        (clause,) = [part for part in re.split(r"[;:.]", rows[symptom]) if f'"{mass}"' in part]
+        assert re.findall(r"\b(raise|lower)\b", clause) == [verb], clause
+    words = "visits more" if more == "raise" else "visits less"
+    page = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    section = page.split("## Threshold")[1]
+    rules = re.split(r"With `mass=", section)[1:3]
+    (rule,) = [rule for rule in rules if f'"{mass}"' in rule.split(" it is ")[0]]
+    assert f"A higher threshold {words}".lower() in rule.lower()
+    (text,) = re.findall(r"--threshold T (.*?)\(default", " ".join(demo_help().split()))
+    of_block, of_sums = re.split(r"with the others", text)
+    assert f"a higher one {words}" in (of_block if mass == "block" else of_sums)
+
+
+def demo_help():
+    subcommands = cli.make_parser()._subparsers._group_actions[0]
+    return subcommands.choices["demo"].format_help()
 
 
 def tables_in(path):
@@ -88,6 +168,24 @@ def read(name):
 def find(rows, **values):
     (row,) = [row for row in rows if all(row[name] == value for name, value in values.items())]
     return row
+
+
+def test_demo_table():
+    """What the README shows of the demo's output is in its CSV."""
+    dense, pbs = read("demo_smollm2.csv")
+    text = README.read_text()
+    for label, column, factor in (
+        ("prefill, s", "prefill_s", 1),
+        ("attention alone, s", "attention_s", 1),
+        ("density", "density", 1),
+        ("attention mass visited", "visited_mass", 100),
+        ("perplexity, last 4096 tokens", "perplexity", 1),
+        ("same next-token choice", "same_choice", 100),
+    ):
+        (said,) = re.findall(rf"^{label} +([\d.]+)(?: %)? +([\d.]+)", text, re.MULTILINE)
+        for figure, side in zip(said, (dense, pbs), strict=True):
+            assert says(figure, factor * float(side[column])), label
+    assert f"{dense['run']}\n" in text
 
 
 def test_operator_table():

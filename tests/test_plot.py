@@ -1,5 +1,6 @@
 """Pictures of the rows of `pbs-attn bench`: drawn from rows and from CSVs, refused when mixed."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,23 @@ def test_committed_results_are_drawn(kind, tmp_path):
         assert half.any()
 
 
+@pytest.mark.parametrize("kind", [*DRAWN, "attention"])
+def test_without_matplotlib_the_extra_is_named(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    source = RESULTS / DRAWN[kind] if kind in DRAWN else None
+    with pytest.raises(ImportError, match=r"needs matplotlib.*'pbs-attn\[plot\]'"):
+        getattr(plot, f"draw_{kind}")(source, tmp_path / "x.png", title="")
+
+
 @pytest.mark.parametrize("kind", cli.PICTURES)
 def test_rows_of_two_processes_are_not_drawn(kind, tmp_path):
     rows = [{"run": "a"}, {"run": "b"}]
     with pytest.raises(report.BenchError, match="must come from one process, got 2"):
-        cli.PICTURES[kind][0](rows, tmp_path / "x.png", title="")
+        getattr(plot, f"draw_{kind}")(rows, tmp_path / "x.png", title="")
     with pytest.raises(report.BenchError, match="must come from one process, got 2"):
         report.write_rows(tmp_path / "rows.csv", rows)
     with pytest.raises(report.BenchError, match="rows must be there to be compared, got none"):
-        cli.PICTURES[kind][0]([], tmp_path / "x.png", title="")
+        getattr(plot, f"draw_{kind}")([], tmp_path / "x.png", title="")
     assert not list(tmp_path.iterdir())
 
 

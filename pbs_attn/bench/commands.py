@@ -1,18 +1,29 @@
-"""The subcommands of `pbs-attn bench`."""
+"""The subcommands of `pbs-attn bench`; a bench itself is imported when it runs."""
+
+import importlib
 
 from pbs_attn._arguments import (
     add_choice,
     add_config,
     add_list,
-    add_threshold,
     add_value,
     options_of,
     read_config,
 )
-from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS
+from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS, THRESHOLDS, PBSConfig
 
-from . import kernel, pipeline, prefill, quality
-from .curves import PROBES
+from .options import (
+    COMPARED,
+    DTYPES,
+    PROBES,
+    SELECTIONS,
+    SWEEPS,
+    UNEVEN_TOKENS,
+    KernelOptions,
+    PipelineOptions,
+    PrefillOptions,
+    QualityOptions,
+)
 from .shapes import SHAPES
 
 PERMUTE_PER = ("kv_head", "query_head")
@@ -28,7 +39,7 @@ def add_bench(subcommands):
 
 
 def _add_kernel(benches):
-    default = kernel.Options()
+    default = KernelOptions()
     parser = benches.add_parser(
         "kernel",
         help="attend beside other kernels on the same lists of blocks",
@@ -44,20 +55,20 @@ def _add_kernel(benches):
     words = "other than the preset's"
     add_list(parser, "--head-dims", "D", default.head_dims, words, type=int, choices=HEAD_DIMS)
     words = "default: bfloat16 on a GPU, float32 on a CPU"
-    add_list(parser, "--dtypes", "T", default.dtypes, words, choices=kernel.DTYPES)
+    add_list(parser, "--dtypes", "T", default.dtypes, words, choices=DTYPES)
     parser.add_argument(
         "--uneven",
         action="store_true",
-        help=f"add lists of one head 30 times as dense as the others, {kernel.UNEVEN_TOKENS} "
+        help=f"add lists of one head 30 times as dense as the others, {UNEVEN_TOKENS} "
         "tokens, and of the same blocks spread evenly",
     )
     _add_activations(parser, default)
     add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
-    _add_run(parser, kernel, "rate against density")
+    _add_run(parser, default, "rate against density")
 
 
 def _add_pipeline(benches):
-    default = pipeline.Options()
+    default = PipelineOptions()
     parser = benches.add_parser(
         "pipeline",
         help="the stages, the whole operator, and the length from which it wins",
@@ -70,7 +81,7 @@ def _add_pipeline(benches):
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
     _add_densities(parser)
     words = "how blocks are chosen: as PBSConfig.paper() or as PBSConfig.balanced()"
-    add_choice(parser, "--selection", tuple(pipeline.SELECTIONS), default.selection, words)
+    add_choice(parser, "--selection", tuple(SELECTIONS), default.selection, words)
     words = "which heads have an order of their own"
     add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
     _add_kv_block_sizes(parser, default)
@@ -85,11 +96,11 @@ def _add_pipeline(benches):
         help="do not look for the shortest prompt for which the one call wins",
     )
     add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
-    _add_run(parser, pipeline, "the time of the stages")
+    _add_run(parser, default, "the time of the stages")
 
 
 def _add_prefill(benches):
-    default = prefill.Options()
+    default = PrefillOptions()
     parser = benches.add_parser(
         "prefill",
         help="time to the first token of a language model",
@@ -105,17 +116,19 @@ def _add_prefill(benches):
     )
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     _add_densities(parser)
-    add_threshold(parser, "with --model: ")
+    words = "with --model: share of its attention that a block must have to be visited"
+    words += f"; a higher one visits less, 1 everything (default: {THRESHOLDS[PBSConfig().mass]})"
+    parser.add_argument("--threshold", metavar="T", type=float, help=words)
     parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
     words = "which heads have an order of their own"
     add_choice(parser, "--permute-per", PERMUTE_PER, default.permute_per, words)
     words = "runs of each, in turn, of which medians count: one number, or one a length"
     add_list(parser, "--rounds", "N", default.rounds, words)
-    _add_run(parser, prefill, "speed-up against length")
+    _add_run(parser, default, "speed-up against length")
 
 
 def _add_quality(benches):
-    default = quality.Options()
+    default = QualityOptions()
     parser = benches.add_parser(
         "quality",
         help="what a model loses, at which density",
@@ -128,7 +141,7 @@ def _add_quality(benches):
     parser.add_argument("--texts", metavar="FILE", nargs="+", default=default.texts, help=words)
     add_value(parser, "--tokens", "N", default.tokens, "length of every prompt but pass keys'")
     by_mass = "; ".join(
-        f"with --mass {mass} {' '.join(map(str, sweep))}" for mass, sweep in quality.SWEEPS.items()
+        f"with --mass {mass} {' '.join(map(str, sweep))}" for mass, sweep in SWEEPS.items()
     )
     words = f"to sweep (default: {by_mass})"
     add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
@@ -137,19 +150,19 @@ def _add_quality(benches):
     words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
     words = (
-        "what to sweep over thresholds: given (by the options below), paper, balanced, "
-        "fast and accurate (presets), narrow (balanced with mean scores and --mass causal), or "
-        "changes to what is given, such as kv_block_size=64,mass=causal"
+        "what to sweep over thresholds: given (by the options below), default (also balanced), "
+        "fast, accurate and paper (presets), narrow (balanced with mean scores and --mass "
+        "causal), or changes to what is given, such as kv_block_size=64,mass=causal"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
     words = "what to run beside dense; pbs has to be among them"
-    choices = quality.SELECTIONS
+    choices = COMPARED
     add_list(parser, "--selections", "NAME", default.selections, words, choices=choices)
     words = "write the density by head there"
     parser.add_argument("--heads-csv", metavar="FILE", help=words)
     parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
-    add_config(parser.add_argument_group("what is visited"), has_threshold=False)
-    _add_run(parser, quality, "quality against density", config=read_config)
+    add_config(parser.add_argument_group("what is visited"), is_swept=True)
+    _add_run(parser, default, "quality against density", config=read_config)
 
 
 def _add_model(parser, words):
@@ -172,9 +185,8 @@ def _add_activations(parser, default):
     add_list(parser, "--activations", "FILE", default.activations, words, type=str)
 
 
-def _add_run(parser, bench, drawn, **more):
+def _add_run(parser, default, drawn, **more):
     """Where to run and to write; `more`: functions of the parsed arguments, by option."""
-    default = bench.Options()
     add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     if hasattr(default, "budget_ms"):
         words = "GPU time of a turn, milliseconds"
@@ -189,7 +201,8 @@ def _add_run(parser, bench, drawn, **more):
         parser.add_argument(option, metavar="FILE", default=file, help=words)
 
     def run(args):
-        others = {name: read(args) for name, read in more.items()}
-        bench.run(options_of(bench.Options, args, **others))
+        others = {option: read(args) for option, read in more.items()}
+        bench = importlib.import_module(f"{__package__}.{name}")
+        bench.run(options_of(type(default), args, **others))
 
     parser.set_defaults(run=run)

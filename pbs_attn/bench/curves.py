@@ -6,10 +6,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from .options import GIVEN, PROBES
 from .report import Row, as_table
 
-PROBES = ("text", "copy", "pass key")
-GIVEN = "given"  # the settings of the command's own options
 TABLE_DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 
 Curve = list[tuple[float, float]]  # density, value

@@ -23,6 +23,8 @@ from pbs_attn.demo import choose_device
 from pbs_attn.masks import candidate_blocks
 
 from .contestants import BLOCK, dense_calls, sparse_calls
+from .options import UNEVEN_TOKENS
+from .options import KernelOptions as Options
 from .report import (
     BenchError,
     Row,
@@ -37,30 +39,8 @@ from .shapes import SHAPES, Shape, check_activations, check_preset, load_activat
 from .stages import paper_with
 from .timing import Call, clock_for, interleaved_medians
 
-DTYPES = ("bfloat16", "float16", "float32")
 SPARSE = ("pbs", "fa4_sparse", "flex")
 DENSE = ("sdpa_dense", "flash_dense", "cudnn_dense", "fa4_dense")
-UNEVEN_TOKENS = 32768
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`head_dims` and `dtypes`: None for the preset's, and for bfloat16 on a GPU, float32 on a
-    CPU. `activations`: safetensors with q, k and v; they come after `tokens`, which may be ()."""
-
-    preset: str = "llama-3.1-8b"
-    tokens: tuple[int, ...] = (8192, 32768, 131072)
-    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
-    kv_block_sizes: tuple[int, ...] = (128,)
-    head_dims: tuple[int, ...] | None = None
-    dtypes: tuple[str, ...] | None = None
-    uneven: bool = False
-    activations: tuple[str, ...] = ()
-    rounds: int = 5
-    budget_ms: float = 20.0
-    device: str = "auto"
-    csv: str | None = None
-    picture: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,8 @@ from .contestants import dense_calls
 from .floors import Problem, floors_ms
 from .gpu_profile import profile_call
 from .kernel import DENSE
+from .options import SELECTIONS
+from .options import PipelineOptions as Options
 from .report import (
     BenchError,
     Row,
@@ -40,7 +42,7 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
-from .stages import BEFORE_ATTEND, PAPER, STAGES, Pipeline, density_at, heavy_hitters, reach
+from .stages import BEFORE_ATTEND, STAGES, Pipeline, density_at, heavy_hitters, reach
 from .timing import Call, clock_for, interleaved_medians
 
 CROSSOVER_STEP, LONGEST_CROSSOVER = 256, 65536
@@ -64,33 +66,10 @@ COLUMNS = (
     *(f"{call}_ms" for call in DENSE),
     *("speedup", "crossover"),
 )
-SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
 TABLE = (
     *("preset", "tokens", "permute_per", "kv_block_size", "density"),
     *("before_attend_ms", "attend_ms", "attention_ms", "speedup", "crossover"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
-    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key
-    blocks and orders as the other options say."""
-
-    presets: tuple[str, ...] = ("llama-3.1-8b",)
-    tokens: tuple[int, ...] = tuple(PAPER)
-    densities: tuple[float, ...] | None = None
-    permute_per: tuple[str, ...] = ("kv_head",)
-    kv_block_sizes: tuple[int, ...] = (128,)
-    activations: tuple[str, ...] = ()
-    selection: str = "paper"
-    eager: bool = False
-    crossover: bool = True
-    rounds: int = 5
-    budget_ms: float = 20.0
-    device: str = "auto"
-    csv: str | None = None
-    picture: str | None = None
 
 
 def run(options: Options) -> list[Row]:

@@ -23,6 +23,7 @@ from pbs_attn.demo import choose_device, read_text
 from . import selections
 from .contestants import SDPA_BACKENDS, Attention, sdpa_through
 from .layers import register_attention, require_pbs_layers
+from .options import PrefillOptions as Options
 from .report import (
     BenchError,
     Row,
@@ -35,31 +36,11 @@ from .report import (
     say_where,
 )
 from .shapes import SHAPES, Shape, build, check_preset, shape_of
-from .stages import DENSITIES, Pipeline, density_at, heavy_hitters, paper_with, reach
+from .stages import Pipeline, density_at, heavy_hitters, paper_with, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
 
 NAME = "pbs_bench"  # with transformers
 TABLE = ("model", "tokens", "density", "dense_backend", "dense_s", "pbs_s", "speedup", "bound")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`model` and `text` as for the demo; None for `preset`, with random weights. `densities` (one
-    a length, or None for DENSITIES) and `layers` (None for all) are the preset's, `threshold` is
-    the model's. `rounds`: one for all lengths, or one a length."""
-
-    preset: str = "llama-3.1-8b"
-    model: str | None = None
-    text: str | None = None
-    threshold: float | None = None
-    tokens: tuple[int, ...] = tuple(DENSITIES)
-    densities: tuple[float, ...] | None = None
-    layers: int | None = None
-    permute_per: str = "kv_head"
-    rounds: tuple[int, ...] = (2,)
-    device: str = "auto"
-    csv: str | None = None
-    picture: str | None = None
 
 
 class Substitute:
@@ -126,6 +107,8 @@ def _check(options: Options) -> None:
         raise BenchError("--layers and --densities must go with --preset, got --model")
     if options.model is None and options.text is not None:
         raise BenchError("--text must go with --model: random weights read nothing")
+    if options.model is None and options.threshold is not None:
+        raise BenchError("--threshold must go with --model: --densities set that of random weights")
     if options.threshold is not None:
         check_thresholds("--threshold", [options.threshold], PBSConfig().mass)
     if min(options.rounds, default=0) < 1:
@@ -238,15 +221,16 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
 
 def _given(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
     """Contests of the model that was given, on its text."""
-    model, tokenizer, label = demo_model.load(options.model, device)
-    config = PBSConfig(threshold=options.threshold, permute_per=options.permute_per)
-    require_pbs_layers(model, min(options.tokens), config)
-    model.set_attn_implementation(NAME)
     text, text_name = read_text(options.text)
-    all_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    files = demo_model.find(options.model, "bench")
+    all_ids = files.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     longest = max(options.tokens)
     if all_ids.shape[1] < longest:
         raise BenchError(f"{text_name} must have {longest} tokens, got {all_ids.shape[1]}")
+    model = files.load(device)
+    config = PBSConfig(threshold=options.threshold, permute_per=options.permute_per)
+    require_pbs_layers(model, min(options.tokens), config)
+    model.set_attn_implementation(NAME)
     shape = shape_of(model)
 
     def make(nth: int) -> _Contest:
@@ -261,7 +245,7 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
         backend, dense = _best_dense(_synthetic(shape, ids.shape[1], device))
         pbs = _pbs_attention(config)
         about = {
-            "model": label,
+            "model": files.label,
             "layers": str(shape.num_layers),
             "weights": "given",
             "activations": text_name,

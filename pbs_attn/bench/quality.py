@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from pbs_attn import PBSConfig, demo, demo_model, plot
-from pbs_attn._arguments import number_or_all
+from pbs_attn._arguments import PRESETS, number_or_all
 
 from . import selections
-from .curves import GIVEN, PROBES, format_goals, format_probe
+from .curves import PROBES, format_goals, format_probe
 from .layers import dense_attention, register_attention, require_pbs_layers
+from .options import GIVEN, SWEEPS
+from .options import QualityOptions as Options
 from .report import (
     BenchError,
     Row,
@@ -45,46 +47,11 @@ SWEPT = {
 }
 # Beside those given: the presets, and the default's order with mean scores.
 SETTINGS = {
-    "paper": PBSConfig.paper(),
+    **PRESETS,
     "balanced": PBSConfig.balanced(),
-    "fast": PBSConfig.fast(),
-    "accurate": PBSConfig.accurate(),
     "narrow": selections.with_means(PBSConfig()),
 }
-# Thresholds by mass.
-SWEEPS = {
-    "block": (0.04, 0.025, 0.015, 0.01, 0.006),
-    "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
-    "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
-}
-SELECTIONS = (*SWEPT, "window", "truncated")
 PASS_KEY_DIGITS = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
-    how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
-    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
-    they cannot have the settings' mass. `settings`: names of SETTINGS, GIVEN for `config`, or
-    changes to it such as "kv_block_size=32,mass=causal". `selections`: which of SELECTIONS to run
-    beside dense."""
-
-    model: str | None = None
-    texts: tuple[str, ...] = ()
-    tokens: int = 8192
-    thresholds: tuple[float, ...] | None = None
-    probes: tuple[str, ...] = PROBES
-    depths: int = 4
-    lengths: tuple[int, ...] | None = None
-    settings: tuple[str, ...] = (GIVEN,)
-    selections: tuple[str, ...] = SELECTIONS
-    config: PBSConfig = dataclasses.field(default_factory=PBSConfig)
-    device: str = "auto"
-    csv: str | None = None
-    picture: str | None = None
-    heads_csv: str | None = None
-    heads_picture: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +136,11 @@ def run(options: Options) -> list[Row]:
     from tqdm import tqdm
 
     device = demo.choose_device(options.device)
-    model, tokenizer, label = demo_model.load(options.model, device)
+    texts = list(_read_texts(options))
+    files = demo_model.find(options.model, "bench")
+    prompts = list(_make_prompts(options, texts, files.tokenizer, torch.device(device)))
+    model, label = files.load(device), files.label
     chooser = _take_over(model, _configs(options))
-    prompts = list(_make_prompts(options, tokenizer, torch.device(device)))
     file, by_head = RowFile(options.csv, device), RowFile(options.heads_csv, device)
     with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
         for prompt in prompts:
@@ -265,8 +234,10 @@ def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser
 # Prompts
 
 
-def _make_prompts(options: Options, tokenizer: Any, device: torch.device) -> Iterator[Prompt]:
-    for name, text in _read_texts(options):
+def _make_prompts(
+    options: Options, texts: list[tuple[str, str]], tokenizer: Any, device: torch.device
+) -> Iterator[Prompt]:
+    for name, text in texts:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
         if len(ids) < options.tokens:
             raise BenchError(f"{name} must have {options.tokens} tokens, got {len(ids)}")

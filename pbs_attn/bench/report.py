@@ -12,17 +12,14 @@ from pathlib import Path
 
 import torch
 
-from pbs_attn import _environment, demo_model
+from pbs_attn import _environment
+from pbs_attn._errors import BenchError, require
 from pbs_attn.config import check_threshold
 from pbs_attn.demo_model import PICTURE_FORMATS
 
 Row = dict[str, str]
 
 RUN = uuid.uuid4().hex[:12]  # of this process
-
-
-class BenchError(Exception):
-    """A mistake of the user's, to be told in one line."""
 
 
 def describe_run(device: torch.device | str) -> Row:
@@ -47,23 +44,28 @@ def find_driver_version(text: str) -> str:
 def require_packages(*modules: str) -> None:
     """Raises DemoError if one that a bench needs is missing."""
     for module in modules:
-        demo_model.require(module, "bench")
+        require(module, "bench")
 
 
-def check_outputs(files: Sequence[str | None], pictures: Sequence[str | None]) -> None:
-    """Of what is written at the end: None and "" stand for none.
+def check_outputs(
+    files: Sequence[str | None], pictures: Sequence[str | None], extra: str = "bench"
+) -> None:
+    """Of what is written at the end: None and "" stand for none. `extra`, of pbs-attn, is what a
+    message about a missing matplotlib names.
 
     Raises:
-        BenchError: if a folder is missing, or a picture has no known ending.
+        BenchError: if a file cannot be written, or a picture has no known ending.
         DemoError: if matplotlib is missing and a picture is asked for.
     """
     for path in filter(None, (*files, *pictures)):
         if not Path(path).resolve().parent.is_dir():
             raise BenchError(f"the folder of {path} must exist")
+        if not _environment.can_write(path):
+            raise BenchError(f"{path} must be a file that can be written")
     for path in filter(None, pictures):
         if Path(path).suffix.lower() not in PICTURE_FORMATS:
             raise BenchError(f"a picture must end in {', '.join(PICTURE_FORMATS)}, got {path}")
-        require_packages("matplotlib")
+        require("matplotlib", extra)
 
 
 def check_shares(option: str, values: Sequence[float]) -> None:

@@ -1,13 +1,16 @@
-"""Architectures that stand for their models in benchmarks, with random weights."""
+"""Architectures that stand for their models in benchmarks, with random weights. Their names are
+choices of the command line, which shows them without torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from pbs_attn._errors import BenchError
 
-from .report import BenchError
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ def build(
     shape: Shape, *, max_tokens: int, device: torch.device | str, attn_implementation: str
 ) -> torch.nn.Module:
     """A causal language model of that shape in bfloat16, for prompts of up to max_tokens."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(

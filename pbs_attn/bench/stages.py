@@ -11,12 +11,11 @@ import torch
 import pbs_attn
 from pbs_attn import PBSConfig
 
+from .options import DENSITIES
+
 ops = torch.ops.pbs
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 BEFORE_ATTEND = STAGES[:-1]
-# Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
-PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
-DENSITIES = PAPER | {262144: 0.17}
 
 
 def density_at(num_tokens: int) -> float:

@@ -13,6 +13,7 @@ import torch
 
 import pbs_attn
 from pbs_attn import PBSConfig
+from pbs_attn._errors import require
 
 # The criterion compares how many key blocks hold this share of the attention to earlier segments.
 GATHERED_MASS = 0.9
@@ -177,7 +178,11 @@ def draw_attention(view: HeadView, path: str | os.PathLike, *, title: str) -> No
 
     Both panels show the last WINDOW queries and keys. Blocks that PBS visits are tinted and
     outlined, those of the own segment in a second colour.
+
+    Raises:
+        ImportError: if matplotlib is missing.
     """
+    require("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from pbs_attn._errors import require
 from pbs_attn.bench.curves import GIVEN, curve_name, summarize
 from pbs_attn.bench.report import BenchError, Row, one_run, read_rows
 from pbs_attn.bench.stages import STAGES
-from pbs_attn.demo_model import require
 
 Rows = Sequence[Row] | str | os.PathLike
 
@@ -51,7 +51,7 @@ def draw_speedup(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
     Raises:
         BenchError: if the rows come from more than one process.
-        DemoError: if matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     rows = sorted(_rows_of_one_run(rows), key=lambda row: int(row["tokens"]))
     figure = _new_figure(6.4, 4.0)
@@ -95,7 +95,7 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
     Raises:
         BenchError: if the rows come from more than one process.
-        DemoError: if matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     selections = {curve_name(row): row["selection"] for row in rows}
@@ -138,7 +138,7 @@ def draw_heads(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
     Raises:
         BenchError: if the rows come from more than one process.
-        DemoError: if matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     rows = [row for row in _rows_of_one_run(rows) if row.get("selection", "pbs") == "pbs"]
     thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
@@ -168,7 +168,7 @@ def draw_stages(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
     Raises:
         BenchError: if the rows come from more than one process.
-        DemoError: if matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     figure = _new_figure(8.6, 1.6 + 0.42 * len(rows))
@@ -212,7 +212,7 @@ def draw_rates(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
     Raises:
         BenchError: if the rows come from more than one process.
-        DemoError: if matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     rows = [row for row in _rows_of_one_run(rows) if row["lists"] == "random"]
     if not rows:

@@ -1,0 +1,118 @@
+"""What each bench takes, with its defaults and choices. Nothing here needs torch, so that the
+command line can show its help at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pbs_attn.config import PBSConfig
+
+# Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
+PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
+DENSITIES = PAPER | {262144: 0.17}
+
+# Of kernel.
+DTYPES = ("bfloat16", "float16", "float32")
+UNEVEN_TOKENS = 32768
+
+# Of pipeline.
+SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
+
+# Of quality.
+PROBES = ("text", "copy", "pass key")
+GIVEN = "given"  # the settings of the command's own options
+COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
+# Thresholds by mass.
+SWEEPS = {
+    "block": (0.04, 0.025, 0.015, 0.01, 0.006),
+    "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
+    "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOptions:
+    """`head_dims` and `dtypes`: None for the preset's, and for bfloat16 on a GPU, float32 on a
+    CPU. `activations`: safetensors with q, k and v; they come after `tokens`, which may be ()."""
+
+    preset: str = "llama-3.1-8b"
+    tokens: tuple[int, ...] = (8192, 32768, 131072)
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
+    kv_block_sizes: tuple[int, ...] = (128,)
+    head_dims: tuple[int, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    uneven: bool = False
+    activations: tuple[str, ...] = ()
+    rounds: int = 5
+    budget_ms: float = 20.0
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions:
+    """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
+    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key
+    blocks and orders as the other options say."""
+
+    presets: tuple[str, ...] = ("llama-3.1-8b",)
+    tokens: tuple[int, ...] = tuple(PAPER)
+    densities: tuple[float, ...] | None = None
+    permute_per: tuple[str, ...] = ("kv_head",)
+    kv_block_sizes: tuple[int, ...] = (128,)
+    activations: tuple[str, ...] = ()
+    selection: str = "paper"
+    eager: bool = False
+    crossover: bool = True
+    rounds: int = 5
+    budget_ms: float = 20.0
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillOptions:
+    """`model` and `text` as for the demo; None for `preset`, with random weights. `densities` (one
+    a length, or None for DENSITIES) and `layers` (None for all) are the preset's, `threshold` is
+    the model's. `rounds`: one for all lengths, or one a length."""
+
+    preset: str = "llama-3.1-8b"
+    model: str | None = None
+    text: str | None = None
+    threshold: float | None = None
+    tokens: tuple[int, ...] = tuple(DENSITIES)
+    densities: tuple[float, ...] | None = None
+    layers: int | None = None
+    permute_per: str = "kv_head"
+    rounds: tuple[int, ...] = (2,)
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityOptions:
+    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
+    how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
+    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
+    they cannot have the settings' mass. `settings`: names of presets, GIVEN for `config`, or
+    changes to it such as "kv_block_size=32,mass=causal". `selections`: which of COMPARED to run
+    beside dense."""
+
+    model: str | None = None
+    texts: tuple[str, ...] = ()
+    tokens: int = 8192
+    thresholds: tuple[float, ...] | None = None
+    probes: tuple[str, ...] = PROBES
+    depths: int = 4
+    lengths: tuple[int, ...] | None = None
+    settings: tuple[str, ...] = (GIVEN,)
+    selections: tuple[str, ...] = COMPARED
+    config: PBSConfig = dataclasses.field(default_factory=PBSConfig)
+    device: str = "auto"
+    csv: str | None = None
+    picture: str | None = None
+    heads_csv: str | None = None
+    heads_picture: str | None = None
