@@ -181,7 +181,7 @@ def test_fail_alone_throws():
         for path, code in cpp_sources().items()
         for found in re.finditer(r"\bthrow\b|\b\w*TORCH_CHECK\w*\(", code)
     ]
-    assert len(throws) == 1 and throws[0].startswith("include/pbs/check.h"), throws
+    assert len(throws) == 1 and throws[0].startswith("include/pbs/fail.h"), throws
 
 
 def test_every_build_status_is_listed():
