@@ -48,12 +48,13 @@ __global__ void __launch_bounds__(kMeanKeysThreads)
 template <class Element, int kHeadDim>
 __device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
   const int thread = static_cast<int>(threadIdx.x) - 32 * kRowWarps;
+  const int64_t num_heads = heads_per_perm(args.params.problem);
   QueryMeans<Element, kHeadDim> means(args, shared);
   for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
     const SelectTile tile = walk.tile();
     const int buffer = walk.nth() % kMeanBuffers;
     const uint32_t parity = walk.nth() / kMeanBuffers & 1;
-    const int64_t hp = tile.hq / heads_per_perm(args.params.problem);
+    const int64_t hp = tile.hq / num_heads;
     const int sink = thread < 32 ? find_sink(args.params, tile.b, hp) : 0;
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
     if (thread == 0) shared.barriers->sinks[buffer] = sink;
@@ -67,11 +68,12 @@ template <int kHeadDim>
 __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
   const Problem& problem = args.params.problem;
   const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t num_heads = heads_per_perm(problem);
   for (TileWalk walk(args); !walk.is_done(); walk.advance()) {
     const SelectTile tile = walk.tile();
     const int buffer = walk.nth() % kMeanBuffers;
     const SplitQueries q_means = shared.means_of(buffer);
-    const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / heads_per_perm(problem);
+    const int64_t perm_head = tile.b * problem.num_perm_heads + tile.hq / num_heads;
     compute_logits<kHeadDim>(
         q_means, args.params.k_mean + perm_head * args.num_kv_blocks * kHeadDim,
         static_cast<int>(block_of(args, tile, tile.num_blocks - 1).num_candidates), tile.num_blocks,
