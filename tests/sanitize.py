@@ -1,19 +1,31 @@
-"""Every stage on a GPU, at small shapes that reach all paths of its kernels, for compute-sanitizer:
+"""Every kernel of the library on a GPU, at small shapes, for compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/sanitize.py
 compute-sanitizer --tool racecheck python tests/sanitize.py
+python tests/sanitize.py --coverage   # without it: fails if a kernel of the library did not run
+
+One case for each element type, head dim, score and rule of mass, as the library and PBSConfig list
+them, beside shapes that reach rare paths.
 """
 
 import argparse
+import itertools
+import re
+import subprocess
+import sys
+import typing
 
 import torch
 from cases import Case, clustered_qkv, run_stages
 
-import pbs_attn  # noqa: F401  registers torch.ops.pbs
+import pbs_attn
+from pbs_attn import PBSConfig, _library
+from pbs_attn.config import HEAD_DIMS
 
 ops = torch.ops.pbs
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
-CASES = [
+
+RARE = [
     # Several tiles of query blocks and several turns of the key stages a CTA.
     (Case(2048, 2048, num_heads=32, num_kv_heads=16, batch=4, segment_size=128), BFLOAT16),
     # Two groups of heads, the second one smaller; rows of 96 elements; incomplete last blocks.
@@ -33,7 +45,7 @@ CASES = [
         ),
         BFLOAT16,
     ),
-    # Segments longer than a window of permute_kv.
+    # Segments longer than a window of permute_kv, and than a warp sorts in registers.
     (
         Case(
             700,
@@ -41,13 +53,17 @@ CASES = [
             num_heads=8,
             head_dim=128,
             block_size=128,
-            segment_size=512,
+            segment_size=896,
             num_heavy=40,
             mass="causal",
         ),
         BFLOAT16,
     ),
-    (Case(600, 1500, head_dim=256, permute_per="query_head"), FLOAT16),
+    # So many heads and parts that their states are merged by a kernel of their own.
+    (
+        Case(128, 16384, num_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
+        FLOAT16,
+    ),
     # Sampled scores: several units a CTA, the last of each head with fewer stacks than warpgroups.
     (
         Case(
@@ -69,22 +85,102 @@ CASES = [
 ]
 
 
+def rules():
+    """(score, mass) of every kind that PBSConfig takes."""
+    hints = typing.get_type_hints(PBSConfig)
+    for score, mass in itertools.product(*(typing.get_args(hints[n]) for n in ("score", "mass"))):
+        try:
+            PBSConfig(score=score, mass=mass)
+        except ValueError:
+            continue
+        yield score, mass
+
+
+def cases():
+    yield from RARE
+    kv_block_sizes = itertools.cycle((32, 64, 128))
+    segment_sizes = itertools.cycle((256, 256, 512))
+    permutations = itertools.cycle(("kv_head", "query_head"))
+    for head_dim, dtype, (score, mass) in itertools.product(
+        HEAD_DIMS, (BFLOAT16, FLOAT16), list(rules())
+    ):
+        case = Case(
+            300,
+            700,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            batch=1,
+            block_size=128,
+            kv_block_size=next(kv_block_sizes),
+            segment_size=next(segment_sizes),
+            permute_per=next(permutations),
+            num_heavy=32,
+            mass=mass,
+            threshold=Case.threshold_for(mass, 0.1),
+            score=score,
+        )
+        yield case, dtype
+
+
+def run(case, dtype, device):
+    q, k, v = (x.to(device) for x in clustered_qkv(case, dtype, seed=0))
+    found = run_stages(case, q, k, v)
+    # Entries that are no rows, and float32.
+    perm = found.perm.clone()
+    perm[0, 0, 5], perm[0, 0, 300] = -3, 10**6
+    if device == "cuda":  # elsewhere they raise
+        ops.permute_kv(k.float(), v.float(), perm, kv_block_size=case.kv_block)
+    ops.select_blocks(
+        q.float(),
+        k.float(),
+        found.k_mean,
+        found.perm,
+        mass="earlier" if case.mass == "earlier" else "causal",
+        **case.sizes,
+    )
+    # The whole operator leaves out what no stage reads.
+    names = ("threshold", "permute_per", "num_heavy", "mass", "score", "num_samples")
+    ops.attention(q, k, v, **case.options(*names), **case.sizes)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def built_kernels():
+    """Mangled names of all kernels in the library."""
+    command = ["cuobjdump", "-elf", str(_library._path())]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\.text\.(_Z\w+)", listing))
+
+
+def demangle(names):
+    """Without the parameters, whose types a profiler writes in another way."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    return {simplify(name) for name in text.splitlines()}
+
+
+def simplify(name):
+    name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|^void |_GLOBAL__N__\w+::", "", name)
+    return re.sub(r"\s|\(.*", "", name)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    device = parser.parse_args().device
-    for case, dtype in CASES:
-        q, k, v = (x.to(device) for x in clustered_qkv(case, dtype, seed=0))
-        found = run_stages(case, q, k, v)
-        # Entries that are no rows, and float32.
-        perm = found.perm.clone()
-        perm[0, 0, 5], perm[0, 0, 300] = -3, 10**6
-        if device == "cuda":  # elsewhere they raise
-            ops.permute_kv(k.float(), v.float(), perm, kv_block_size=case.kv_block)
-        ops.select_blocks(q.float(), k.float(), found.k_mean, found.perm, **case.sizes)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        print(case, flush=True)
+    parser.add_argument("--coverage", action="store_true")
+    args = parser.parse_args()
+    activities = [torch.profiler.ProfilerActivity.CUDA] if args.coverage else []
+    with torch.profiler.profile(activities=activities) if activities else torch.no_grad() as seen:
+        for case, dtype in cases():
+            run(case, dtype, args.device)
+            print(case, dtype, flush=True)
+    if args.coverage:
+        ran = {simplify(event.key) for event in seen.key_averages()}
+        missing = demangle(built_kernels()) - ran
+        print(f"{len(missing)} kernels of {pbs_attn.__version__} did not run:", *sorted(missing))
+        sys.exit(bool(missing))
 
 
 if __name__ == "__main__":
