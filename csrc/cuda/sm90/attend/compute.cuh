@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
+#include "operands.cuh"
 #include "softmax.cuh"
 #include "work.cuh"
 
@@ -26,183 +27,185 @@ class Consumer {
         reader_(shared),
         lane_(threadIdx.x % 32),
         warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
-        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)) {}
+        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)),
+        softmax_{args.params.scale * kLog2e} {}
 
   __device__ void run() {
     // The first turn belongs to warpgroup 0.
     if (warpgroup_ == 1) pass_turn();
     int num_tiles = reader_.next().tiles.total;
     if (num_tiles < 0) return;
-
-    typename Traits::QkMma qk_mma;
-    typename Traits::PvMma pv_mma;
-    const cute::Tensor sK =
-        cute::make_tensor(cute::make_smem_ptr(shared_.k), typename Traits::LayoutK{});
-    const cute::Tensor sVt =
-        cute::make_tensor(cute::make_smem_ptr(shared_.v), typename Traits::LayoutVt{});
-    auto qk_thread = qk_mma.get_thread_slice(128 * uniform(warpgroup_));
-    auto pv_thread = pv_mma.get_thread_slice(128 * uniform(warpgroup_));
-    const cute::Tensor tSrK = qk_thread.partition_fragment_B(sK);   // (MMA, 1, D / 16, stage)
-    const cute::Tensor tOrV = pv_thread.partition_fragment_B(sVt);  // (MMA, 1, keys / 16, stage)
-    cute::Tensor tOrO =
-        cute::partition_fragment_C(pv_mma, Shape<Int<Traits::kRows>, Int<Traits::kHeadDim>>{});
-    cute::Tensor tSrS =
-        cute::partition_fragment_C(qk_mma, Shape<Int<Traits::kRows>, Int<Traits::kKeys>>{});
-    cute::Tensor tOrP = cute::make_tensor<Element>(
-        pv_thread
-            .partition_A(cute::make_tensor(static_cast<Element*>(nullptr),
-                                           Shape<Int<Traits::kRows>, Int<Traits::kKeys>>{},
-                                           cute::GenRowMajor{}))
-            .layout()
-            .shape());
-
-    Softmax softmax{params_.scale * kLog2e};
-    float rescale[kThreadRows];
-    bool rescales = false;
-
-    const auto start_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      // Where Q begins, as if it were new each time: what follows from it is not carried around
-      // the loop, in registers that D=256 lacks.
-      Element* q = shared_.q;
-      asm volatile("" : "+l"(q));
-      const cute::Tensor tSrQ = qk_thread.partition_fragment_A(cute::make_tensor(
-          cute::make_smem_ptr(q), typename Traits::LayoutQ{}));  // (MMA, 1, D / 16, stage)
-      start_gemm<true>(qk_mma, tSrQ(cute::_, cute::_, cute::_, uniform(q_.stage())),
-                       tSrK(cute::_, cute::_, cute::_, uniform(k_.stage())), tSrS);
-    };
-    const auto start_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      start_gemm<false>(pv_mma, tOrP, tOrV(cute::_, cute::_, cute::_, uniform(v_.stage())), tOrO);
-    };
-    // Scores of the next tile, and weights times values of this one, at once.
-    const auto start_both = [&](bool has_older) CUTLASS_LAMBDA_FUNC_INLINE {
-      shared_.k_full[k_.stage()].wait(k_.parity());
-      cute::warpgroup_arrive();  // or ptxas puts the conversion to weights after the turn is taken
-      take_turn();
-      start_scores();
-      start_values();
-      pass_turn();
-      if (has_older) release(shared_.v_empty[v_.previous().stage()]);
-      v_.advance();
-    };
-    const auto take_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      cute::warpgroup_wait<1>();
-      cute::warpgroup_fence_operand(tSrS);
-    };
-    const auto release_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      release(shared_.k_empty[k_.stage()]);
-      k_.advance();
-    };
-    // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
-    const auto weigh_masked = [&](int tile_idx) CUTLASS_LAMBDA_FUNC_INLINE {
-      mask(tSrS, tile_idx);
-      rescales = softmax.raise(tSrS, rescale);
-      return softmax.weigh_any(tSrS);
-    };
-    // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
-    // that a score lay far above these, the weights shrink; if they left the range of numbers, the
-    // scores are computed again.
-    const auto weigh = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      TileSums sums = softmax.weigh(tSrS);
-      rescales = Softmax::outgrow(sums);
-      if (rescales) {
-        if (Softmax::is_lost(sums)) {
-          recompute_scores(tSrS);
-          rescales = softmax.raise(tSrS, rescale);
-          sums = softmax.weigh_any(tSrS);
-        } else {
-          softmax.shrink(tSrS, sums, rescale);
-        }
-      }
-      return sums;
-    };
-    // NOTE: ptxas moves a wait to the top of its basic block. Behind the wait for a barrier, which
-    // is a loop, the exponentials stay before it, in the time of P . V. Read the SASS after a
-    // change.
-    const auto take_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      cute::warpgroup_fence_operand(tSrS);
-      shared_.v_full[v_.stage()].wait(v_.parity());
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(tOrO);
-    };
-    const auto round_weights = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      cutlass::NumericArrayConverter<Element, float, cute::size(tSrS.layout())> convert;
-      auto& weights =
-          *reinterpret_cast<cutlass::Array<float, cute::size(tSrS.layout())>*>(tSrS.data());
-      *reinterpret_cast<cutlass::Array<Element, cute::size(tSrS.layout())>*>(
-          cute::raw_pointer_cast(tOrP.data())) = convert(weights);
-      fence_weights(tOrP);
-    };
-    const auto fold_tile = [&](int tile_idx, auto is_masked) CUTLASS_LAMBDA_FUNC_INLINE {
-      take_scores();
-      if constexpr (is_masked) {
-        release_keys();
-        softmax.add(weigh_masked(tile_idx));
-      } else {
-        softmax.add(weigh());
-        release_keys();
-      }
-      take_values();
-      round_weights();
-      if (rescales) {
-        CUTE_UNROLL
-        for (int i = 0; i < cute::size(tOrO); ++i) tOrO(i) *= rescale[row_of(i)];
-      }
-    };
-    const auto take_first_tile = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      take_scores();
-      release_keys();
-      softmax.add(weigh_masked(0));
-      take_values();
-    };
+    auto t = make_operands<Traits>(shared_, uniform(warpgroup_));
 
     shared_.q_full[q_.stage()].wait(q_.parity());
     shared_.k_full[k_.stage()].wait(k_.parity());
     take_turn();
-    start_scores();
+    start_scores(t);
     pass_turn();
     cute::warpgroup_wait<0>();
-    take_first_tile();
+    take_first_tile(t);
     while (true) {
-      cute::clear(tOrO);
-      round_weights();
-      const int num_masked = reader_.current().tiles.num_masked;
-      int tile_idx = 1;
-      for (; tile_idx < num_masked; ++tile_idx) {
-        start_both(tile_idx > 1);
-        fold_tile(tile_idx, cute::true_type{});
-      }
-      if (tile_idx < num_tiles) {
-        // The loop's branch is behind start_both, where there is time for it.
-        start_both(tile_idx > 1);
-        while (true) {
-          fold_tile(tile_idx, cute::false_type{});
-          if (++tile_idx == num_tiles) break;
-          start_both(true);
-        }
-      }
+      cute::clear(t.tOrO);
+      round_weights(t);
+      fold_tiles(t, num_tiles);
       release(shared_.q_empty[q_.stage()]);
       q_.advance();
       const bool has_older = num_tiles > 1;
       num_tiles = reader_.next().tiles.total;
       if (num_tiles < 0) {
-        start_values();
+        start_values(t);
         cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(tOrO);
-        write_rows<Traits>(params_, reader_.previous(), softmax, tOrO);
+        cute::warpgroup_fence_operand(t.tOrO);
+        write_rows<Traits>(params_, reader_.previous(), softmax_, t.tOrO);
         return;
       }
       shared_.q_full[q_.stage()].wait(q_.parity());
-      start_both(has_older);
-      const Softmax done = softmax;
-      softmax = Softmax{done.scale_log2};
-      take_first_tile();
+      start_both(t, has_older);
+      const Softmax done = softmax_;
+      softmax_ = Softmax{done.scale_log2};
+      take_first_tile(t);
       release(shared_.v_empty[v_.previous().stage()]);
-      write_rows<Traits>(params_, reader_.previous(), done, tOrO);
+      write_rows<Traits>(params_, reader_.previous(), done, t.tOrO);
       reader_.free_previous();
     }
   }
 
  private:
+  template <class Operands>
+  CUTLASS_DEVICE void start_scores(Operands& t) {
+    // Where Q begins, as if it were new each time: what follows from it is not carried around
+    // the loop, in registers that D=256 lacks.
+    Element* q = shared_.q;
+    asm volatile("" : "+l"(q));
+    const cute::Tensor tSrQ = t.qk_thread.partition_fragment_A(cute::make_tensor(
+        cute::make_smem_ptr(q), typename Traits::LayoutQ{}));  // (MMA, 1, D / 16, stage)
+    start_gemm<true>(t.qk_mma, tSrQ(cute::_, cute::_, cute::_, uniform(q_.stage())),
+                     t.tSrK(cute::_, cute::_, cute::_, uniform(k_.stage())), t.tSrS);
+  }
+
+  template <class Operands>
+  CUTLASS_DEVICE void start_values(Operands& t) {
+    start_gemm<false>(t.pv_mma, t.tOrP, t.tOrV(cute::_, cute::_, cute::_, uniform(v_.stage())),
+                      t.tOrO);
+  }
+
+  // Scores of the next tile, and weights times values of this one, at once.
+  template <class Operands>
+  CUTLASS_DEVICE void start_both(Operands& t, bool has_older) {
+    shared_.k_full[k_.stage()].wait(k_.parity());
+    cute::warpgroup_arrive();  // or ptxas puts the conversion to weights after the turn is taken
+    take_turn();
+    start_scores(t);
+    start_values(t);
+    pass_turn();
+    if (has_older) release(shared_.v_empty[v_.previous().stage()]);
+    v_.advance();
+  }
+
+  // All tiles of a query block but the first.
+  template <class Operands>
+  CUTLASS_DEVICE void fold_tiles(Operands& t, int num_tiles) {
+    const int num_masked = reader_.current().tiles.num_masked;
+    int tile_idx = 1;
+    for (; tile_idx < num_masked; ++tile_idx) {
+      start_both(t, tile_idx > 1);
+      fold_tile(t, tile_idx, cute::true_type{});
+    }
+    if (tile_idx >= num_tiles) return;
+    // The loop's branch is behind start_both, where there is time for it.
+    start_both(t, tile_idx > 1);
+    while (true) {
+      fold_tile(t, tile_idx, cute::false_type{});
+      if (++tile_idx == num_tiles) break;
+      start_both(t, true);
+    }
+  }
+
+  template <class Operands, class IsMasked>
+  CUTLASS_DEVICE void fold_tile(Operands& t, int tile_idx, IsMasked is_masked) {
+    take_scores(t);
+    if constexpr (is_masked) {
+      release_keys();
+      softmax_.add(weigh_masked(t, tile_idx));
+    } else {
+      softmax_.add(weigh(t));
+      release_keys();
+    }
+    take_values(t);
+    round_weights(t);
+    if (rescales_) {
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(t.tOrO); ++i) t.tOrO(i) *= rescale_[row_of(i)];
+    }
+  }
+
+  template <class Operands>
+  CUTLASS_DEVICE void take_first_tile(Operands& t) {
+    take_scores(t);
+    release_keys();
+    softmax_.add(weigh_masked(t, 0));
+    take_values(t);
+  }
+
+  template <class Operands>
+  CUTLASS_DEVICE void take_scores(Operands& t) {
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(t.tSrS);
+  }
+
+  // NOTE: ptxas moves a wait to the top of its basic block. Behind the wait for a barrier, which
+  // is a loop, the exponentials stay before it, in the time of P . V. Read the SASS after a
+  // change.
+  template <class Operands>
+  CUTLASS_DEVICE void take_values(Operands& t) {
+    cute::warpgroup_fence_operand(t.tSrS);
+    shared_.v_full[v_.stage()].wait(v_.parity());
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(t.tOrO);
+  }
+
+  CUTLASS_DEVICE void release_keys() {
+    release(shared_.k_empty[k_.stage()]);
+    k_.advance();
+  }
+
+  // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
+  template <class Operands>
+  CUTLASS_DEVICE TileSums weigh_masked(Operands& t, int tile_idx) {
+    mask(t.tSrS, tile_idx);
+    rescales_ = softmax_.raise(t.tSrS, rescale_);
+    return softmax_.weigh_any(t.tSrS);
+  }
+
+  // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
+  // that a score lay far above these, the weights shrink; if they left the range of numbers, the
+  // scores are computed again.
+  template <class Operands>
+  CUTLASS_DEVICE TileSums weigh(Operands& t) {
+    TileSums sums = softmax_.weigh(t.tSrS);
+    rescales_ = Softmax::outgrow(sums);
+    if (rescales_) {
+      if (Softmax::is_lost(sums)) {
+        recompute_scores(t.tSrS);
+        rescales_ = softmax_.raise(t.tSrS, rescale_);
+        sums = softmax_.weigh_any(t.tSrS);
+      } else {
+        softmax_.shrink(t.tSrS, sums, rescale_);
+      }
+    }
+    return sums;
+  }
+
+  template <class Operands>
+  CUTLASS_DEVICE static void round_weights(Operands& t) {
+    constexpr int kSize = cute::size(decltype(t.tSrS.layout()){});
+    cutlass::NumericArrayConverter<Element, float, kSize> convert;
+    auto& weights = *reinterpret_cast<cutlass::Array<float, kSize>*>(t.tSrS.data());
+    *reinterpret_cast<cutlass::Array<Element, kSize>*>(cute::raw_pointer_cast(t.tOrP.data())) =
+        convert(weights);
+    fence_weights(t.tOrP);
+  }
+
   // Weights are ready here, before the wait for a turn, and not where they are first used.
   template <class Weights>
   __device__ static void fence_weights(Weights& tOrP) {
@@ -284,6 +287,9 @@ class Consumer {
   RingState<Traits::kQStages> q_;
   RingState<Traits::kKStages> k_;
   RingState<Traits::kVStages> v_;  // the next product with V
+  Softmax softmax_;
+  float rescale_[kThreadRows];  // of the rows so far, where rescales_
+  bool rescales_ = false;
 };
 
 }  // namespace pbs::cuda::sm90
