@@ -1,12 +1,15 @@
-"""For MkDocs: the committed results lie outside of docs/, where pages link to them as they do for a
-reader of the repository. The site gets copies and a list of them."""
+"""For MkDocs: the committed results, CONTRIBUTING.md and CHANGELOG.md lie outside of docs/, where
+pages link to them as they do for a reader of the repository. The site gets copies, and a list of
+the results."""
 
 import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def on_files(files, *, config):
@@ -15,9 +18,14 @@ def on_files(files, *, config):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     lines = ["# Committed results", "", *(f"- [{path.name}]({path.name})" for path in paths)]
     files.append(File.generated(config, "results/index.md", content="\n".join(lines)))
+    for name in PAGES:
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, name, content=text))
     return files
 
 
 def on_page_markdown(markdown, **_):
     markdown = re.sub(r"\]\(\.\./benchmarks/results/?\)", "](results/index.md)", markdown)
+    for name in PAGES:
+        markdown = markdown.replace(f"](../{name}", f"]({name}")
     return markdown.replace("](../benchmarks/results/", "](results/")

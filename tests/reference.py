@@ -3,11 +3,13 @@
 Source: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270v2. Its own variant
 is `permute_per="query_head"`, `num_heavy=None`, `mass="earlier"`.
 
-Names and keyword arguments are those of the ops, with three differences. Everything returned is
+Names and keyword arguments are those of the ops, with these differences. Everything returned is
 float64, int64 or bool. The block mask is a bool tensor (B, Hq, num_q_blocks, num_kv_blocks);
-`pack_mask` and `unpack_mask` give the ops' bits. `attend` takes the permutation instead of the
-permuted K and V: it maps the selected blocks back to the original keys and masks a dense matrix, so
-that it shares no step with a kernel that walks permuted blocks.
+`pack_mask` and `unpack_mask` give the ops' bits. `select_blocks` takes no `k_perm`, since it orders
+the keys by `perm` itself. `attend` takes the permutation instead of the permuted K and V: it maps
+the selected blocks back to the original keys and masks a dense matrix, so that it shares no step
+with a kernel that walks permuted blocks. Defaults are the paper's, but for one order per KV head,
+and 8 samples; those of `ops.attention` are PBSConfig's.
 
 B batch, Hq query heads, Hkv key/value heads, Hp = Hkv or Hq heads of the permutation, D head dim.
 Query row i stands at position num_keys - num_queries + i.

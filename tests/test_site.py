@@ -34,7 +34,7 @@ def site(tmp_path_factory):
 
 def test_every_page_is_built(site):
     pages = {path.stem for path in site.glob("*.html")} - {"404"}
-    assert pages == {path.stem for path in ROOT.glob("docs/*.md")}
+    assert pages == {path.stem for path in ROOT.glob("docs/*.md")} | {"CONTRIBUTING", "CHANGELOG"}
     for path in ROOT.glob("benchmarks/results/*.csv"):
         assert (site / "results" / path.name).read_bytes() == path.read_bytes()
     assert (site / "search" / "search_index.json").exists()
@@ -72,7 +72,8 @@ def test_nothing_is_loaded_from_elsewhere(site, tmp_path):
 def test_a_broken_link_stops_the_build(link, tmp_path):
     for name in ("docs", "benchmarks/results"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
     with (tmp_path / "docs" / "index.md").open("a") as page:
         page.write(f"\n[broken]({link})\n")
     result = build(tmp_path, tmp_path / "site")

@@ -47,7 +47,7 @@ const Kernels& kernels();
 
 void sort_segment(const SortSegmentsParams& params, int64_t item);
 
-// Sets the words and the count of one (b, q head, query block) from its block masses.
+// Sets the row of block_mask and the count of one (b, q head, query block) from its block masses.
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass);
 
 }  // namespace pbs::cpu

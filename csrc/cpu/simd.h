@@ -1,6 +1,7 @@
-// Float vectors of the width this file is compiled for. Included only by kernels.cpp, which CMake
-// compiles once per instruction set under another PBS_CPU_ARCH; everything here must therefore
-// live in that namespace, or the linker could pick an AVX-512 body for a CPU without it.
+// Float vectors of the width this file is compiled for. CMake compiles the files of the stages,
+// which include it, once per instruction set, each time under another PBS_CPU_ARCH. Everything here
+// must therefore live in that namespace, or the linker could pick an AVX-512 body for a CPU without
+// it.
 #pragma once
 
 #include <cstdint>

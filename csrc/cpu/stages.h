@@ -19,7 +19,7 @@ int64_t permute_scratch(const PermuteKVParams& params);
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch);
 int64_t select_scratch(const SelectBlocksParams& params);
-// block_mass of each score; `mass` (num_mass_entries).
+// What block_mass calls, by score; `mass` is (num_mass_entries).
 void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
                float* mass, float* scratch);
 int64_t mean_scratch(const SelectBlocksParams& params);

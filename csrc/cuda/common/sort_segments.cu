@@ -50,7 +50,7 @@ __device__ void keep_order(const SortSegmentsParams& params, const Segment& segm
   }
 }
 
-// What is sorted, no two alike: by score, then by place, so that the largest comes first.
+// Keys are sorted by importance, then by place, largest first, so that no two are alike.
 __device__ uint64_t sort_key(float score, int place) {
   const uint32_t high = static_cast<uint32_t>(ascending_key(score)) ^ 0x80000000u;
   return uint64_t{high} << 32 | ~static_cast<uint32_t>(place);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kSortWarps)
   for (int i = 0; i < kPerLane; ++i) {
     const int rank = lane * kPerLane + i;
     if (rank >= size) continue;
-    // By rank the place, or by place the rank.
+    // A full sort needs the place of each rank, a partition the rank of each place.
     if (params.num_heavy < 0) {
       word(rank) = place_of(keys[i]);
     } else {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(32 * kSortWarps)
   }
 }
 
-// How many of the threads before this one have `flag` set, and of all.
+// How many threads before this one, and how many of all, have `flag` set.
 struct Before {
   int here;
   int total;

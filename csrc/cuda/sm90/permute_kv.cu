@@ -74,7 +74,7 @@ __device__ Window window_of(const PermuteKVParams& params) {
   return window;
 }
 
-// Of the first num_rows rows of a window, how many belong to this warp.
+// Returns how many of the first num_rows rows of a window belong to this warp.
 __device__ int rows_of_warp(int num_rows) {
   return max(0, min(32, num_rows - static_cast<int>(threadIdx.x) / 32 * 32));
 }

@@ -45,7 +45,7 @@ struct SampledPlan {
   int64_t mass_stride;      // floats from one row of block masses to the next
 };
 
-// Of one stack's sums: (own_tiles + candidate_tiles, kStackRows, kSumsPerTile) bfloat16.
+// A table holds one stack's sums: (own_tiles + candidate_tiles, kStackRows, kSumsPerTile) bfloat16.
 PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
   return static_cast<int64_t>(plan.own_tiles + plan.candidate_tiles) * kStackRows * kSumsPerTile *
          2;
@@ -84,7 +84,7 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   return plan;
 }
 
-// Of all CTAs: tables of sums, then rows of block masses; at the end a counter.
+// The workspace holds the tables of all CTAs, then their rows of block masses, then one counter.
 constexpr int64_t sampled_workspace_bytes(const SampledPlan& plan) {
   return plan.num_ctas * (kSampledTables * kSampledWarpgroups * table_bytes(plan) +
                           kSelectWarps * plan.mass_stride * 4) +

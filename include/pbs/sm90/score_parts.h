@@ -15,7 +15,7 @@ constexpr int kScoreWarpgroups = 4;  // that multiply
 
 constexpr int score_tile_bytes(int head_dim) { return 2 * kScoreTileRows * head_dim; }
 
-// With the barriers of as many.
+// The barriers of so many heads and stages of keys fit in kScoreBarrierBytes.
 constexpr int kMostScoreHeads = 4;
 constexpr int kMostScoreStages = 8;
 constexpr int kScoreBarrierBytes = 384;
@@ -42,8 +42,8 @@ constexpr int score_stage_rows(bool is_first_pass) {
   return is_first_pass ? kScoreTileRows : kScoreBlockRows;
 }
 
-// Of a CTA, without its stages of keys: queries, barriers, and in the first pass the states of the
-// blocks, in the second a shift for each query of all heads.
+// A CTA holds this much beside its stages of keys: queries, barriers, and in the first pass the
+// states of the blocks, in the second a shift for each query of all heads.
 constexpr int64_t score_fixed_bytes(bool is_first_pass, int64_t heads_per_group,
                                     int64_t heads_per_kv, int head_dim) {
   const int64_t num_groups = ceil_div(heads_per_kv, heads_per_group);

@@ -18,7 +18,7 @@ constexpr int kCutScratch = 128;  // words of a warp: weights that it cuts in re
 constexpr int kOnesBytes = 256;   // of 16 x 8 elements
 constexpr int kSelectBarrierBytes = 288;
 
-// Of one of the two halves of a tile's mean queries.
+// A tile's mean queries are held as two TF32 halves, which take so many floats each.
 PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) { return kLogitRows * head_dim; }
 
 // Queries that are loaded together: so many columns of a query block.
@@ -41,7 +41,7 @@ struct SelectTiles {
   int64_t shared_bytes;
 };
 
-// Beside slots and rows of logits.
+// A CTA holds this much beside its slots and its rows of logits.
 constexpr int64_t select_fixed_bytes(int head_dim) {
   return kSwizzleBytes + kOnesBytes + kSelectBarrierBytes +
          4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);

@@ -29,7 +29,8 @@ constexpr int kDrawnBlocks = 3;
 // for 96 columns, 64) bytes.
 constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
-// Of all tiles of 2-byte elements, and the limit of what one CTA may take, barriers included.
+// All tiles together take this much with 2-byte elements. The limit of what one CTA may take,
+// below, includes the barriers.
 constexpr int tile_bytes(int head_dim) {
   return 2 * head_dim *
          (q_stages(head_dim) * kTileRows +

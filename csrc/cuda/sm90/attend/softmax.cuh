@@ -89,8 +89,8 @@ struct Softmax {
   }
 
  private:
-  // Of this thread's columns. Two chains a row, so that neighbours in program order do not wait for
-  // each other.
+  // Finds the maxima of this thread's columns. Each row has two chains, so that neighbours in
+  // program order do not wait for each other.
   template <class Values>
   __device__ static void row_maxima(const Values& values, float (&top)[kThreadRows]) {
     float chains[kThreadRows][2];

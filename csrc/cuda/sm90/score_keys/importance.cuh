@@ -42,8 +42,8 @@ class Importance {
     cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   }
 
-  // Of the blocks of a visit, a warpgroup takes every fourth, for all heads of the group: what it
-  // adds up is in its registers.
+  // A warpgroup takes every fourth block of a visit, for all heads of the group, so that what it
+  // adds up stays in its registers.
   __device__ void run() {
     ScoreBarriers& barriers = *part_.barriers;
     const ScoreProduct<Traits> multiply(part_.keys, part_.queries);

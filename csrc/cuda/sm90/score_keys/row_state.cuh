@@ -19,7 +19,7 @@ __device__ inline RowState merge(const RowState& a, const RowState& b) {
   return RowState{max, a.sum * exp2_approx(a.max - max) + b.sum * exp2_approx(b.max - max)};
 }
 
-// Of each part, the states of all queries of a head (b * num_q_heads + hq).
+// Points to the states of all queries of a head (b * num_q_heads + hq), one part after the other.
 __device__ inline float2* row_states(const ScoreArgs& args, int64_t head) {
   return args.state + head * args.num_states * kScoreTileRows;
 }

@@ -79,7 +79,7 @@ __device__ ThreadState& thread_state(const Part& part, int nth_block, int thread
   return static_cast<ThreadState*>(part.table)[nth_block * kScoreConsumers + thread];
 }
 
-// The products of a warpgroup: of those of all tiles by all blocks, in this order, every fourth.
+// Sums up the products of a warpgroup: every fourth of all tiles by all blocks, in this order.
 template <class Traits>
 __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
   ScoreBarriers& barriers = *part.barriers;
@@ -123,7 +123,7 @@ __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& 
   }
 }
 
-// Of each query of the part's heads, what all threads found that have a share in it.
+// Merges all threads' partial states per query, for the queries of the part's heads.
 template <class Traits>
 __device__ void write_row_sums(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
   const int num_heads = part.heads_in_group(args, part.first_group);

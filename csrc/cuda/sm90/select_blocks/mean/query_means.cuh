@@ -84,7 +84,7 @@ class ColumnSums {
         ones_(cute::GMMA::make_gmma_desc<cute::GMMA::Major::K>(
             tensor_of(static_cast<const Element*>(shared.ones), Ones{}))) {}
 
-  // Of a slot that starts so many bytes behind the first.
+  // Sums the rows of the slot that starts `slot` bytes behind the first one.
   __device__ void compute(uint32_t slot, int num_rows, float (&sums)[kGroups][kSums]) const {
     constexpr uint32_t kRowBytes = 2 * kGroupColumns;
     for (int row = 0; row < num_rows; row += kAtOnce * kRows) {

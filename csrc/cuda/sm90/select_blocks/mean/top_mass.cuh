@@ -19,7 +19,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Of the values of the lanes up to this one.
+// Sums the values of the lanes up to this one, its own among them.
 template <class T>
 __device__ T sum_up_to(T x) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

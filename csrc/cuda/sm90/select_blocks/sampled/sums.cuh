@@ -316,7 +316,7 @@ class SampledSums {
     return weights;
   }
 
-  // Of rows that have seen nothing as well: exp2(-inf - shift) is to be 0.
+  // Gives rows that have seen nothing a finite shift too, so that exp2(-inf - shift) is 0.
   __device__ __forceinline__ void finite_shifts(float (&shift)[kThreadRows]) const {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
