@@ -3,7 +3,9 @@
 # AUTO builds the kernels wherever nvcc is on PATH. If nvcc is there and something else is missing, the
 # build fails: pip hides a warning, and the owner of a GPU would get a library without kernels.
 set(PBS_WITH_CUDA OFF)
-set(PBS_CUDA_ARCH 90a)
+# One folder of csrc/cuda for each GPU family, and the architectures that it is compiled for.
+set(PBS_GPU_FAMILIES sm90)
+set(PBS_ARCH_sm90 90a)
 if(NOT PBS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "PBS_CUDA must be AUTO, ON or OFF, got ${PBS_CUDA}")
 endif()
@@ -36,11 +38,15 @@ else()
     # If nvcc does not work, CMake shows its output and ends here.
     message(STATUS "pbs_attn: CUDA kernels with ${PBS_NVCC} (PBS_CUDA=OFF leaves them out)")
     set(CMAKE_CUDA_COMPILER ${PBS_NVCC})
+    foreach(family ${PBS_GPU_FAMILIES})
+      list(APPEND PBS_CUDA_ARCH ${PBS_ARCH_${family}})
+    endforeach()
     set(CMAKE_CUDA_ARCHITECTURES ${PBS_CUDA_ARCH})
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     enable_language(CUDA)
     set(PBS_WITH_CUDA ON)
-    set(PBS_CUDA_STATUS "sm_${PBS_CUDA_ARCH}")
+    list(JOIN PBS_CUDA_ARCH ", sm_" architectures)
+    set(PBS_CUDA_STATUS "sm_${architectures}")
   endif()
 endif()
 
@@ -54,29 +60,40 @@ else()
   message(WARNING "pbs_attn: CPU-only build: ${PBS_CUDA_STATUS}")
 endif()
 
+# An object library of CUDA sources for some architectures.
+function(pbs_add_cuda_objects name architectures)
+  add_library(${name} OBJECT ${ARGN})
+  set_target_properties(${name} PROPERTIES CUDA_STANDARD 17 CUDA_ARCHITECTURES "${architectures}")
+  target_include_directories(${name} PRIVATE include csrc/cuda)
+  target_include_directories(${name} SYSTEM PRIVATE ${CUTLASS_DIR}/include)
+  target_compile_options(
+    ${name} PRIVATE --expt-relaxed-constexpr -lineinfo -Xcompiler=-fvisibility=hidden,-Werror=switch
+                    -Xptxas=-v,--warn-on-spills)
+endfunction()
+
 function(pbs_add_cuda_kernels target)
-  set(CMAKE_CUDA_STANDARD 17)
   file(READ ${CUTLASS_DIR}/include/cutlass/version.h version_header)
   foreach(part MAJOR MINOR PATCH)
     string(REGEX MATCH "define CUTLASS_${part} +([0-9]+)" _ "${version_header}")
     list(APPEND cutlass_version ${CMAKE_MATCH_1})
   endforeach()
   list(JOIN cutlass_version "." cutlass_version)
-  # One folder a GPU family, and what all of them use.
-  file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
+  foreach(family ${PBS_GPU_FAMILIES})
+    file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/${family}/*.cu)
+    pbs_add_cuda_objects(pbs_${family} "${PBS_ARCH_${family}}" ${sources})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_${family}>)
+  endforeach()
+  # What all families use.
+  file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu
+       ${PROJECT_SOURCE_DIR}/csrc/cuda/common/*.cu)
+  pbs_add_cuda_objects(pbs_cuda_common "${PBS_CUDA_ARCH}" ${sources})
   file(GLOB_RECURSE host_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp)
   list(FILTER host_sources EXCLUDE REGEX "/no_cuda\\.cpp$")
-  add_library(pbs_cuda OBJECT ${cuda_sources})
-  target_include_directories(pbs_cuda PRIVATE include csrc/cuda)
-  target_include_directories(pbs_cuda SYSTEM PRIVATE ${CUTLASS_DIR}/include)
-  target_compile_options(
-    pbs_cuda PRIVATE --expt-relaxed-constexpr -lineinfo -Xcompiler=-fvisibility=hidden
-                     -Xptxas=-v,--warn-on-spills)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_cuda_common> ${host_sources})
   find_package(CUDAToolkit REQUIRED)
   target_compile_definitions(
     ${target} PRIVATE PBS_WITH_CUDA PBS_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
                       PBS_CUTLASS_VERSION="${cutlass_version}")
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_cuda> ${host_sources})
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   # The static runtime's symbols stay inside: torch brings its own copy.
   target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)

@@ -330,7 +330,7 @@ def sampled_cases(draw):
 
 def pairs_of(native, case, plan, unit_idx):
     """Head and query block of each pair of a unit, as unit_of and SampledUnit::pair
-    (select_sampled/walk.cuh) find them."""
+    (sm90/select_blocks/sampled/unit_walk.cuh) find them."""
     group, in_group = divmod(unit_idx, plan.units_per_perm * plan.heads_per_group)
     first_head = group * plan.heads_per_group
     num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)

@@ -417,14 +417,13 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     blocks = -(-num_tokens // block)
     documented = 8 * perm_heads * num_tokens
     documented += 2 * 2 * perm_heads * num_tokens * head_dim
-    documented += 4 * perm_heads * blocks * head_dim
     if score == "sampled":
         own_tiles = -(-(128 // samples * block + 256) // 128) * (mass == "causal")
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         tiles = -(-num_tokens // 128) + own_tiles
         documented += num_sms * (2048 * tiles + 112 * -(-blocks // 4)) + 4
-    elif mass == "causal":
-        documented += 4 * kv_heads * blocks * head_dim
+    else:
+        documented += 4 * (perm_heads + kv_heads * (mass == "causal")) * blocks * head_dim
     documented += heads * blocks * (4 * -(-blocks // 32) + 16)
     documented += 4 * heads * num_tokens
     documented += 1024 * max(heads, 528 * heads // kv_heads)

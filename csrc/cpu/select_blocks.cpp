@@ -78,7 +78,7 @@ int64_t select_scratch(const SelectBlocksParams& params) {
     case Score::kSampled:
       return num_mass_entries(params) + sampled_scratch(params);
   }
-  return 0;
+  __builtin_unreachable();
 }
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {

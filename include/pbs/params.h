@@ -128,7 +128,14 @@ struct SelectRule {
 
 // Whether the own segment's mass counts towards the threshold.
 PBS_HOST_DEVICE constexpr bool counts_own_mass(const SelectRule& rule) {
-  return rule.mass != MassRule::kEarlier;
+  switch (rule.mass) {
+    case MassRule::kEarlier:
+      return false;
+    case MassRule::kCausal:
+    case MassRule::kBlock:
+      return true;
+  }
+  return true;
 }
 
 struct SelectBlocksParams {

@@ -91,7 +91,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("rows", &sm90::SelectTiles::rows)
       .def_readonly("num_slots", &sm90::SelectTiles::num_slots)
       .def_readonly("shared_bytes", &sm90::SelectTiles::shared_bytes);
-  // Of `num_heads` heads, and the most key blocks that have room; as many queries as keys.
+  // Takes as many queries as keys; returns the most key blocks that have room, too.
   m.def("select_tiles", [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
                            int64_t block_size, int64_t kv_block_size, int64_t segment_size) {
     pbs::SelectBlocksParams params{};
