@@ -185,7 +185,7 @@ def test_demo_table():
         (said,) = re.findall(rf"^{label} +([\d.]+)(?: %)? +([\d.]+)", text, re.MULTILINE)
         for figure, side in zip(said, (dense, pbs), strict=True):
             assert says(figure, factor * float(side[column])), label
-    assert f"{dense['run']}\n" in text
+    assert f"{dense['title']}\n" in text
 
 
 def test_operator_table():
