@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pbs_attn import cli
+from pbs_attn._environment import RUN
 from pbs_attn._errors import BenchError
 from pbs_attn._rows import STAGES, read_rows
 from pbs_attn.bench import checks, cpu, long, scores, stages
@@ -20,13 +21,19 @@ def tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "wide", Shape("llama", 128, 256, 3, 4, 2, 128, 100))
 
 
+def assert_same_rows(path, rows):
+    """The file holds what was returned, and where it was measured."""
+    assert read_rows(path) == rows
+    assert {(row["run"], row["driver"]) for row in rows} == {(RUN, "")}
+
+
 def test_rows_of_scores(tmp_path, capsys):
     path = tmp_path / "scores.csv"
     options = scores.Options(
         presets=("tiny", "wide"), tokens=(512, 1024), rounds=1, device="cpu", csv=str(path)
     )
     rows = scores.run(options)
-    assert read_rows(path) == rows
+    assert_same_rows(path, rows)
     assert capsys.readouterr().out.split()[: len(scores.TABLE)] == list(scores.TABLE)
     places = [(row["preset"], row["tokens"], row["head_dim"]) for row in rows]
     assert places == [
@@ -68,7 +75,7 @@ def test_rows_of_cpu(tmp_path, capsys):
         csv=str(path),
     )  # fmt: skip
     rows = cpu.run(options)
-    assert read_rows(path) == rows
+    assert_same_rows(path, rows)
     assert capsys.readouterr().out.split()[: len(cpu.TABLE)] == list(cpu.TABLE)
     settings = [(row["threshold"], row["seed"]) for row in rows]
     assert settings == [("0.4", "0"), ("0.4", "1"), ("1.0", "0"), ("1.0", "1")]
@@ -99,7 +106,7 @@ def long_run(**others):
 def test_rows_of_long(tmp_path, capsys):
     path = tmp_path / "long.csv"
     rows = long_run(kv_block_sizes=(128, 32), csv=str(path))
-    assert read_rows(path) == rows
+    assert_same_rows(path, rows)
     assert capsys.readouterr().out.split()[: len(long.TABLE)] == list(long.TABLE)
     assert [(row["permute_per"], row["kv_block_size"]) for row in rows] == [
         ("kv_head", "128"),
