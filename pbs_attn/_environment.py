@@ -1,15 +1,17 @@
-"""Where a measurement was taken: the columns that every benchmark row ends with."""
+"""Where a measurement was taken: the columns that every row of a benchmark ends with."""
 
 from __future__ import annotations
 
-import csv
-import os
 import platform
+import re
+import uuid
 from pathlib import Path
 
 import torch
 
 from ._library import build_info
+
+RUN = uuid.uuid4().hex[:12]  # this process: times of different ones are not compared
 
 
 def cpu_name() -> str:
@@ -22,8 +24,21 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def describe(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Hardware, threads and versions as CSV columns."""
+def driver_version() -> str:
+    """The version of NVIDIA's driver; empty where the system does not tell."""
+    path = Path("/proc/driver/nvidia/version")
+    return find_driver_version(path.read_text()) if path.exists() else ""
+
+
+def find_driver_version(text: str) -> str:
+    """The version in what the driver says of itself; empty if it is not there."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
+    return found[1] if found else ""
+
+
+def describe(device: torch.device | str) -> dict[str, str]:
+    """Hardware, threads, versions and the process that measured, as CSV columns. `driver` is empty
+    on a CPU."""
     device = torch.device(device)
     is_gpu = device.type == "cuda"
     info = build_info()
@@ -34,19 +49,6 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "pbs_attn": info["version"],
         "commit": info["commit"],
+        "driver": driver_version() if is_gpu else "",
+        "run": RUN,
     }
-
-
-def can_write(path: Path | str) -> bool:
-    """Whether a file can be written there: its folder exists and admits it."""
-    path = Path(path)
-    folder = path.resolve().parent
-    return folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
-
-
-def write_csv(path: Path | str, rows: list[dict[str, str]]) -> None:
-    """Rows of the same columns, under a header."""
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)

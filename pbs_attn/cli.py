@@ -130,7 +130,7 @@ def _add_plot(subcommands):
 
 def _run_plot(args):
     from . import plot
-    from .bench.report import check_outputs
+    from ._rows import check_outputs
 
     check_outputs([], [args.output], "plot")
     try:

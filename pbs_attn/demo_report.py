@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from pbs_attn import _environment, plot
+from pbs_attn import _environment, _rows, plot
 
 
 class Run(NamedTuple):
@@ -104,7 +104,7 @@ def write_csv(report: Report, path: str) -> None:
     rows = [
         {
             "side": name,
-            "run": report.title,
+            "title": report.title,
             "prefill_s": _seconds(side.fastest.prefill_seconds),
             "attention_s": _seconds(side.fastest.attention_seconds),
             "runs": len(side.runs),
@@ -118,7 +118,7 @@ def write_csv(report: Report, path: str) -> None:
         }
         for name, side, density, mass, agreement in sides
     ]
-    _environment.write_csv(path, rows)
+    _rows.write_csv(path, rows)
 
 
 def _describe_config(report):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
-from pbs_attn import PBSConfig, cli
-from pbs_attn.bench import pipeline, prefill, report
+from pbs_attn import PBSConfig, _environment, cli
+from pbs_attn._errors import BenchError
+from pbs_attn.bench import pipeline, prefill
 from pbs_attn.bench.shapes import SHAPES, Shape, build
 from pbs_attn.bench.stages import Pipeline, heavy_hitters, reach
 
@@ -124,7 +125,7 @@ def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
         ]
         assert (row["weights"], row["activations"], row["layers"]) == ("given", "text.txt", "2")
         assert 0 < float(row["density"]) < 1
-    with pytest.raises(report.BenchError, match=r"text.txt must have 800 tokens, got 700"):
+    with pytest.raises(BenchError, match=r"text.txt must have 800 tokens, got 700"):
         prefill.run(dataclasses.replace(options, tokens=(800,)))
 
 
@@ -135,7 +136,7 @@ def test_rows_before_a_prompt_that_does_not_fit_are_kept(tiny, monkeypatch, tmp_
         return {"tokens": "1024"}
 
     monkeypatch.setattr(prefill._Contest, "measure", measure)
-    with pytest.raises(report.BenchError, match="--tokens must fit in memory, got 2048"):
+    with pytest.raises(BenchError, match="--tokens must fit in memory, got 2048"):
         prefill.run(dataclasses.replace(tiny, csv=str(tmp_path / "rows.csv")))
     with (tmp_path / "rows.csv").open() as file:
         assert [row["tokens"] for row in csv.DictReader(file)] == ["1024"]
@@ -169,7 +170,7 @@ def test_other_tensors_are_refused(tiny):
     substitute = prefill._register()
     model = build(TINY, max_tokens=1024, device="cpu", attn_implementation=prefill.NAME)
     substitute.tensors = tuple(torch.zeros(1, 4, 512, 64) for _ in range(3))
-    with pytest.raises(report.BenchError, match=r"tensors must be \(1, 4, 600, 64\)"):
+    with pytest.raises(BenchError, match=r"tensors must be \(1, 4, 600, 64\)"):
         model(input_ids=torch.zeros(1, 600, dtype=torch.long))
 
 
@@ -216,6 +217,7 @@ def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     ("bench", "missing"),
     [
         *(("kernel", "tqdm"), ("pipeline", "tqdm"), ("prefill", "tqdm"), ("quality", "tqdm")),
+        *(("scores", "tqdm"), ("long", "tqdm"), ("cpu", "tqdm")),
         *(("prefill", "transformers"), ("quality", "transformers")),
         *(("kernel", "matplotlib"), ("pipeline", "safetensors")),
     ],
@@ -238,5 +240,8 @@ def test_missing_packages_are_named(bench, missing, capsys, monkeypatch):
     ],
 )
 def test_driver_version(line):
-    assert report.find_driver_version(line + "\nGCC version:  gcc version 12.3.0\n") == "580.65.06"
-    assert report.find_driver_version("nothing of the kind") == ""
+    assert (
+        _environment.find_driver_version(line + "\nGCC version:  gcc version 12.3.0\n")
+        == "580.65.06"
+    )
+    assert _environment.find_driver_version("nothing of the kind") == ""

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 import pbs_attn
 from pbs_attn import cli
-from pbs_attn.bench import contestants, kernel, report
+from pbs_attn._errors import BenchError
+from pbs_attn._rows import read_rows
+from pbs_attn.bench import contestants, kernel
 from pbs_attn.bench.shapes import SHAPES, Shape
 from pbs_attn.bench.stages import heavy_hitters, paper_with
 from pbs_attn.masks import candidate_blocks
@@ -37,7 +39,7 @@ def test_rows(tmp_path, capsys):
             picture=str(tmp_path / "rates.png"),
         )
     )
-    assert report.read_rows(path) == rows
+    assert read_rows(path) == rows
     assert (tmp_path / "rates.png").stat().st_size > 10_000
     assert "pbs_tflops  sdpa_dense_tflops" in capsys.readouterr().out
     assert [row["kv_block_size"] for row in rows] == ["128", "32"] * 2
@@ -70,10 +72,10 @@ def test_real_activations(tmp_path):
     assert float(row["density"]) == pytest.approx(density, abs=1e-4)
     assert (row["lists"], row["q_heads"], row["kv_heads"]) == ("layer", "4", "2")
     save_file({"q": q, "k": k}, path)
-    with pytest.raises(report.BenchError, match="--activations must hold q, k and v"):
+    with pytest.raises(BenchError, match="--activations must hold q, k and v"):
         kernel.run(options(activations=(str(path),)))
     save_file({"q": q, "k": k.repeat(1, 3, 1, 1), "v": v}, path)
-    with pytest.raises(report.BenchError, match="must divide 2 KV heads, got 3"):
+    with pytest.raises(BenchError, match="must divide 2 KV heads, got 3"):
         kernel.run(options(activations=(str(path),)))
 
 
@@ -111,7 +113,7 @@ def test_flex_gets_the_lists():
 def test_answers_on_the_same_lists_must_agree():
     out = torch.randn(1, 2, 64, 64)
     kernel._require_same_answer(out, out + 1e-3)
-    with pytest.raises(report.BenchError, match="must agree on the same lists, differ by"):
+    with pytest.raises(BenchError, match="must agree on the same lists, differ by"):
         kernel._require_same_answer(out, out + 0.1)
 
 

@@ -9,7 +9,9 @@ import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 from pbs_attn import PBSConfig, cli
-from pbs_attn.bench import curves, quality, report, selections
+from pbs_attn._errors import BenchError
+from pbs_attn._rows import GIVEN, PROBES, curve_name
+from pbs_attn.bench import curves, quality, selections
 from pbs_attn.bench.stages import heavy_hitters
 
 transformers = pytest.importorskip("transformers")
@@ -67,8 +69,8 @@ def test_rows(options, tmp_path, capsys):
         found = [float(r["density"]) for r in by_head if same_place(r, row)]
         assert sum(found) / len(found) == pytest.approx(float(row["density"]), abs=1e-4)
     assert capsys.readouterr().out.count("selection") == 4  # tables
-    assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*curves.PROBES, "pass key"]
-    for probe in curves.PROBES:
+    assert [row["probe"] for row in rows[:: len(rows) // 4]] == [*PROBES, "pass key"]
+    for probe in PROBES:
         of_probe = [row for row in rows if row["probe"] == probe]
         assert list(dict.fromkeys(row["selection"] for row in of_probe)) == SELECTIONS
         assert all((row["right"] != "") == (probe == "pass key") for row in of_probe)
@@ -95,13 +97,13 @@ def test_rows(options, tmp_path, capsys):
 
 def test_settings_side_by_side(options):
     """Each with its own sweep; window and truncated, which know nothing of them, once."""
-    both = dataclasses.replace(options, probes=("text",), settings=(curves.GIVEN, "narrow"))
+    both = dataclasses.replace(options, probes=("text",), settings=(GIVEN, "narrow"))
     config = PBSConfig(block_size=32, segment_size=64, num_heavy=8, mass="causal")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(quality.SETTINGS, "narrow", config)
         rows = quality.run(both)
         (of_narrow,) = quality.run(dataclasses.replace(both, settings=("narrow",)))[1:2]
-    names = [curves.curve_name(row) for row in rows]
+    names = [curve_name(row) for row in rows]
     assert names[1:6] == names[6:11] == SELECTIONS[1:]
     assert names[11:] == [f"{name}, narrow" for name in SELECTIONS[1:4]] * 2
     same = ("selection", "settings", "threshold", "density", "loss")
@@ -133,9 +135,9 @@ def test_settings_by_their_fields(options):
         options, probes=("text",), selections=("pbs",), thresholds=(0.5,), settings=(changes,)
     )
     rows = quality.run(cut)
-    assert [curves.curve_name(row) for row in rows] == ["dense", f"pbs, {changes}"]
+    assert [curve_name(row) for row in rows] == ["dense", f"pbs, {changes}"]
     config = dataclasses.replace(CONFIG, num_heavy=8, mass="causal")
-    given = quality.run(dataclasses.replace(cut, config=config, settings=(curves.GIVEN,)))
+    given = quality.run(dataclasses.replace(cut, config=config, settings=(GIVEN,)))
     assert given[1]["loss"] == rows[1]["loss"]
 
 
@@ -272,7 +274,11 @@ def test_permutation_keeps_its_worth():
     ("arguments", "words"),
     [
         (["--tokens", "100"], "--tokens must be 2048 at least, got 100"),
-        (["--thresholds", "2"], "--thresholds must lie in (0, 1], got [2.0]"),
+        (
+            ["--thresholds", "2"],
+            '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
+        ),
+        (["--mass", "causal", "--thresholds", "2"], "--thresholds must lie in (0, 1], got 2.0"),
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],
@@ -307,10 +313,15 @@ def test_a_model_with_other_layers_is_refused(options, tmp_path):
     layer_types = ["sliding_attention", "full_attention"]
     config = transformers.Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=layer_types)
     save_model(tmp_path, config)
-    with pytest.raises(report.BenchError, match="every layer of the model must be able to take"):
+    with pytest.raises(BenchError, match="every layer of the model must be able to take"):
         quality.run(dataclasses.replace(options, model=str(tmp_path)))
 
 
+def test_no_threshold_is_refused(options):
+    with pytest.raises(BenchError, match="--thresholds must hold one value at least, got none"):
+        quality.run(dataclasses.replace(options, thresholds=()))
+
+
 def test_a_short_text_is_refused(options):
-    with pytest.raises(report.BenchError, match=r"text.txt must have 1300 tokens, got 1200"):
+    with pytest.raises(BenchError, match=r"text.txt must have 1300 tokens, got 1200"):
         quality.run(dataclasses.replace(options, tokens=1300))

@@ -24,7 +24,8 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "import sys; from _pbs_attn_cli import main; sys.exit(main())"
-BENCHES = ("kernel", "pipeline", "prefill", "quality")
+BENCHES = ("kernel", "pipeline", "prefill", "quality", "scores", "long", "cpu")
+WITH_DEVICE = tuple(bench for bench in BENCHES if bench != "cpu")
 
 
 def environment():
@@ -320,7 +321,7 @@ def test_models_without_gguf_name_the_extra_of_the_command(command, extra, monke
         args.run(args)
 
 
-@pytest.mark.parametrize("command", ["demo", *(f"bench {bench}" for bench in BENCHES)])
+@pytest.mark.parametrize("command", ["demo", *(f"bench {bench}" for bench in WITH_DEVICE)])
 def test_gpu_support_that_is_left_out_is_said(command, monkeypatch, capsys):
     line = "the GPU is idle: build again with nvcc"
     monkeypatch.setattr(_library, "missing_gpu_support", lambda: line, raising=False)
@@ -328,7 +329,8 @@ def test_gpu_support_that_is_left_out_is_said(command, monkeypatch, capsys):
     def load(*args, **options):
         raise DemoError("far enough")
 
-    for place in ("demo.read_text", "bench.kernel.RowFile", "bench.pipeline.RowFile"):
+    places = [f"bench.{bench}.RowFile" for bench in ("kernel", "pipeline", "scores", "long")]
+    for place in ("demo.read_text", "bench.quality.read_text", *places):
         monkeypatch.setattr(f"pbs_attn.{place}", load)
     monkeypatch.setattr("pbs_attn.bench.prefill._register", load)
     arguments = [*command.split(), "--device"]

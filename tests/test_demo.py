@@ -6,13 +6,24 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_model import SIZES, VOCABULARY, save_model, save_text
 
 import pbs_attn
-from pbs_attn import PBSConfig, _errors, cli, demo, demo_model, demo_report, plot
+from pbs_attn import (
+    PBSConfig,
+    _environment,
+    _errors,
+    _inputs,
+    cli,
+    demo,
+    demo_model,
+    demo_report,
+    plot,
+)
 
 transformers = pytest.importorskip("transformers")
 image = pytest.importorskip("matplotlib.image")
@@ -153,6 +164,9 @@ def test_csv_holds_the_figures(reports, tmp_path):
         report.dense.fastest.prefill_seconds, abs=0.01
     )
     assert pbs["commit"] == pbs_attn.build_info()["commit"]
+    assert dense["title"] == report.title
+    assert dense["run"] == pbs["run"] == _environment.RUN
+    assert dense["driver"] == ""
     assert pbs["threshold"] == "0.5"
     assert pbs["runs"] == "2"
     every = [float(seconds) for seconds in pbs["every_prefill_s"].split()]
@@ -206,7 +220,7 @@ def test_nothing_but_progress_is_said(options, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     said = [line for line in re.split(r"[\r\n]+", result.stderr) if line]
-    assert said[0] == "loading llama0"
+    assert said[0] == f"loading {Path(options['model']).name}"
     bars = ("Loading weights:", "dense prefill", "PBS prefill", "what PBS visits")
     assert [line for line in said[1:] if not line.startswith(bars)] == []
     assert "PBS goes on" in result.stdout
@@ -328,7 +342,7 @@ def test_only_full_attention_layers_are_counted(options, tmp_path):
 
 
 def test_novel_ships_with_the_package():
-    text, name = demo.read_text(None)
+    text, name = _inputs.read_text(None)
     assert name == "persuasion.txt"
     assert len(text) > 45_000
     assert "Kellynch Hall" in text

@@ -11,7 +11,9 @@ import torch
 from tiny_model import SIZES, save_model
 
 from pbs_attn import PBSConfig, cli, density, select
+from pbs_attn._rows import STAGES
 from pbs_attn.bench import curves
+from pbs_attn.bench.options import PERMUTE_PER
 from pbs_attn.bench.shapes import SHAPES
 from pbs_attn.bench.stages import heavy_hitters
 
@@ -185,7 +187,7 @@ def test_demo_table():
         (said,) = re.findall(rf"^{label} +([\d.]+)(?: %)? +([\d.]+)", text, re.MULTILINE)
         for figure, side in zip(said, (dense, pbs), strict=True):
             assert says(figure, factor * float(side[column])), label
-    assert f"{dense['run']}\n" in text
+    assert f"{dense['title']}\n" in text
 
 
 def test_operator_table():
@@ -665,3 +667,287 @@ def test_prefill_table():
     assert len(found) == len(rows)
     for said in found:
         assert_says(said, find(rows, tokens=said["tokens"]), columns)
+
+
+# The kernel log and the README's single figures against their CSVs
+
+
+KERNEL_LOG = ROOT / "docs" / "kernel-log.md"
+
+
+def words_of(path):
+    return " ".join(path.read_text().split())
+
+
+def figures(pattern, path=KERNEL_LOG):
+    """The figures that stand where a sentence of a document has `#`."""
+    number = r"(\d*\.?\d+)"
+    escaped = re.escape(pattern).replace(r"\ ", r"\s+").replace(r"\#", number)
+    (found,) = re.findall(escaped, words_of(path))
+    return [found] if isinstance(found, str) else list(found)
+
+
+def assert_figures(pattern, values, path=KERNEL_LOG):
+    """A sentence's figures against values, each to the digits that it shows."""
+    said = figures(pattern, path)
+    assert len(said) == len(values), (pattern, said, values)
+    for text, value in zip(said, values, strict=True):
+        assert says(text, float(value)), (pattern, text, value)
+
+
+def test_cpu_table():
+    rows = read("cpu.csv")
+    columns = {"density": "density", "dense": "dense_ms", "`attention`": "attention_ms"}
+    columns |= {stage: f"{stage}_ms" for stage in STAGES}
+    columns["`attention` / (density × dense)"] = "attention_over_density_x_dense"
+    found = table_with(columns)
+    assert {said["threshold"] for said in found} == {row["threshold"] for row in rows}
+    for said in found:
+        assert_says(said, find(rows, threshold=said["threshold"], seed="0"), columns)
+    ratios = [float(row["attention_over_density_x_dense"]) for row in read("cpu_avx2.csv")]
+    assert {row["cpu_capability"] for row in read("cpu_avx2.csv")} == {"avx2"}
+    words = "the last column lies between # and #"
+    assert_figures(words, (min(ratios), max(ratios)), README)
+
+
+def test_log_of_attend_beside_flash_attention():
+    """The table of attend beside FlashAttention-4."""
+    rows = read("attend_fa4_h200.csv")
+    columns = {"attend": "pbs", "FA4 block-sparse": "fa4_sparse"}
+    columns |= {"cuDNN dense": "cudnn_dense", "FA4 dense": "fa4_dense"}
+    found = table_with(columns, KERNEL_LOG)
+    of_table = [r for r in rows if (r["lists"], r["kv_block_size"]) == ("random", "128")]
+    assert len(found) == len(of_table)
+    for said in found:
+        (row,) = [
+            row
+            for row in of_table
+            if row["tokens"] == said["tokens"] and says(said["density"], float(row["density"]))
+        ]
+        rates = {name: row[f"{name}_tflops"] for name in columns.values()}
+        for column, name in columns.items():
+            assert bool(said[column]) == bool(rates[name]), said
+            assert not rates[name] or says(said[column], float(rates[name])), said
+        ratio, _ = said["ratio (asked)"].split()
+        assert says(ratio, float(row["fa4_sparse_ms"]) / float(row["pbs_ms"])), said
+        if rates["fa4_dense"]:
+            dense = max(float(rates["cudnn_dense"]), float(rates["fa4_dense"]))
+            assert says(said["attend / best dense"], float(rates["pbs"]) / dense), said
+
+
+def rate(rows, **values):
+    return float(find(rows, **values)["pbs_tflops"])
+
+
+def test_log_of_attend():
+    rows = read("attend_h200.csv")
+    table = table_with({"version (commit)", "learnt"}, KERNEL_LOG)
+    (version_5,) = [said for said in table if said["version (commit)"].startswith("5 ")]
+    assert version_5["version (commit)"] == f"5 ({rows[0]['commit']})"
+    random = [row for row in rows if row["lists"] == "random"]
+    wide = [row for row in random if row["kv_block_size"] == "128"]
+    for column, tokens in (
+        ("N 8192, density .26 / 1", "8192"),
+        ("N 32768, .22 / 1", "32768"),
+        ("N 131072, .20 / 1", "131072"),
+    ):
+        density = re.search(r"\.(\d\d)", column)[1]
+        for text, start in zip(version_5[column].split(" / "), (density, "1"), strict=True):
+            (row,) = [
+                row
+                for row in wide
+                if row["tokens"] == tokens
+                and (f"{float(row['density']):.2f}" in (f"0.{start}", f"{start}.00"))
+            ]
+            assert says(text, float(row["pbs_tflops"])), (column, text)
+    narrow = {}
+    for row in random:
+        place = row["tokens"], f"{float(row['density']):.2f}"
+        narrow.setdefault(row["kv_block_size"], {})[place] = float(row["pbs_tflops"])
+    shares = {
+        width: {place: x / narrow["128"][place] for place, x in narrow[width].items()}
+        for width in ("64", "32")
+    }
+    words = "64: # to #, below .97 at N 8192, density .17 (#) and 1 (#), and at N 32768, .07 (#) "
+    words += "and .41 (#); 32: # to #, but # and # at N 8192, density .12 and .17."
+    low = [("8192", "0.17"), ("8192", "1.00"), ("32768", "0.07"), ("32768", "0.41")]
+    assert sorted(low) == sorted(place for place, x in shares["64"].items() if x < 0.97)
+    missed = [("8192", "0.12"), ("8192", "0.17")]
+    others = [x for place, x in shares["32"].items() if place not in missed]
+    assert_figures(
+        words,
+        [
+            *(min(shares["64"].values()), max(shares["64"].values())),
+            *(shares["64"][place] for place in low),
+            *(min(others), max(others)),
+            *(shares["32"][place] for place in missed),
+        ],
+    )
+    times = [find(rows, lists=lists)["pbs_ms"] for lists in ("uneven", "even")]
+    assert_figures("as dense as the others: # ms against # ms for the same spread evenly", times)
+
+
+def test_log_of_attend_in_the_second_run():
+    ratios = {
+        (row["tokens"], f"{float(row['density']):.2f}"): float(row["fa4_sparse_ms"])
+        / float(row["pbs_ms"])
+        for row in read("attend_h200.csv")
+        if row["fa4_sparse_ms"]
+    }
+    words = "in the second run (attend_h200.csv) these are # and #, and N 131072, .055 and .2 "
+    words += "are # and # where"
+    places = [("32768", "0.07"), ("131072", "0.10"), ("131072", "0.05"), ("131072", "0.20")]
+    assert_figures(words, [ratios[place] for place in places])
+
+
+def test_log_of_attend_on_real_lists():
+    rows = read("attend_real_h200.csv")
+    name = "qwen2.5-coder-1.5b_layer{}_16384"
+    wide = find(rows, lists=name.format(26), kv_block_size="128")
+    assert_figures("attend_real_h200.csv)): #,", [wide["pbs_tflops"]])
+    words = "FlashAttention-4 # on the same lists, # dense; key blocks of 64 and 32 rows # and #"
+    narrow = [rate(rows, lists=name.format(26), kv_block_size=width) for width in ("64", "32")]
+    assert_figures(words, [wide["fa4_sparse_tflops"], wide["fa4_dense_tflops"], *narrow])
+    other = find(rows, lists=name.format(14), kv_block_size="128")
+    values = [other["density"], other["pbs_tflops"]]
+    assert_figures("does not help, density #: #, without FlashAttention-4", values)
+    assert not other["fa4_sparse_ms"]
+    assert_figures("the paper's selection, density #, [attend_real", [wide["density"]])
+
+
+def test_log_of_attend_by_head_dim():
+    rows = [row for row in read("attend_dims_h200.csv") if row["dtype"] == "float16"]
+    d64, d128, d256 = (find(rows, head_dim=str(dim)) for dim in (64, 128, 256))
+    values = [x[f"{name}_tflops"] for x in (d64, d128) for name in ("pbs", "fa4_sparse")]
+    words = "float16 D=64 # (FlashAttention-4 #), D=128 # (#), D=256 # (it takes"
+    assert_figures(words, [*values, d256["pbs_tflops"]])
+    assert not d256["fa4_sparse_ms"]
+    assert_figures("N 32768, density # ([attend_dims", [d64["density"]])
+
+
+STAGE_ROWS = {
+    "score_keys": ("kv_head", "score_keys_kernel_ms", "score_keys_floor_ms"),
+    "sort_segments": ("kv_head", "sort_segments_kernel_ms", "sort_segments_floor_ms"),
+    "permute_kv": ("kv_head", "permute_kv_kernel_ms", "permute_kv_floor_ms"),
+    "select_blocks": ("kv_head", "select_blocks_kernel_ms", "select_blocks_floor_ms"),
+    "all, permutation a KV head (asked)": (
+        *("kv_head", "before_attend_kernel_ms", "before_attend_floor_ms"),
+    ),
+    "sort_segments, a query head": (
+        *("query_head", "sort_segments_kernel_ms", "sort_segments_floor_ms"),
+    ),
+    "permute_kv, a query head": ("query_head", "permute_kv_kernel_ms", "permute_kv_floor_ms"),
+    "all, permutation a query head (asked)": (
+        *("query_head", "before_attend_kernel_ms", "before_attend_floor_ms"),
+    ),
+}
+
+
+def test_log_of_the_stages():
+    """Microseconds by stage; of `called one by one` the first row belongs to KV heads."""
+    rows = read("pipeline_bfe7c62_h200.csv")
+    (lines,) = [
+        lines
+        for names, lines in tables_in(KERNEL_LOG)
+        if names == ["", "8192", "floor", "32768", "floor", "131072", "floor"]
+    ]
+    apart = iter(("kv_head", "query_head"))
+    for name, *cells in lines:
+        for nth, tokens in enumerate(("8192", "32768", "131072")):
+            of = {per: find(rows, tokens=tokens, permute_per=per) for per in PERMUTE_PER}
+            said, floor = cells[2 * nth].split(" (")[0], cells[2 * nth + 1]
+            if name in STAGE_ROWS:
+                per, time, least = STAGE_ROWS[name]
+                assert says(said, 1e3 * float(of[per][time])), (name, tokens)
+                assert says(floor, 1e3 * float(of[per][least])), (name, tokens)
+            elif name.startswith("extra memory"):
+                for text, per in zip(said.split(" / "), PERMUTE_PER, strict=True):
+                    assert says(text, float(of[per]["extra_gib"])), (name, tokens)
+            else:
+                assert name == "called one by one and added up"
+                per = next(apart) if nth == 0 else per
+                assert says(said, 1e3 * float(of[per]["before_attend_ms"])), (per, tokens)
+    assert next(apart, None) is None
+
+
+def test_log_of_narrow_blocks():
+    rows = read("pipeline_blocks_h200.csv")
+    times = [
+        1e3 * float(find(rows, tokens=tokens, kv_block_size=width)["select_blocks_kernel_ms"])
+        for tokens in ("8192", "32768", "131072")
+        for width in ("64", "32")
+    ]
+    words = "select_blocks takes # and #, # and #, # and #; the other stages the same"
+    assert_figures(words, times)
+
+
+def test_log_of_the_whole_operator():
+    rows = read("pipeline_bfe7c62_h200.csv")
+    lengths = ("8192", "16384", "32768", "65536", "131072")
+    of = {
+        per: [find(rows, tokens=tokens, permute_per=per) for tokens in lengths]
+        for per in PERMUTE_PER
+    }
+    words = "# (1.2) at 8192 tokens and density #, # (1.6) at 16384 and #, # (2.1) at 32768 and #, "
+    words += "# (3.0) at 65536 and #, # (4.0) at 131072 and #. One permutation a query head: "
+    words += "#, #, #, # and #."
+    by_kv_head = [row[name] for row in of["kv_head"] for name in ("speedup", "density")]
+    assert_figures(words, [*by_kv_head, *(row["speedup"] for row in of["query_head"])])
+
+
+def test_log_of_real_activations():
+    rows = read("pipeline_real_bfe7c62_h200.csv")
+
+    def column(layer, per, name):
+        place = {"input": f"qwen2.5-coder-1.5b_layer{layer}_16384", "permute_per": per}
+        return [find(rows, kv_block_size=width, **place)[name] for width in ("128", "64", "32")]
+
+    words = "layer 26, KV head, #, # and # at densities #, # and #; query head #, # and # at #, # "
+    words += "and #; layer 14 #, #, # (#, #, #) and #, #, # (#, #, #)."
+    values = [
+        value
+        for layer in (26, 14)
+        for per in PERMUTE_PER
+        for name in ("speedup", "density")
+        for value in column(layer, per, name)
+    ]
+    assert_figures(words, values)
+    assert {row["threshold"] for row in rows} == {"0.9000"}
+    words = "one call takes # times less than the dense kernel at density #, one permutation a KV "
+    words += "head, and # times less at #, one a query head and key blocks of 32 rows"
+    first = [column(26, "kv_head", name)[0] for name in ("speedup", "density")]
+    last = [column(26, "query_head", name)[2] for name in ("speedup", "density")]
+    assert_figures(words, [*first, *last], README)
+
+
+def test_long_prompts():
+    rows = read("long_h200.csv")
+    assert {row["tokens"] for row in rows} == {"1048576"}
+    own = find(rows, permute_per="kv_head", kv_block_size="128")
+    each = find(rows, permute_per="query_head", kv_block_size="128")
+    words = "1048576 tokens takes # s at density # and # GiB beyond its inputs"
+    values = [float(own["attention_ms"]) / 1e3, own["density"], own["extra_gib"]]
+    assert_figures(words, values, README)
+    words = (
+        "density # ([long_h200.csv](../benchmarks/results/long_h200.csv)): # ms and # GiB beyond "
+    )
+    words += (
+        "inputs and output with one permutation a KV head, # ms and # GiB with one a query head"
+    )
+    values = [row[name] for row in (own, each) for name in ("attention_ms", "extra_gib")]
+    assert_figures(words, [own["density"], *values])
+    worst = max(float(row["output_error"]) for row in rows)
+    words = "# sampled rows against float64 on the keys they visit, in root mean square: at most #"
+    assert_figures(words, [own["sampled_rows"], worst])
+    of_kv_head = [row for row in rows if row["permute_per"] == "kv_head"]
+    words = "select_blocks takes #, # and # ms of #, # and # with key blocks of 128, 64 and 32"
+    names = ("select_blocks_ms", "attention_ms")
+    assert_figures(words, [row[name] for name in names for row in of_kv_head])
+
+
+def test_every_csv_is_read_or_named():
+    """By the name of the file, in a test or in a document."""
+    files = sorted(RESULTS.glob("*.csv"))
+    assert files
+    text = "\n".join(path.read_text() for path in [*DOCUMENTS, *ROOT.glob("tests/*.py")])
+    assert not [path.name for path in files if path.name not in text]

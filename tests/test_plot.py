@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pbs_attn import cli, plot
-from pbs_attn.bench import report
+from pbs_attn import _rows, cli, plot
+from pbs_attn._errors import BenchError
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -24,7 +24,7 @@ DRAWN = {
 def test_committed_results_are_drawn(kind, tmp_path):
     """From the file and from its rows the same picture, with something in it."""
     path, by_command = tmp_path / "rows.png", tmp_path / "file.png"
-    rows = report.read_rows(RESULTS / DRAWN[kind])
+    rows = _rows.read_rows(RESULTS / DRAWN[kind])
     getattr(plot, f"draw_{kind}")(rows, path, title="title")
     source = str(RESULTS / DRAWN[kind])
     assert cli.main(["plot", kind, source, str(by_command), "--title", "title"]) == 0
@@ -47,11 +47,9 @@ def test_without_matplotlib_the_extra_is_named(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", cli.PICTURES)
 def test_rows_of_two_processes_are_not_drawn(kind, tmp_path):
     rows = [{"run": "a"}, {"run": "b"}]
-    with pytest.raises(report.BenchError, match="must come from one process, got 2"):
+    with pytest.raises(BenchError, match="must come from one process, got 2"):
         getattr(plot, f"draw_{kind}")(rows, tmp_path / "x.png", title="")
-    with pytest.raises(report.BenchError, match="must come from one process, got 2"):
-        report.write_rows(tmp_path / "rows.csv", rows)
-    with pytest.raises(report.BenchError, match="rows must be there to be compared, got none"):
+    with pytest.raises(BenchError, match="rows must be there to be compared, got none"):
         getattr(plot, f"draw_{kind}")([], tmp_path / "x.png", title="")
     assert not list(tmp_path.iterdir())
 

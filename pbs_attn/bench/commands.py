@@ -10,23 +10,25 @@ from pbs_attn._arguments import (
     options_of,
     read_config,
 )
+from pbs_attn._rows import PROBES
 from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS, THRESHOLDS, PBSConfig
 
 from .options import (
     COMPARED,
     DTYPES,
-    PROBES,
+    PERMUTE_PER,
     SELECTIONS,
     SWEEPS,
     UNEVEN_TOKENS,
+    CpuOptions,
     KernelOptions,
+    LongOptions,
     PipelineOptions,
     PrefillOptions,
     QualityOptions,
+    ScoresOptions,
 )
 from .shapes import SHAPES
-
-PERMUTE_PER = ("kv_head", "query_head")
 
 
 def add_bench(subcommands):
@@ -36,6 +38,9 @@ def add_bench(subcommands):
     _add_pipeline(benches)
     _add_prefill(benches)
     _add_quality(benches)
+    _add_scores(benches)
+    _add_long(benches)
+    _add_cpu(benches)
 
 
 def _add_kernel(benches):
@@ -63,7 +68,7 @@ def _add_kernel(benches):
         "tokens, and of the same blocks spread evenly",
     )
     _add_activations(parser, default)
-    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
+    _add_rounds(parser, default)
     _add_run(parser, default, "rate against density")
 
 
@@ -76,14 +81,12 @@ def _add_pipeline(benches):
         "through cuDNN and flash, FlashAttention-4 where installed; finds the shortest prompt for "
         "which the one call wins. Inputs are synthetic, of a stated density.",
     )
-    words = "heads and head_dim of models"
-    add_list(parser, "--presets", "NAME", default.presets, words, choices=tuple(SHAPES))
+    _add_presets(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
     _add_densities(parser)
     words = "how blocks are chosen: as PBSConfig.paper() or as PBSConfig.balanced()"
     add_choice(parser, "--selection", tuple(SELECTIONS), default.selection, words)
-    words = "which heads have an order of their own"
-    add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
+    _add_permute_per(parser, default)
     _add_kv_block_sizes(parser, default)
     _add_activations(parser, default)
     parser.add_argument(
@@ -95,7 +98,7 @@ def _add_pipeline(benches):
         action="store_false",
         help="do not look for the shortest prompt for which the one call wins",
     )
-    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
+    _add_rounds(parser, default)
     _add_run(parser, default, "the time of the stages")
 
 
@@ -165,6 +168,58 @@ def _add_quality(benches):
     _add_run(parser, default, "quality against density", config=read_config)
 
 
+def _add_scores(benches):
+    default = ScoresOptions()
+    parser = benches.add_parser(
+        "scores",
+        help="select_blocks by score, beside dense attention",
+        description="Times select_blocks with sampled scores, at several numbers of samples, and "
+        "with means, in turn with attend where everything is visited. Inputs are synthetic.",
+    )
+    _add_presets(parser, default)
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    _add_rounds(parser, default)
+    _add_run(parser, default)
+
+
+def _add_long(benches):
+    default = LongOptions()
+    parser = benches.add_parser(
+        "long",
+        help="a very long prompt, checked on sampled rows",
+        description="Times each stage and the one call once, and checks output, importance and "
+        "selection of sampled rows against float64. Inputs are synthetic, of a stated density.",
+    )
+    add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    words = "share of the causal block pairs to visit"
+    add_value(parser, "--density", "D", default.density, words)
+    _add_permute_per(parser, default)
+    _add_kv_block_sizes(parser, default)
+    add_value(parser, "--samples", "N", default.samples, "rows to check")
+    _add_run(parser, default)
+
+
+def _add_cpu(benches):
+    default = CpuOptions()
+    parser = benches.add_parser(
+        "cpu",
+        help="the CPU operators beside torch's SDPA, over thresholds",
+        description="Times each stage and the one call on the CPU, in turn with torch's SDPA, with "
+        "the paper's selection at several thresholds. Inputs are random and lean towards some "
+        "blocks.",
+    )
+    _add_presets(parser, default)
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    add_list(parser, "--dtypes", "T", default.dtypes, "of the inputs", choices=DTYPES)
+    _add_permute_per(parser, default)
+    _add_kv_block_sizes(parser, default)
+    add_list(parser, "--thresholds", "T", default.thresholds, "shares of the mass to visit")
+    add_list(parser, "--seeds", "N", default.seeds, "one random input each")
+    _add_rounds(parser, default)
+    _add_run(parser, default)
+
+
 def _add_model(parser, words):
     words = f"a model for transformers, or a .gguf file ({words})"
     parser.add_argument("--model", metavar="DIR_OR_NAME", help=words)
@@ -173,6 +228,20 @@ def _add_model(parser, words):
 def _add_densities(parser):
     words = "one a length: share of the causal block pairs to visit (default: the paper's)"
     add_list(parser, "--densities", "D", None, words, type=float)
+
+
+def _add_presets(parser, default):
+    words = "heads and head_dim of models"
+    add_list(parser, "--presets", "NAME", default.presets, words, choices=tuple(SHAPES))
+
+
+def _add_permute_per(parser, default):
+    words = "which heads have an order of their own"
+    add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
+
+
+def _add_rounds(parser, default):
+    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
 
 
 def _add_kv_block_sizes(parser, default):
@@ -185,20 +254,18 @@ def _add_activations(parser, default):
     add_list(parser, "--activations", "FILE", default.activations, words, type=str)
 
 
-def _add_run(parser, default, drawn, **more):
-    """Where to run and to write; `more`: functions of the parsed arguments, by option."""
-    add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
+def _add_run(parser, default, drawn=None, **more):
+    """Where to run and to write. `drawn`: what the picture shows, None for benches without one;
+    `more`: functions of the parsed arguments, by option."""
+    if hasattr(default, "device"):
+        add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     if hasattr(default, "budget_ms"):
         words = "GPU time of a turn, milliseconds"
         add_value(parser, "--budget-ms", "T", default.budget_ms, words)
     name = parser.prog.split()[-1]
-    for option, ending, words in (
-        ("--csv", "csv", "where to write the rows"),
-        ("--picture", "png", f"where to draw {drawn}"),
-    ):
-        file = f"{name}.{ending}"
-        words = f"{words}; '' for nowhere (default: {file})"
-        parser.add_argument(option, metavar="FILE", default=file, help=words)
+    _add_file(parser, "--csv", f"{name}.csv", "where to write the rows")
+    if drawn is not None:
+        _add_file(parser, "--picture", f"{name}.png", f"where to draw {drawn}")
 
     def run(args):
         others = {option: read(args) for option, read in more.items()}
@@ -206,3 +273,8 @@ def _add_run(parser, default, drawn, **more):
         bench.run(options_of(type(default), args, **others))
 
     parser.set_defaults(run=run)
+
+
+def _add_file(parser, option, default, words):
+    words = f"{words}; '' for nowhere (default: {default})"
+    parser.add_argument(option, metavar="FILE", default=default, help=words)

@@ -91,7 +91,8 @@ def flex(q, k, v, visited: torch.Tensor) -> Call:
 
 
 def flex_block_mask(visited: torch.Tensor):
-    """Of (B, Hq, query blocks, key blocks) bool: the diagonal masked, all others whole."""
+    """The mask of the visited blocks (B, Hq, query blocks, key blocks) bool: FlexAttention masks
+    those on the diagonal and takes all others whole."""
     from torch.nn.attention.flex_attention import BlockMask
 
     is_diagonal = torch.eye(visited.shape[-1], dtype=torch.bool, device=visited.device)
@@ -110,7 +111,7 @@ def as_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def keep_running(calls: dict[str, Call | None]) -> dict[str, Call]:
-    """Those that take their inputs; says on stderr which do not, and why."""
+    """Keeps the calls that take their inputs; says on stderr which do not, and why."""
     kept = {}
     for name, call in calls.items():
         if call is None:
@@ -118,7 +119,7 @@ def keep_running(calls: dict[str, Call | None]) -> dict[str, Call]:
         try:
             call()
             torch.cuda.synchronize()
-        except Exception as error:  # of any of four libraries
+        except Exception as error:  # four libraries may raise here
             reason = " ".join(str(error).split())[:200]
             print(f"{name} is left out: {reason}", file=sys.stderr)
             continue

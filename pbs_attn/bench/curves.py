@@ -6,51 +6,16 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from .options import GIVEN, PROBES
-from .report import Row, as_table
+from pbs_attn._rows import Curve, Row, summarize
+
+from .report import as_table
 
 TABLE_DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 
-Curve = list[tuple[float, float]]  # density, value
-
-
-def value_of(probe: str) -> str:
-    """The column that tells how well a probe went."""
-    return "right" if probe == "pass key" else "loss_above_dense"
-
-
-def curve_name(row: Row) -> str:
-    """The selection, and its settings where they have a name."""
-    settings = row.get("settings", GIVEN)
-    return row["selection"] if settings in ("", GIVEN) else f"{row['selection']}, {settings}"
-
-
-def summarize(rows: Sequence[Row], value: str | None = None) -> dict[str, dict[str, Curve]]:
-    """By probe and `curve_name`, the means over prompts at each threshold, by density.
-
-    `value` names another column than `value_of` the probe.
-    """
-    curves: dict[str, dict[str, Curve]] = {}
-    for probe in PROBES:
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in rows:
-            if row["probe"] == probe and row[value or value_of(probe)] != "":
-                groups.setdefault((curve_name(row), row["threshold"]), []).append(row)
-        for (name, _), group in groups.items():
-            density, mean = (
-                sum(float(row[column]) for row in group) / len(group)
-                for column in ("density", value or value_of(probe))
-            )
-            curves.setdefault(probe, {}).setdefault(name, []).append((density, mean))
-    for by_name in curves.values():
-        for curve in by_name.values():
-            curve.sort()
-    return curves
-
 
 def least_density(curve: Curve, goal: float) -> float | None:
-    """From which density on a curve that was sorted by it stays at or below a value, between two of
-    its points; None where it does not."""
+    """The density from which on a curve, sorted by density, stays at or below a value, interpolated
+    between two of its points; None where it does not stay there."""
     reached = None
     for nth in range(len(curve) - 1, -1, -1):
         density, value = curve[nth]
@@ -64,7 +29,8 @@ def least_density(curve: Curve, goal: float) -> float | None:
 
 
 def at_density(curve: Curve, density: float) -> float | None:
-    """Between two points of a curve that was sorted by density; None outside of it."""
+    """The value of a curve, sorted by density, interpolated between two of its points; None outside
+    of it."""
     for (left, low), (right, high) in itertools.pairwise(curve):
         if left <= density <= right:
             share = (density - left) / (right - left) if right > left else 0.0

@@ -2,8 +2,8 @@
 
 One permutation a query head and K and V repeated for grouped heads, as the paper's code has it; the
 selection rule is that of torch.ops.pbs with permute_per="query_head". Attention on the selected
-blocks is no part of this: no eager form of it comes near a kernel, and attend.py times those that
-exist. Query and key lengths are equal.
+blocks is no part of this: no eager form of it comes near a kernel, and `pbs-attn bench kernel`
+times those that exist. Query and key lengths are equal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
-
-STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks")
 
 
 def repeat_kv(q: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -29,30 +29,30 @@ class Problem(NamedTuple):
     """One causal call with batch 1 and as many queries as keys."""
 
     num_tokens: int
-    q_heads: int
-    kv_heads: int
-    perm_heads: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_perm_heads: int
     head_dim: int
     element_size: int  # bytes of an element of q, k and v
     density: float  # visited share of the block pairs on and under the diagonal
     config: PBSConfig
 
     @property
-    def q_blocks(self) -> int:
+    def num_q_blocks(self) -> int:
         return -(-self.num_tokens // self.config.block_size)
 
     @property
-    def kv_blocks(self) -> int:
+    def num_kv_blocks(self) -> int:
         return -(-self.num_tokens // self.config.key_block_size)
 
-    def rows(self, heads: int) -> int:
-        """Bytes of a tensor (heads, num_tokens, head_dim) like q, k or v."""
-        return heads * self.num_tokens * self.head_dim * self.element_size
+    def rows(self, num_heads: int) -> int:
+        """Bytes of a tensor (num_heads, num_tokens, head_dim) like q, k or v."""
+        return num_heads * self.num_tokens * self.head_dim * self.element_size
 
     @property
     def means(self) -> int:
         """Bytes of k_mean."""
-        return self.perm_heads * self.kv_blocks * self.head_dim * FLOAT32
+        return self.num_perm_heads * self.num_kv_blocks * self.head_dim * FLOAT32
 
 
 class Work(NamedTuple):
@@ -67,36 +67,36 @@ def score_keys(problem: Problem) -> Work:
     """Two passes over the keys of the complete segments."""
     segment_size, block_size = problem.config.segment_size, problem.config.block_size
     num_scored = problem.num_tokens // segment_size * segment_size
-    keys = problem.kv_heads * num_scored * problem.head_dim * problem.element_size
-    product = 2 * block_size * num_scored * problem.head_dim * problem.q_heads
+    keys = problem.num_kv_heads * num_scored * problem.head_dim * problem.element_size
+    product = 2 * block_size * num_scored * problem.head_dim * problem.num_q_heads
     return Work(2 * keys, 2 * product)
 
 
 def sort_segments(problem: Problem) -> Work:
-    importance = problem.perm_heads * problem.num_tokens * FLOAT32
-    perm = problem.perm_heads * problem.num_tokens * INT32
+    importance = problem.num_perm_heads * problem.num_tokens * FLOAT32
+    perm = problem.num_perm_heads * problem.num_tokens * INT32
     return Work(importance + perm)
 
 
 def permute_kv(problem: Problem) -> Work:
-    k_and_v = 2 * problem.rows(problem.kv_heads)
-    k_perm_and_v_perm = 2 * problem.rows(problem.perm_heads)
+    k_and_v = 2 * problem.rows(problem.num_kv_heads)
+    k_perm_and_v_perm = 2 * problem.rows(problem.num_perm_heads)
     return Work(k_and_v + k_perm_and_v_perm + problem.means)
 
 
 def select_blocks(problem: Problem) -> Work:
     """Mean queries by mean keys; or each sampled query by every key before its own segment."""
-    words = -(-problem.kv_blocks // 32)
-    mask_and_counts = problem.q_heads * problem.q_blocks * (words + 1) * INT32
+    words = -(-problem.num_kv_blocks // 32)
+    mask_and_counts = problem.num_q_heads * problem.num_q_blocks * (words + 1) * INT32
     num_tokens = problem.num_tokens
     candidates, _ = candidate_blocks(num_tokens, num_tokens, config=problem.config)
-    logits = problem.q_heads * candidates.sum().item()
-    read = problem.rows(problem.q_heads) + problem.means
+    logits = problem.num_q_heads * candidates.sum().item()
+    read = problem.rows(problem.num_q_heads) + problem.means
     config = problem.config
     if config.score == "sampled":
         logits *= config.num_samples * config.key_block_size
-        samples = problem.rows(problem.q_heads) * config.num_samples // config.block_size
-        read = samples + problem.rows(problem.perm_heads)
+        samples = problem.rows(problem.num_q_heads) * config.num_samples // config.block_size
+        read = samples + problem.rows(problem.num_perm_heads)
     return Work(read + mask_and_counts, 2 * problem.head_dim * logits)
 
 
@@ -104,11 +104,11 @@ def attend(problem: Problem) -> Work:
     """Two products for each visited pair of blocks, the diagonal ones whole."""
     num_tokens, config = problem.num_tokens, problem.config
     candidates, own = candidate_blocks(num_tokens, num_tokens, config=config)
-    visited = problem.density * problem.q_heads * (candidates + own).sum().item()
+    visited = problem.density * problem.num_q_heads * (candidates + own).sum().item()
     pair = 4 * config.block_size * config.key_block_size * problem.head_dim
-    q_and_out = 2 * problem.rows(problem.q_heads)
-    k_and_v = 2 * problem.rows(problem.kv_heads)
-    k_perm_and_v_perm = 2 * problem.rows(problem.perm_heads)
+    q_and_out = 2 * problem.rows(problem.num_q_heads)
+    k_and_v = 2 * problem.rows(problem.num_kv_heads)
+    k_perm_and_v_perm = 2 * problem.rows(problem.num_perm_heads)
     return Work(q_and_out + k_and_v + k_perm_and_v_perm, pair * visited)
 
 

@@ -1,4 +1,5 @@
-"""What the GPU did during a call, by torch.profiler: its kernels, their stages, its busy time."""
+"""What the GPU did during a call: its kernels, their stages and the gaps between them, by
+torch.profiler; the memory it took."""
 
 from __future__ import annotations
 
@@ -41,7 +42,6 @@ class Profile(NamedTuple):
     """One call, on average."""
 
     launches: int
-    busy_ms: float  # while anything ran
     gaps_ms: float  # while nothing ran, from its first kernel to its last
     stage_ms: dict[str, float]
 
@@ -90,7 +90,7 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
     in_order = sorted(intervals, key=lambda interval: interval.start)
     by_call = [in_order[i : i + launches] for i in range(0, len(in_order), launches)]
     gaps_ms = sum(map(gaps_between_ms, by_call)) / calls
-    return Profile(launches, union_ms(intervals) / calls, gaps_ms, stage_ms)
+    return Profile(launches, gaps_ms, stage_ms)
 
 
 def gaps_between_ms(intervals: list[Interval]) -> float:
@@ -126,3 +126,13 @@ def gpu_work(trace: dict) -> list[Interval]:
         for event in trace["traceEvents"]
         if event.get("cat") in categories
     ]
+
+
+def extra_gib(call: Callable[[], object], output_bytes: int = 0) -> float:
+    """Memory that a call takes at its peak, without its inputs and so much of its output."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - output_bytes) / 2**30

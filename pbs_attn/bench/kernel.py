@@ -19,18 +19,18 @@ import torch
 
 import pbs_attn
 from pbs_attn import PBSConfig, plot
-from pbs_attn.demo import choose_device
+from pbs_attn._errors import BenchError
+from pbs_attn._inputs import choose_device
+from pbs_attn._rows import Row, check_outputs
 from pbs_attn.masks import candidate_blocks
 
 from .contestants import BLOCK, dense_calls, sparse_calls
 from .options import UNEVEN_TOKENS
 from .options import KernelOptions as Options
 from .report import (
-    BenchError,
-    Row,
     RowFile,
     as_table,
-    check_outputs,
+    check_rounds,
     check_shares,
     require_packages,
     say_where,
@@ -101,8 +101,7 @@ def _check(options: Options) -> None:
     if not (options.tokens or options.activations or options.uneven):
         raise BenchError("--tokens must name a length where there are no --activations")
     check_shares("--densities", options.densities)
-    if options.rounds < 1:
-        raise BenchError(f"--rounds must be positive, got {options.rounds}")
+    check_rounds(options.rounds)
     check_activations(options.activations, [SHAPES[options.preset]])
     check_outputs([options.csv], [options.picture])
 
@@ -173,7 +172,7 @@ def _random_tensors(shape: Shape, num_tokens: int, dtype: str, device: str) -> l
 
 
 def random_list(
-    num_tokens: int, num_heads: int, p: float | torch.Tensor, config: PBSConfig, device: str
+    num_tokens: int, num_q_heads: int, p: float | torch.Tensor, config: PBSConfig, device: str
 ) -> torch.Tensor:
     """(1, heads, query blocks, key blocks) bool: the selected candidates. p: one for all heads, or
     (heads, 1, 1). Key blocks narrower than 128 rows visit, in every query block, as many keys as
@@ -182,7 +181,7 @@ def random_list(
 
     def noise(width: int) -> torch.Tensor:
         """Uniform in [0, 1) where a key block is a candidate, 2 elsewhere."""
-        shape = (1, num_heads, num_tokens // BLOCK, num_tokens // width)
+        shape = (1, num_q_heads, num_tokens // BLOCK, num_tokens // width)
         values = torch.rand(shape, generator=generator, device=device)
         values[..., : BLOCK // width] = -1  # the first 128 keys, always
         of_width = dataclasses.replace(config, kv_block_size=width)
@@ -208,7 +207,7 @@ def own_blocks(num_tokens: int, config: PBSConfig) -> torch.Tensor:
 
 def _measure(options: Options, case: Case) -> Row:
     q, k, v = case.tensors
-    num_heads, num_tokens, head_dim = q.shape[1:]
+    num_q_heads, num_tokens, head_dim = q.shape[1:]
     width = case.config.key_block_size
     words = pbs_attn.bool_to_mask(case.selected)
     own = own_blocks(num_tokens, paper_with(BLOCK))
@@ -223,13 +222,13 @@ def _measure(options: Options, case: Case) -> Row:
         if case.with_dense:
             calls |= dense_calls(q, k, v)
     times = interleaved_medians(calls, options.rounds, clock_for(q.device, options.budget_ms))
-    visited_keys = case.selected.sum().item() * width + own.sum().item() * BLOCK * num_heads
-    sparse, dense = 4 * BLOCK * head_dim * visited_keys, 2 * num_tokens**2 * head_dim * num_heads
+    visited_keys = case.selected.sum().item() * width + own.sum().item() * BLOCK * num_q_heads
+    sparse, dense = 4 * BLOCK * head_dim * visited_keys, 2 * num_tokens**2 * head_dim * num_q_heads
     density = pbs_attn.density(words, num_tokens, num_tokens, config=case.config).mean()
     row = {
         "lists": case.lists,
         "tokens": str(num_tokens),
-        "q_heads": str(num_heads),
+        "q_heads": str(num_q_heads),
         "kv_heads": str(k.shape[1]),
         "head_dim": str(head_dim),
         "dtype": str(q.dtype).removeprefix("torch."),

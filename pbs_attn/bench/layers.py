@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pbs_attn import PBSConfig
-
-from .report import BenchError
+from pbs_attn._errors import BenchError
 
 
 def register_attention(name: str, function: Callable) -> None:

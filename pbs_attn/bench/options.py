@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 
+from pbs_attn._rows import GIVEN, PROBES
 from pbs_attn.config import PBSConfig
 
 # Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
 PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
 DENSITIES = PAPER | {262144: 0.17}
 
-# Of kernel.
+PERMUTE_PER = ("kv_head", "query_head")
+
+# kernel
 DTYPES = ("bfloat16", "float16", "float32")
 UNEVEN_TOKENS = 32768
 
-# Of pipeline.
+# pipeline
 SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
 
-# Of quality.
-PROBES = ("text", "copy", "pass key")
-GIVEN = "given"  # the settings of the command's own options
+# quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
 # Thresholds by mass.
 SWEEPS = {
@@ -116,3 +117,45 @@ class QualityOptions:
     picture: str | None = None
     heads_csv: str | None = None
     heads_picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresOptions:
+    """`presets` and `tokens`: each preset runs at each length."""
+
+    presets: tuple[str, ...] = ("llama-3.1-8b", "smollm2-135m", "qwen2.5-1.5b")
+    tokens: tuple[int, ...] = (8192, 32768, 131072)
+    rounds: int = 5
+    budget_ms: float = 20.0
+    device: str = "auto"
+    csv: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LongOptions:
+    """`density`: the share of the causal block pairs to visit. `samples`: how many rows are
+    checked."""
+
+    preset: str = "llama-3.1-8b"
+    tokens: tuple[int, ...] = (1048576,)
+    density: float = 0.1
+    permute_per: tuple[str, ...] = PERMUTE_PER
+    kv_block_sizes: tuple[int, ...] = (128,)
+    samples: int = 24
+    device: str = "auto"
+    csv: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuOptions:
+    """Every combination runs; `seeds`: one random input each."""
+
+    presets: tuple[str, ...] = ("smollm2-135m",)
+    tokens: tuple[int, ...] = (8192,)
+    dtypes: tuple[str, ...] = ("float32",)
+    permute_per: tuple[str, ...] = ("kv_head",)
+    kv_block_sizes: tuple[int, ...] = (128,)
+    thresholds: tuple[float, ...] = (0.4, 0.7, 0.9, 1.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rounds: int = 5
+    csv: str | None = None

@@ -22,36 +22,33 @@ from pathlib import Path
 import torch
 
 from pbs_attn import PBSConfig, plot
-from pbs_attn.demo import choose_device
+from pbs_attn._errors import BenchError
+from pbs_attn._inputs import choose_device
+from pbs_attn._rows import BEFORE_ATTEND, STAGES, Row, check_outputs
 
 from . import eager
 from .contestants import dense_calls
 from .floors import Problem, floors_ms
-from .gpu_profile import profile_call
+from .gpu_profile import extra_gib, profile_call
 from .kernel import DENSE
 from .options import SELECTIONS
 from .options import PipelineOptions as Options
 from .report import (
-    BenchError,
-    Row,
     RowFile,
     as_table,
+    as_text,
+    by_stage,
     check_densities,
-    check_outputs,
+    check_rounds,
     require_packages,
     say_where,
+    stage_columns,
 )
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
-from .stages import BEFORE_ATTEND, STAGES, Pipeline, density_at, heavy_hitters, reach
+from .stages import Pipeline, density_at, reach, synthetic
 from .timing import Call, clock_for, interleaved_medians
 
 CROSSOVER_STEP, LONGEST_CROSSOVER = 256, 65536
-
-
-def stage_columns(suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = "") -> list[str]:
-    """One column a stage, and the one of all stages before attend."""
-    return [f"{prefix}{stage}_{suffix}" for stage in (*stages, "before_attend")]
-
 
 COLUMNS = (
     *("preset", "input", "tokens", "q_heads", "kv_heads", "head_dim"),
@@ -115,8 +112,7 @@ def _check(options: Options) -> None:
     if not (options.tokens or options.activations):
         raise BenchError("--tokens must name a length where there are no --activations")
     check_densities(options.densities, options.tokens)
-    if options.rounds < 1:
-        raise BenchError(f"--rounds must be positive, got {options.rounds}")
+    check_rounds(options.rounds)
     check_activations(options.activations, [SHAPES[preset] for preset in options.presets])
     check_outputs([options.csv], [options.picture])
 
@@ -137,20 +133,12 @@ def _settings(options: Options) -> Iterator[tuple[str, int]]:
 def _measure_shape(options: Options, shape: Shape, device: str) -> Iterator[dict[str, object]]:
     densities = options.densities or map(density_at, options.tokens)
     for num_tokens, density in zip(options.tokens, densities, strict=True):
-        tensors = _synthetic(shape, num_tokens, device)
+        tensors = synthetic(shape, num_tokens, device)
         yield from _measure_input(options, "heavy hitters", tensors, density)
         del tensors  # before the next ones are made
     for path in options.activations:
         tensors = load_activations(path, shape, device)
         yield from _measure_input(options, Path(path).stem, tensors, None)
-
-
-def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
-    """bfloat16 on a GPU; on a CPU, whose kernels compute in it, float32."""
-    tensors = heavy_hitters(
-        num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
-    )
-    return [tensor.float() for tensor in tensors] if device == "cpu" else tensors
 
 
 def _measure_input(
@@ -166,8 +154,8 @@ def _measure_input(
         values = {
             "input": name,
             "tokens": problem.num_tokens,
-            "q_heads": problem.q_heads,
-            "kv_heads": problem.kv_heads,
+            "q_heads": problem.num_q_heads,
+            "kv_heads": problem.num_kv_heads,
             "head_dim": problem.head_dim,
             "selection": options.selection,
             "permute_per": permute_per,
@@ -217,32 +205,13 @@ def _gpu_values(options: Options, pipeline: Pipeline, problem: Problem) -> dict[
     return values | (by_stage(floors, "floor_ms") if floors else {})
 
 
-def extra_gib(call: Callable[[], object], output_bytes: int = 0) -> float:
-    """Memory that a call takes at its peak, without its inputs and so much of its output."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - output_bytes) / 2**30
-
-
-def by_stage(
-    ms: dict[str, float], suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = ""
-) -> dict[str, float]:
-    """Columns of milliseconds by stage, and the sum before attend."""
-    total = sum(ms[stage] for stage in BEFORE_ATTEND)
-    values = [*(ms[stage] for stage in stages), total]
-    return dict(zip(stage_columns(suffix, stages, prefix), values, strict=True))
-
-
 def problem_of(pipeline: Pipeline, density: float) -> Problem:
     q, k = pipeline.q, pipeline.k
     return Problem(
         num_tokens=q.shape[2],
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        perm_heads=pipeline.perm.shape[1],
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        num_perm_heads=pipeline.perm.shape[1],
         head_dim=q.shape[3],
         element_size=q.element_size(),
         density=density,
@@ -256,7 +225,7 @@ def problem_of(pipeline: Pipeline, density: float) -> Problem:
 def _find_crossovers(
     options: Options, shape: Shape, device: str, advance: Callable[[], object]
 ) -> dict[tuple[str, int], str]:
-    """By setting; empty if there is none up to LONGEST_CROSSOVER tokens."""
+    """The crossover of each setting; empty if there is none up to LONGEST_CROSSOVER tokens."""
     found = {}
     for setting in _settings(options) if options.crossover else ():
         wins = functools.partial(_wins, options, shape, device, *setting)
@@ -285,7 +254,7 @@ def _wins(
     options: Options, shape: Shape, device: str, permute_per: str, kv_block_size: int, length: int
 ) -> bool:
     """Whether one call beats every dense kernel, at the paper's density or its continuation."""
-    tensors = _synthetic(shape, length, device)
+    tensors = synthetic(shape, length, device)
     pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
     reach(pipeline, density_at(length))
     calls = dense_calls(*tensors) | {"attention": pipeline.attention}
@@ -305,9 +274,3 @@ def as_row(values: dict[str, object]) -> Row:
     if unknown:
         raise ValueError(f"values must have a column each, got {sorted(unknown)}")
     return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
-
-
-def as_text(column: str, value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"

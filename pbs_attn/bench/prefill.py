@@ -18,20 +18,20 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pbs_attn import PBSConfig, demo_model, plot
-from pbs_attn.demo import choose_device, read_text
+from pbs_attn._errors import BenchError
+from pbs_attn._inputs import choose_device, read_text
+from pbs_attn._rows import Row, check_outputs
 
 from . import selections
 from .contestants import SDPA_BACKENDS, Attention, sdpa_through
 from .layers import register_attention, require_pbs_layers
 from .options import PrefillOptions as Options
 from .report import (
-    BenchError,
-    Row,
     RowFile,
     as_table,
     check_densities,
-    check_outputs,
     check_thresholds,
+    check_tokens,
     require_packages,
     say_where,
 )
@@ -113,9 +113,7 @@ def _check(options: Options) -> None:
         check_thresholds("--threshold", [options.threshold], PBSConfig().mass)
     if min(options.rounds, default=0) < 1:
         raise BenchError(f"--rounds must be positive, got {list(options.rounds)}")
-    least = 2 * PBSConfig().segment_size
-    if not options.tokens or min(options.tokens) < least:
-        raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
+    check_tokens(options.tokens, 2 * PBSConfig().segment_size)
     check_densities(options.densities, options.tokens)
     lengths = len(options.tokens)
     if len(_rounds(options)) != lengths:
@@ -143,7 +141,7 @@ def _register() -> Substitute:
 
 @dataclasses.dataclass
 class _Contest:
-    """One prompt, `ids` (1, N), and what the layers attend with; `tensors` as of Substitute."""
+    """One prompt, `ids` (1, N), and what the layers attend with; `tensors`: see Substitute."""
 
     model: torch.nn.Module
     substitute: Substitute
@@ -264,8 +262,8 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
 
 
 def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
-    """As the layers get them: the projection leaves a token's heads beside each other, the cache
-    does not."""
+    """Heavy hitters as the layers get them: the projection leaves a token's heads beside each
+    other, the cache does not."""
     q, k, v = heavy_hitters(
         num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
     )
@@ -292,7 +290,7 @@ def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
 
 @contextlib.contextmanager
 def _first_layer_alone(model: torch.nn.Module) -> Iterator[None]:
-    """To warm up at every length for a part of what the whole model would take."""
+    """The model with one layer: it warms up at every length in a part of the time of all."""
     body = model.get_decoder()
     layers = body.layers
     body.layers = layers[:1]

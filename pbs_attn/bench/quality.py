@@ -19,20 +19,19 @@ from typing import Any
 
 import torch
 
-from pbs_attn import PBSConfig, demo, demo_model, plot
+from pbs_attn import PBSConfig, demo_model, plot
 from pbs_attn._arguments import PRESETS, number_or_all
+from pbs_attn._errors import BenchError
+from pbs_attn._inputs import choose_device, read_text
+from pbs_attn._rows import GIVEN, PROBES, Row, check_outputs
 
 from . import selections
-from .curves import PROBES, format_goals, format_probe
+from .curves import format_goals, format_probe
 from .layers import dense_attention, register_attention, require_pbs_layers
-from .options import GIVEN, SWEEPS
+from .options import SWEEPS
 from .options import QualityOptions as Options
 from .report import (
-    BenchError,
-    Row,
     RowFile,
-    check_outputs,
-    check_shares,
     check_thresholds,
     require_packages,
     say_where,
@@ -56,7 +55,8 @@ PASS_KEY_DIGITS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`ids` (1, N). The last `tail` of them are scored. `depth`: of a pass key, as a share."""
+    """`ids` (1, N). The last `tail` of them are scored. `depth`: where a
+    pass key stands, as a share of the text."""
 
     text: str
     probe: str
@@ -135,7 +135,7 @@ def run(options: Options) -> list[Row]:
     _check(options)
     from tqdm import tqdm
 
-    device = demo.choose_device(options.device)
+    device = choose_device(options.device)
     texts = list(_read_texts(options))
     files = demo_model.find(options.model, "bench")
     prompts = list(_make_prompts(options, texts, files.tokenizer, torch.device(device)))
@@ -176,7 +176,6 @@ def _check(options: Options) -> None:
         rule = f"lie between {least // 2} and --tokens"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
     if options.thresholds is not None:
-        check_shares("--thresholds", options.thresholds)
         for config in _configs(options).values():
             check_thresholds("--thresholds", options.thresholds, config.mass)
     if options.depths < 1:
@@ -197,7 +196,7 @@ def _configs(options: Options) -> dict[str, PBSConfig]:
 
 
 def _change(config: PBSConfig, changes: str) -> PBSConfig:
-    """With fields replaced, as "kv_block_size=32,mass=causal" says."""
+    """The config with fields replaced, as "kv_block_size=32,mass=causal" says."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     types |= {"kv_block_size": int, "num_heavy": number_or_all, "threshold": float}
     pairs = [change.partition("=") for change in changes.split(",")]
@@ -248,7 +247,7 @@ def _make_prompts(
 
 def _read_texts(options: Options) -> Iterator[tuple[str, str]]:
     for path in options.texts or (None,):
-        text, name = demo.read_text(path)
+        text, name = read_text(path)
         yield name, text
 
 
@@ -258,7 +257,8 @@ def _text_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
 
 
 def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """From the beginning, but a third of a block off the grid; the repeat starts on it."""
+    """The last quarter repeats tokens from the beginning, which lie a third of a block off the grid
+    of blocks; the repeat starts on it."""
     del tokenizer
     tail = options.tokens // 4
     start = options.config.block_size // 3
@@ -371,7 +371,7 @@ def _sweep(options: Options, config: PBSConfig) -> Iterator[dict[str, PBSConfig]
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
-    """Of what was swept, with the first settings."""
+    """The density of every layer and head in what was swept with the first settings."""
     for row, found in measured:
         if row["selection"] not in SWEPT or row["settings"] != options.settings[0]:
             continue

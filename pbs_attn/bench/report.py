@@ -1,44 +1,16 @@
-"""Rows of measurements as tables and files."""
+"""What the benches share: checks of their options, the file of their rows, their tables."""
 
 from __future__ import annotations
 
-import csv
-import os
-import re
 import sys
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from pbs_attn import _environment
 from pbs_attn._errors import BenchError, require
+from pbs_attn._rows import BEFORE_ATTEND, STAGES, Row, write_csv
 from pbs_attn.config import check_threshold
-from pbs_attn.demo_model import PICTURE_FORMATS
-
-Row = dict[str, str]
-
-RUN = uuid.uuid4().hex[:12]  # of this process
-
-
-def describe_run(device: torch.device | str) -> Row:
-    """Hardware, versions and the process that measured, as columns."""
-    return _environment.describe(device) | {"driver": _driver_version(device), "run": RUN}
-
-
-def _driver_version(device: torch.device | str) -> str:
-    """Of the GPU's driver; empty on a CPU, or where the system does not tell."""
-    path = Path("/proc/driver/nvidia/version")
-    if torch.device(device).type != "cuda" or not path.exists():
-        return ""
-    return find_driver_version(path.read_text())
-
-
-def find_driver_version(text: str) -> str:
-    """In what the driver says of itself; empty if it is not there."""
-    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
-    return found[1] if found else ""
 
 
 def require_packages(*modules: str) -> None:
@@ -47,25 +19,16 @@ def require_packages(*modules: str) -> None:
         require(module, "bench")
 
 
-def check_outputs(
-    files: Sequence[str | None], pictures: Sequence[str | None], extra: str = "bench"
-) -> None:
-    """Of what is written at the end: None and "" stand for none. `extra`, of pbs-attn, is what a
-    message about a missing matplotlib names.
+def check_tokens(tokens: Sequence[int], least: int) -> None:
+    """Raises BenchError unless there are some, none of them shorter than `least`."""
+    if not tokens or min(tokens) < least:
+        raise BenchError(f"--tokens must be {least} at least, got {list(tokens)}")
 
-    Raises:
-        BenchError: if a file cannot be written, or a picture has no known ending.
-        DemoError: if matplotlib is missing and a picture is asked for.
-    """
-    for path in filter(None, (*files, *pictures)):
-        if not Path(path).resolve().parent.is_dir():
-            raise BenchError(f"the folder of {path} must exist")
-        if not _environment.can_write(path):
-            raise BenchError(f"{path} must be a file that can be written")
-    for path in filter(None, pictures):
-        if Path(path).suffix.lower() not in PICTURE_FORMATS:
-            raise BenchError(f"a picture must end in {', '.join(PICTURE_FORMATS)}, got {path}")
-        require("matplotlib", extra)
+
+def check_rounds(rounds: int) -> None:
+    """Raises BenchError unless it is positive."""
+    if rounds < 1:
+        raise BenchError(f"--rounds must be positive, got {rounds}")
 
 
 def check_shares(option: str, values: Sequence[float]) -> None:
@@ -75,7 +38,10 @@ def check_shares(option: str, values: Sequence[float]) -> None:
 
 
 def check_thresholds(option: str, values: Sequence[float], mass: str) -> None:
-    """Raises BenchError unless `mass` may be compared with all of them."""
+    """Raises BenchError, with the range of this mass, unless there are some and `mass` may be
+    compared with all of them."""
+    if not values:
+        raise BenchError(f"{option} must hold one value at least, got none")
     for value in values:
         try:
             check_threshold(option, value, mass)
@@ -101,19 +67,6 @@ def say_where(files: Sequence[str | None]) -> None:
         print(f"written: {written}", file=sys.stderr)
 
 
-def one_run(rows: Sequence[Row]) -> None:
-    """Times of different processes say nothing about each other: the clock and the card differ.
-
-    Raises:
-        BenchError: if the rows come from more than one, or there are none.
-    """
-    if not rows:
-        raise BenchError("rows must be there to be compared, got none")
-    runs = {row.get("run") for row in rows}
-    if len(runs) != 1:
-        raise BenchError(f"rows to compare must come from one process, got {len(runs)}")
-
-
 def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Some columns, right-aligned under their names."""
     lines = [list(columns), *([row[column] for column in columns] for row in rows)]
@@ -124,34 +77,36 @@ def as_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     )
 
 
-def write_rows(path: str | os.PathLike, rows: list[Row]) -> None:
-    """As CSV, after `one_run`."""
-    one_run(rows)
-    _environment.write_csv(path, rows)
+def stage_columns(suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = "") -> list[str]:
+    """One column a stage, and the one of all stages before attend."""
+    return [f"{prefix}{stage}_{suffix}" for stage in (*stages, "before_attend")]
+
+
+def by_stage(
+    ms: dict[str, float], suffix: str, stages: tuple[str, ...] = STAGES, prefix: str = ""
+) -> dict[str, float]:
+    """Columns of milliseconds by stage, and the sum before attend."""
+    total = sum(ms[stage] for stage in BEFORE_ATTEND)
+    values = [*(ms[stage] for stage in stages), total]
+    return dict(zip(stage_columns(suffix, stages, prefix), values, strict=True))
+
+
+def as_text(column: str, value: object) -> str:
+    """A value rounded as the benches round it in that column."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"
 
 
 class RowFile:
-    """Rows that this process measures, each with what `describe_run` says. A file, if there is a
-    path, holds those so far at any time: a longer prompt may fail."""
+    """Rows that this process measures, each with the columns of `_environment.describe`. A file, if
+    there is a path, holds those so far at any time: a longer prompt may fail."""
 
     def __init__(self, path: str | None, device: torch.device | str):
-        self.path, self.about_run = path, describe_run(device)
+        self.path, self.about_run = path, _environment.describe(device)
         self.rows: list[Row] = []
 
     def add(self, *rows: Row) -> None:
         self.rows += [row | self.about_run for row in rows]
         if self.path and self.rows:
-            write_rows(self.path, self.rows)
-
-
-def read_rows(path: str | os.PathLike) -> list[Row]:
-    """Of a CSV that `write_rows` wrote.
-
-    Raises:
-        BenchError: if it cannot be read.
-    """
-    try:
-        with Path(path).open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise BenchError(f"rows must lie in a file that can be read, got {path}") from error
+            write_csv(self.path, self.rows)

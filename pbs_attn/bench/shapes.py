@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Shape:
     """Sizes as the model's config.json has them."""
 
-    model_type: str  # of transformers
+    model_type: str  # the name that transformers has for it
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -30,23 +30,24 @@ class Shape:
 SHAPES = {
     "llama-3.1-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256),
     "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936),
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 128, 151936),
     "mha-32x128": Shape("llama", 4096, 11008, 32, 32, 32, 128, 32000),
 }
 
 
 def shape_of(model: torch.nn.Module) -> Shape:
-    """Of a causal language model of transformers."""
+    """The sizes of a causal language model of transformers."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    num_q_heads = config.num_attention_heads
     return Shape(
         config.model_type,
         config.hidden_size,
         config.intermediate_size,
         config.num_hidden_layers,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_q_heads,
+        getattr(config, "num_key_value_heads", None) or num_q_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // num_q_heads,
         config.vocab_size,
     )
 
@@ -65,13 +66,13 @@ def check_activations(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                heads = [file.get_slice(name).get_shape()[1] for name in "qkv"][1]
+                num_kv_heads = [file.get_slice(name).get_shape()[1] for name in "qkv"][1]
         except (OSError, SafetensorError) as error:
             raise BenchError(f"--activations must hold q, k and v, got {path}: {error}") from error
         for shape in shapes:
-            if shape.num_kv_heads % heads:
-                wanted = shape.num_kv_heads
-                raise BenchError(f"--activations must divide {wanted} KV heads, got {heads}")
+            if shape.num_kv_heads % num_kv_heads:
+                wanted, given = shape.num_kv_heads, num_kv_heads
+                raise BenchError(f"--activations must divide {wanted} KV heads, got {given}")
 
 
 def load_activations(path: str, shape: Shape, device: torch.device | str) -> list[torch.Tensor]:

@@ -12,15 +12,14 @@ import pbs_attn
 from pbs_attn import PBSConfig
 
 from .options import DENSITIES
+from .shapes import Shape
 
 ops = torch.ops.pbs
-STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
-BEFORE_ATTEND = STAGES[:-1]
 
 
 def density_at(num_tokens: int) -> float:
-    """Between those of DENSITIES along the logarithm of the length, and on along the line of the
-    two next to it; within [0.05, 1]."""
+    """The density at a length: DENSITIES, interpolated along the logarithm of the length and
+    extrapolated along the line of the two lengths next to it; within [0.05, 1]."""
     known = sorted(DENSITIES)
     right = min(max(bisect.bisect_left(known, num_tokens), 1), len(known) - 1)
     low, high = known[right - 1], known[right]
@@ -30,7 +29,7 @@ def density_at(num_tokens: int) -> float:
 
 
 def block_sizes(config: PBSConfig) -> dict[str, int]:
-    """As select_blocks, attend and attention take them."""
+    """The sizes as select_blocks, attend and attention take them."""
     return {
         "block_size": config.block_size,
         "kv_block_size": config.key_block_size,
@@ -47,12 +46,12 @@ def paper_with(kv_block_size: int | None, permute_per: str = "kv_head") -> PBSCo
 
 def heavy_hitters(
     num_tokens: int,
-    q_heads: int,
-    kv_heads: int,
+    num_q_heads: int,
+    num_kv_heads: int,
     device: torch.device | str = "cuda",
     head_dim: int = 128,
 ) -> list[torch.Tensor]:
-    """q (1, q_heads, num_tokens, head_dim), k and v (1, kv_heads, num_tokens, head_dim), bfloat16.
+    """q (1, Hq, num_tokens, head_dim), k and v (1, Hkv, num_tokens, head_dim), bfloat16.
 
     A twentieth of the keys, and all queries, lean towards one direction a head. Made one KV head at
     a time to keep float32 copies small.
@@ -64,15 +63,23 @@ def heavy_hitters(
 
     q, k, v = (
         torch.empty(1, heads, num_tokens, head_dim, device=device, dtype=torch.bfloat16)
-        for heads in (q_heads, kv_heads, kv_heads)
+        for heads in (num_q_heads, num_kv_heads, num_kv_heads)
     )
-    for head, group in enumerate(q[0].tensor_split(kv_heads)):
+    for head, group in enumerate(q[0].tensor_split(num_kv_heads)):
         direction = normal(head_dim)
         heavy = torch.rand(num_tokens, 1, generator=generator, device=device) < 0.05
         k[0, head] = normal(num_tokens, head_dim) + heavy * direction
         group.copy_(normal(*group.shape) + direction)
         v[0, head] = normal(num_tokens, head_dim)
     return [q, k, v]
+
+
+def synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
+    """`heavy_hitters` of a shape; on a CPU float32, in which its kernels compute."""
+    tensors = heavy_hitters(
+        num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
+    )
+    return [tensor.float() for tensor in tensors] if device == "cpu" else tensors
 
 
 class Pipeline:

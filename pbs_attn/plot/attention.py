@@ -78,7 +78,7 @@ def compare_orders(
         Hq views. `density` covers all rows; `visited_mass` and `share_needed` are means over
         SAMPLED_BLOCKS query blocks.
     """
-    num_heads, num_tokens, head_dim = query.shape[1:]
+    num_q_heads, num_tokens, head_dim = query.shape[1:]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     orders = []
     for order_config in (dataclasses.replace(config, num_heavy=0), config):
@@ -89,12 +89,12 @@ def compare_orders(
         orders.append((selection.perm[0].cpu().long(), visited[0].cpu(), density[0].tolist()))
 
     views = []
-    for head in range(num_heads):
+    for head in range(num_q_heads):
         head_query = query[0, head].float()
-        head_key = key[0, head * key.shape[1] // num_heads].float()
+        head_key = key[0, head * key.shape[1] // num_q_heads].float()
         samples = _sample_rows(head_query, head_key, scale, config)
         in_orders = [
-            _describe_order(perm[head * len(perm) // num_heads], visited[head], density[head],
+            _describe_order(perm[head * len(perm) // num_q_heads], visited[head], density[head],
                             samples, config)
             for perm, visited, density in orders
         ]  # fmt: skip

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pbs_attn._errors import require
-from pbs_attn.bench.curves import GIVEN, curve_name, summarize
-from pbs_attn.bench.report import BenchError, Row, one_run, read_rows
-from pbs_attn.bench.stages import STAGES
+from pbs_attn._errors import BenchError, require
+from pbs_attn._rows import GIVEN, STAGES, Row, curve_name, one_run, read_rows, summarize
 
 Rows = Sequence[Row] | str | os.PathLike
 

@@ -1,8 +1,6 @@
-"""One long prompt through torch.ops.pbs.attention: times, memory, and checks on sampled rows.
+"""Checks of one input's stages against float64 on sampled rows, where all rows would take too long.
 
-The input is that of `pbs-attn bench pipeline`, the threshold the one that gives the density asked
-for. Every call is timed once, after a warm-up on a short prompt. Each check gives the worst error
-as a share of the error allowed; above 1 the run fails:
+Each gives errors as shares of the error allowed:
 
   output      sampled rows against float64 attention over exactly the keys that the block mask and
               the permutation say they visit, in root mean square; allowed is twice the error of
@@ -10,32 +8,20 @@ as a share of the error allowed; above 1 the run fails:
   importance  sampled keys against a float64 softmax over all keys; the permutation of all of them
   selection   sampled query blocks: by float64 means, the mass kept reaches the threshold, and no
               smaller set of blocks would
-
-    python benchmarks/long.py --output benchmarks/results/long_h200.csv
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from pbs_attn import _environment, mask_to_bool
-from pbs_attn.bench.pipeline import as_text, by_stage, extra_gib, stage_columns
-from pbs_attn.bench.stages import STAGES, Pipeline, heavy_hitters, paper_with, reach
-from pbs_attn.bench.timing import cuda_events, wall_clock
+from pbs_attn import mask_to_bool
+
+from .stages import Pipeline
 
 CHECKS = ("output", "importance", "selection")
-COLUMNS = (
-    *("tokens", "q_heads", "kv_heads", "permute_per", "kv_block_size", "threshold", "density"),
-    *stage_columns("ms"),
-    *("attention_ms", "extra_gib", "sampled_rows"),
-    *(f"{check}_error" for check in CHECKS),
-)
-SLACK = 2e-4  # of the largest value: bfloat16 roundings where torch is exact
+SLACK = 2e-4  # as a share of the largest value: bfloat16 roundings where torch is exact
 IMPORTANCE_TOLERANCE = 1e-4  # relative
 MASS_TOLERANCE = 1e-5
 CHUNK = 65536  # keys whose float64 scores exist at once
@@ -68,13 +54,13 @@ class Sample:
 def sample_rows(pipeline: Pipeline, count: int) -> list[tuple[int, int]]:
     """(head, row): the first and the last row, both sides of some segment borders, random ones."""
     generator = torch.Generator().manual_seed(0)
-    num_heads, num_tokens = pipeline.q.shape[1:3]
+    num_q_heads, num_tokens = pipeline.q.shape[1:3]
     segment_size = pipeline.config.segment_size
     ends = torch.tensor([0, num_tokens - 1])
     borders = segment_size * torch.randint(1, num_tokens // segment_size, (3,), generator=generator)
     anywhere = torch.randint(num_tokens, (count - 8,), generator=generator)
     rows = torch.cat([ends, borders - 1, borders, anywhere])
-    heads = torch.randint(num_heads, (count,), generator=generator)
+    heads = torch.randint(num_q_heads, (count,), generator=generator)
     return list(zip(heads.tolist(), rows.tolist(), strict=True))
 
 
@@ -93,12 +79,13 @@ def check_output(out: torch.Tensor, pipeline: Pipeline, rows: list[tuple[int, in
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """Of a row's errors; the largest of them says little about two implementations."""
+    """A measure of a row's errors; the largest of them says little about two implementations."""
     return x.square().mean().sqrt()
 
 
-def check_importance(pipeline: Pipeline, num_heads: int = 3, num_keys: int = 4096) -> Errors:
-    """Some heads, and of each the first and the last key of the complete segments and others."""
+def check_importance(pipeline: Pipeline, num_checked: int = 3, num_keys: int = 4096) -> Errors:
+    """Takes some heads, and in each the first and the last key of the complete segments and some
+    others."""
     generator = torch.Generator().manual_seed(0)
     num_perm_heads, num_tokens = pipeline.scores.shape[1:]
     num_scored = num_tokens // pipeline.config.segment_size * pipeline.config.segment_size
@@ -109,7 +96,7 @@ def check_importance(pipeline: Pipeline, num_heads: int = 3, num_keys: int = 409
         errors["the incomplete segment, which must score 0"] = math.inf
     if not sorts_segments(pipeline, num_scored):
         errors["the permutation"] = math.inf
-    for head in torch.randperm(num_perm_heads, generator=generator)[:num_heads].tolist():
+    for head in torch.randperm(num_perm_heads, generator=generator)[:num_checked].tolist():
         exact = exact_importance(pipeline, head, keys, num_scored)
         error = (pipeline.scores[0, head, keys] - exact).abs()
         allowed = IMPORTANCE_TOLERANCE * (exact + 0.01 * exact.max())
@@ -182,6 +169,8 @@ def distance_from_smallest(mass: torch.Tensor, kept: torch.Tensor, threshold: fl
 
 
 def check(pipeline: Pipeline, out: torch.Tensor, count: int) -> dict[str, Errors]:
+    """The errors of each of CHECKS on `count` rows; `out` (1, Hq, N, D): what the whole operator
+    gave."""
     rows = sample_rows(pipeline, count)
     errors = (
         check_output(out, pipeline, rows),
@@ -194,85 +183,3 @@ def check(pipeline: Pipeline, out: torch.Tensor, count: int) -> dict[str, Errors
 def worst(errors: Errors) -> tuple[str, float]:
     """The place and the size of the largest error; NaN is larger than any."""
     return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
-
-
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    return wall_clock(call) if device == "cpu" else cuda_events(call, 1)
-
-
-def warm_up(args: argparse.Namespace) -> None:
-    for permute_per in args.permute_per:
-        tensors = heavy_hitters(2048, args.q_heads, args.kv_heads, args.device)
-        pipeline = Pipeline(*tensors, paper_with(128, permute_per))
-        pipeline.set_threshold(0.9)
-        for name in (*STAGES, "attention"):
-            getattr(pipeline, name)()
-
-
-def measure(
-    args: argparse.Namespace, tensors, permute_per: str, kv_block_size: int
-) -> dict[str, str]:
-    """A row; prints its times before the checks, which may end the run."""
-    pipeline = Pipeline(*tensors, paper_with(kv_block_size, permute_per))
-    density = reach(pipeline, args.density)
-    values = {
-        "tokens": args.tokens,
-        "q_heads": args.q_heads,
-        "kv_heads": args.kv_heads,
-        "permute_per": permute_per,
-        "kv_block_size": kv_block_size,
-        "threshold": pipeline.threshold,
-        "density": density,
-        "sampled_rows": args.samples,
-    }
-    if args.device != "cpu":
-        output_bytes = pipeline.q.numel() * pipeline.q.element_size()
-        values["extra_gib"] = extra_gib(pipeline.attention, output_bytes)
-    calls = {stage: getattr(pipeline, stage) for stage in STAGES}
-    values |= by_stage({name: milliseconds(calls[name], args.device) for name in calls}, "ms")
-    values["attention_ms"] = milliseconds(pipeline.attention, args.device)
-    print({column: as_text(column, value) for column, value in values.items()}, flush=True)
-
-    errors = check(pipeline, pipeline.attention(), args.samples)
-    found = {name: worst(of_check) for name, of_check in errors.items()}
-    print({name: f"{error:.3f} at {place}" for name, (place, error) in found.items()}, flush=True)
-    failed = [name for name, (_, error) in found.items() if not error <= 1]
-    if failed:
-        case = f"permute_per={permute_per}, kv_block_size={kv_block_size}"
-        raise SystemExit(f"FAILED with {case}: {', '.join(failed)}")
-    values |= {f"{name}_error": error for name, (_, error) in found.items()}
-    return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1048576, help="at least 2048")
-    parser.add_argument("--q-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--density", type=float, default=0.1, help="as near as a threshold comes")
-    parser.add_argument(
-        "--permute-per",
-        nargs="+",
-        default=["kv_head", "query_head"],
-        choices=["kv_head", "query_head"],
-    )
-    parser.add_argument("--kv-block-sizes", type=int, nargs="+", default=[128])
-    parser.add_argument("--samples", type=int, default=24, help="rows to check, at least 8")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--output", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-
-    warm_up(args)
-    tensors = heavy_hitters(args.tokens, args.q_heads, args.kv_heads, args.device)
-    rows = [
-        measure(args, tensors, permute_per, kv_block_size)
-        for permute_per in args.permute_per
-        for kv_block_size in args.kv_block_sizes
-    ]
-    if args.output:
-        where = _environment.describe(args.device)
-        _environment.write_csv(args.output, [row | where for row in rows])
-
-
-if __name__ == "__main__":
-    main()

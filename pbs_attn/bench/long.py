@@ -1,0 +1,159 @@
+"""Long prompts through the whole operator: times, memory, and checks on sampled rows.
+
+The input is that of `pipeline`, the threshold the one that gives the density asked for. Every call
+is timed once, after a warm-up on a short prompt. The columns `<check>_error` hold the worst error
+of each check (`checks.py`) as a share of the error allowed; above 1 the bench fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pbs_attn import PBSConfig
+from pbs_attn._errors import BenchError
+from pbs_attn._inputs import choose_device
+from pbs_attn._rows import STAGES, Row, check_outputs
+
+from .checks import CHECKS, check, worst
+from .gpu_profile import extra_gib
+from .options import LongOptions as Options
+from .report import (
+    RowFile,
+    as_table,
+    as_text,
+    by_stage,
+    check_shares,
+    check_tokens,
+    require_packages,
+    say_where,
+    stage_columns,
+)
+from .shapes import SHAPES, check_preset
+from .stages import Pipeline, heavy_hitters, paper_with, reach
+from .timing import cuda_events, wall_clock
+
+COLUMNS = (
+    *("preset", "tokens", "q_heads", "kv_heads", "permute_per", "kv_block_size"),
+    *("threshold", "density"),
+    *stage_columns("ms"),
+    *("attention_ms", "extra_gib", "sampled_rows"),
+    *(f"{name}_error" for name in CHECKS),
+)
+TABLE = (
+    *("tokens", "permute_per", "kv_block_size", "density", "before_attend_ms", "attend_ms"),
+    *("attention_ms", "extra_gib", *(f"{name}_error" for name in CHECKS)),
+)
+LEAST_SAMPLES = 8  # the rows at ends and borders
+WARM_UP_TOKENS, WARM_UP_THRESHOLD = 2048, 0.9
+
+
+def run(options: Options) -> list[Row]:
+    """Measures, checks, prints a table, and writes what `options` asks for.
+
+    Returns:
+        One row an input and setting.
+
+    Raises:
+        BenchError, DemoError: a mistake in `options`, a package that is missing, or an error larger
+            than allowed.
+    """
+    _check(options)
+    from tqdm import tqdm
+
+    device = choose_device(options.device)
+    file = RowFile(options.csv, device)
+    settings = [
+        (permute_per, kv_block_size)
+        for permute_per in options.permute_per
+        for kv_block_size in options.kv_block_sizes
+    ]
+    steps = len(options.tokens) * len(settings)
+    with torch.inference_mode(), tqdm(total=steps, desc="long", unit="row") as bar:
+        _warm_up(options, device)
+        for num_tokens in options.tokens:
+            tensors = _synthetic(options, num_tokens, device)
+            for setting in settings:
+                bar.set_postfix_str(f"{num_tokens} tokens")
+                file.add(_measure(options, tensors, *setting))
+                bar.update()
+            del tensors  # before the next ones are made
+    print(as_table(file.rows, TABLE))
+    say_where([options.csv])
+    return file.rows
+
+
+def _check(options: Options) -> None:
+    require_packages("tqdm")
+    check_preset(options.preset)
+    check_tokens(options.tokens, 8 * PBSConfig().segment_size)
+    check_shares("--density", [options.density])
+    if options.samples < LEAST_SAMPLES:
+        raise BenchError(f"--samples must be {LEAST_SAMPLES} at least, got {options.samples}")
+    check_outputs([options.csv], [])
+
+
+def _synthetic(options: Options, num_tokens: int, device: str) -> list[torch.Tensor]:
+    shape = SHAPES[options.preset]
+    return heavy_hitters(num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim)
+
+
+def _warm_up(options: Options, device: str) -> None:
+    for permute_per in options.permute_per:
+        tensors = _synthetic(options, WARM_UP_TOKENS, device)
+        pipeline = Pipeline(*tensors, paper_with(128, permute_per))
+        pipeline.set_threshold(WARM_UP_THRESHOLD)
+        for name in (*STAGES, "attention"):
+            getattr(pipeline, name)()
+
+
+def _measure(
+    options: Options, tensors: list[torch.Tensor], permute_per: str, kv_block_size: int
+) -> Row:
+    pipeline = Pipeline(*tensors, paper_with(kv_block_size, permute_per))
+    q, k, _ = tensors
+    values = {
+        "preset": options.preset,
+        "tokens": q.shape[2],
+        "q_heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "permute_per": permute_per,
+        "kv_block_size": kv_block_size,
+        "density": reach(pipeline, options.density),
+        "threshold": pipeline.threshold,
+        "sampled_rows": options.samples,
+    }
+    if q.is_cuda:
+        values["extra_gib"] = extra_gib(pipeline.attention, q.numel() * q.element_size())
+    times = {stage: _milliseconds(getattr(pipeline, stage), q.device) for stage in STAGES}
+    values |= by_stage(times, "ms")
+    values["attention_ms"] = _milliseconds(pipeline.attention, q.device)
+    values |= _errors(options, pipeline)
+    return {column: as_text(column, values.get(column, "")) for column in COLUMNS}
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    return cuda_events(call, 1) if device.type == "cuda" else wall_clock(call)
+
+
+def _errors(options: Options, pipeline: Pipeline) -> dict[str, float]:
+    """The worst error of each check, as columns.
+
+    Raises:
+        BenchError: if one is larger than allowed.
+    """
+    checked = check(pipeline, pipeline.attention(), options.samples)
+    found = {name: worst(errors) for name, errors in checked.items()}
+    failed = [
+        f"{name} {error:.3f} times that at {place}"
+        for name, (place, error) in found.items()
+        if not error <= 1
+    ]
+    if failed:
+        config = pipeline.config
+        raise BenchError(
+            f"the operator must err by no more than is allowed, got {', '.join(failed)} "
+            f"(permute_per={config.permute_per}, kv_block_size={config.kv_block_size})"
+        )
+    return {f"{name}_error": error for name, (_, error) in found.items()}
