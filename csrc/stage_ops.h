@@ -185,7 +185,7 @@ struct StageOps {
     if (k_perm.has_value()) {
       check_permuted("k_perm", *k_perm, k, problem);
       check_size("k_perm", *k_perm, 1, problem.num_perm_heads, "heads of k_mean");
-    } else if (rule.score == Score::kSampled) {
+    } else if (!reads_means(rule.score)) {
       if (perm.has_value()) fail("k_perm must be given with perm where score is \"sampled\"");
       problem.num_perm_heads = problem.num_kv_heads;  // of the keys as they are
     }
@@ -316,7 +316,7 @@ struct StageOps {
     PermuteKVParams permuting = permute_kv_params(k, v, perm, problem, blocking.kv_block_size);
     permuting.num_copied = num_candidate_rows(problem, blocking, is_causal);
     std::optional<Tensor> k_mean;
-    if (rule.score == Score::kMean) {
+    if (reads_means(rule.score)) {
       k_mean = new_tensor(k,
                           {problem.batch, problem.num_perm_heads, num_key_blocks(problem, blocking),
                            problem.head_dim},

@@ -96,16 +96,18 @@ def test_every_kernel_has_a_stage():
     text = "\n".join(source.read_text() for source in sources)
     kernels = re.findall(declared, text)
     assert len(kernels) == len(re.findall(r"^[^/\n]*__global__", text, re.MULTILINE)) > 0
-    assert set(kernels) <= gpu_profile.STAGE_OF_KERNEL.keys()
-    assert set(gpu_profile.STAGE_OF_KERNEL.values()) == set(STAGES)
+    assert {gpu_profile.stage_of(f"pbs::cuda::{kernel}()") for kernel in kernels} == set(STAGES)
 
 
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("pbs::cuda::(anonymous namespace)::select_kernel(pbs::cuda::Args)", "select_blocks"),
         (
-            "void pbs::cuda::(anonymous namespace)::row_sums_kernel<cutlass::half_t, 64>"
+            "pbs::cuda::(anonymous namespace)::select_blocks_mean_kernel(pbs::cuda::Args)",
+            "select_blocks",
+        ),
+        (
+            "void pbs::cuda::(anonymous namespace)::score_keys_sums_kernel<cutlass::half_t, 64>"
             "(pbs::cuda::(anonymous namespace)::ScoreArgs)",
             "score_keys",
         ),
@@ -119,19 +121,19 @@ def test_stage_of_a_kernel(name, stage):
 
 
 def test_unknown_kernels_are_refused():
-    with pytest.raises(ValueError, match="must name the stage of new_kernel"):
+    with pytest.raises(ValueError, match="name must begin with its stage"):
         gpu_profile.stage_of("void pbs::cuda::(anonymous namespace)::new_kernel<3>(int)")
 
 
 def gpu_calls():
     """Two calls, 1000 us apart: one kernel after the other, attend beside order; a memset."""
     kernels = [
-        ("row_sums_kernel", 0, 10),
-        ("importance_kernel", 12, 20),
+        ("score_keys_sums_kernel", 0, 10),
+        ("score_keys_importance_kernel", 12, 20),
         ("sort_segments_kernel", 21, 25),
         ("permute_kv_kernel", 26, 30),
-        ("select_kernel", 31, 40),
-        ("order_kernel", 41, 50),
+        ("select_blocks_mean_kernel", 31, 40),
+        ("attend_order_kernel", 41, 50),
         ("attend_kernel", 42, 100),
     ]
     events = [{"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 500}]

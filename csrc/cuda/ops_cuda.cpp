@@ -97,7 +97,7 @@ class CudaBackend {
   void check_select_blocks(const SelectBlocksParams& params) const {
     check_operands(params.q, params.k, params.problem.dtype);
     check_rule_fits(params.problem, params.blocking, params.rule);
-    if (params.rule.score == Score::kMean) return;
+    if (reads_means(params.rule.score)) return;
     check_half(params.problem.dtype);
     check_aligned("k_perm", params.k_perm, params.problem.dtype);
     check_positive(params.scale);
@@ -158,7 +158,7 @@ class CudaBackend {
 
   void check_rule_fits(const Problem& problem, const Blocking& blocking,
                        const SelectRule& rule) const {
-    if (rule.score == Score::kSampled) {
+    if (!reads_means(rule.score)) {
       if (rule.num_samples > launchers_.max_samples) {
         fail("num_samples must be at most ", launchers_.max_samples, " on CUDA, got ",
              rule.num_samples);

@@ -16,6 +16,17 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 // attention that a sampled query of the block gives it.
 enum class Score : int32_t { kMean, kSampled };
 
+// Whether a score reads means of keys (k_mean) and not the permuted keys themselves.
+PBS_HOST_DEVICE constexpr bool reads_means(Score score) {
+  switch (score) {
+    case Score::kMean:
+      return true;
+    case Score::kSampled:
+      return false;
+  }
+  return true;
+}
+
 // What `threshold` is compared with: the mass of earlier segments, the causal mass, or each block's
 // share of the causal mass by itself.
 enum class MassRule : int32_t { kEarlier, kCausal, kBlock };

@@ -13,20 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Every kernel of the library and the stage it belongs to.
-STAGE_OF_KERNEL = {
-    "merge_parts_kernel": "score_keys",
-    "row_sums_kernel": "score_keys",
-    "importance_kernel": "score_keys",
-    "sort_segments_kernel": "sort_segments",
-    "rank_long_segments_kernel": "sort_segments",
-    "permute_kv_kernel": "permute_kv",
-    "mean_keys_kernel": "select_blocks",
-    "select_kernel": "select_blocks",
-    "select_sampled_kernel": "select_blocks",
-    "order_kernel": "attend",
-    "attend_kernel": "attend",
-}
+from pbs_attn.ops import STAGES
+
 OTHER = "other"  # kernels of others, memsets and copies
 
 
@@ -47,17 +35,19 @@ class Profile(NamedTuple):
 
 
 def stage_of(name: str) -> str:
-    """The stage of a kernel, by its demangled name; `OTHER` if it is not of the library.
+    """The stage of a kernel, by its demangled name, which begins with that of its stage; `OTHER`
+    if it is not of the library.
 
     Raises:
-        ValueError: if it is of the library and `STAGE_OF_KERNEL` lacks it.
+        ValueError: if it is of the library and its name begins otherwise.
     """
-    found = re.search(r"\bpbs::cuda::.*?(\w+)[<(]", name)
+    found = re.search(r"\bpbs::cuda::.*?(\w+_kernel)[<(]", name)
     if not found:
         return OTHER
-    if found[1] not in STAGE_OF_KERNEL:
-        raise ValueError(f"STAGE_OF_KERNEL must name the stage of {found[1]}, got {name}")
-    return STAGE_OF_KERNEL[found[1]]
+    for stage in STAGES:
+        if found[1].startswith(f"{stage}_"):
+            return stage
+    raise ValueError(f"a kernel's name must begin with its stage, got {name}")
 
 
 def union_ms(intervals: Iterable[Interval]) -> float:
@@ -79,7 +69,7 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
     launches, rest = divmod(len(intervals), calls)
     if rest:
         raise ValueError(f"launches must be a multiple of {calls} calls, got {len(intervals)}")
-    by_stage = {stage: [] for stage in (*STAGE_OF_KERNEL.values(), OTHER)}
+    by_stage = {stage: [] for stage in (*STAGES, OTHER)}
     for interval in intervals:
         by_stage[stage_of(interval.name)].append(interval)
     for stage, found in by_stage.items():

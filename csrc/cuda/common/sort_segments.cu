@@ -176,7 +176,7 @@ __device__ Before count_before(bool flag, int (&warp_counts)[kWarps]) {
 
 // One CTA a segment.
 __global__ void __launch_bounds__(kThreads)
-    rank_long_segments_kernel(const SortSegmentsParams params) {
+    sort_segments_long_kernel(const SortSegmentsParams params) {
   extern __shared__ int4 raw[];
   __shared__ int warp_counts[kWarps];
   int* keys = reinterpret_cast<int*>(raw);
@@ -249,7 +249,7 @@ const char* launch_sort_segments(const SortSegmentsParams& params, void*, void* 
     launch_short<2>(params, num_segments, cuda_stream);
   } else {
     const size_t bytes = ceil_div(params.segment_size, 4) * sizeof(int4);
-    rank_long_segments_kernel<<<static_cast<unsigned>(num_segments), kThreads, bytes,
+    sort_segments_long_kernel<<<static_cast<unsigned>(num_segments), kThreads, bytes,
                                 cuda_stream>>>(params);
   }
   const cudaError_t error = cudaGetLastError();

@@ -26,7 +26,7 @@ constexpr int kSampledWarpgroups = 2;  // multiply
 
 // Tiles of keys in flight, as shared memory allows.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
-  return head_dim == 256 ? 2 : head_dim == 128 ? 5 : 6;
+  return head_dim_tiles(head_dim).sampled_stages;
 }
 
 constexpr int64_t kGroupBytes = 32 << 20;  // of keys that are read at about the same time

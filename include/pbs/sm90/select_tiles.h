@@ -23,7 +23,7 @@ PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) { return kLogitRo
 
 // Queries that are loaded together: so many columns of a query block.
 PBS_HOST_DEVICE constexpr int query_slot_columns(int head_dim) {
-  return head_dim == 256 ? 128 : head_dim;
+  return head_dim_tiles(head_dim).mean_columns;
 }
 PBS_HOST_DEVICE constexpr int query_slot_bytes(int head_dim, int block_size) {
   return 2 * block_size * query_slot_columns(head_dim);

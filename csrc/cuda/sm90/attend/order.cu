@@ -96,7 +96,7 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
 }
 
 __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
-    order_kernel(const __grid_constant__ OrderArgs args) {
+    attend_order_kernel(const __grid_constant__ OrderArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // attend may start, and waits where it needs this
   const int num_groups = args.groups.num_groups();
   if (blockIdx.x == 0 && threadIdx.x == 0) args.workspace[args.layout.counter] = 0;
@@ -121,7 +121,7 @@ __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t launch_order(const OrderArgs& args, cudaStream_t stream) {
-  order_kernel<<<kClusterCtas, kThreads, 0, stream>>>(args);
+  attend_order_kernel<<<kClusterCtas, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -42,6 +42,7 @@ struct AttendTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kTileRows;
   static constexpr int kKeys = tile_keys(kHeadDim);
+  static_assert(kKeys > 0, "include/pbs/sm90/tile_shape.h must have the tiles of this head dim");
   static constexpr int kKStages = k_stages(kHeadDim);
   static constexpr int kVStages = v_stages(kHeadDim);
   static constexpr int kWorkStages = kDrawnBlocks;

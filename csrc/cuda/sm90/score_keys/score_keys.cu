@@ -69,7 +69,7 @@ __device__ void run_pass(const ScoreArgs& args, Consume consume) {
 
 template <class Traits>
 __global__ void __launch_bounds__(kScoreThreads, 1)
-    row_sums_kernel(const __grid_constant__ ScoreArgs args) {
+    score_keys_sums_kernel(const __grid_constant__ ScoreArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // the second pass may start to load
   run_pass<Traits, false>(args, [&](const ScorePart<Traits, false>& part) {
     sum_rows(args, part);
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
 
 // One query head a CTA: merges the parts into the first, so that not every CTA of the second pass
 // has to.
-__global__ void __launch_bounds__(1024) merge_parts_kernel(const __grid_constant__ ScoreArgs args) {
+__global__ void __launch_bounds__(1024)
+    score_keys_merge_kernel(const __grid_constant__ ScoreArgs args) {
   constexpr int kSlices = 1024 / kScoreTileRows;
   __shared__ float2 slices[kSlices][kScoreTileRows];
   cudaTriggerProgrammaticLaunchCompletion();
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(1024) merge_parts_kernel(const __grid_constant
 
 template <class Traits>
 __global__ void __launch_bounds__(kScoreThreads, 1)
-    importance_kernel(const __grid_constant__ ScoreArgs args) {
+    score_keys_importance_kernel(const __grid_constant__ ScoreArgs args) {
   run_pass<Traits, true>(args, [&](const ScorePart<Traits, true>& part) {
     Importance<Traits> importance(args, part);
     cudaGridDependencySynchronize();  // the first pass is written
@@ -135,14 +136,14 @@ cudaError_t launch(const Passes& passes, cudaStream_t stream) {
   using Traits = ScoreTraits<Element, kHeadDim>;
   const Problem& problem = passes.sums.params.problem;
   cudaError_t error =
-      launch_kernel(row_sums_kernel<Traits>, passes.sums, num_sums_ctas(passes.sums), kScoreThreads,
-                    shared_bytes(passes.sums, true), stream);
+      launch_kernel(score_keys_sums_kernel<Traits>, passes.sums, num_sums_ctas(passes.sums),
+                    kScoreThreads, shared_bytes(passes.sums, true), stream);
   if (error == cudaSuccess && passes.importance.num_merged < passes.sums.num_states) {
-    error = launch_kernel(merge_parts_kernel, passes.sums, problem.batch * problem.num_q_heads,
+    error = launch_kernel(score_keys_merge_kernel, passes.sums, problem.batch * problem.num_q_heads,
                           1024, 0, stream, true);
   }
   if (error != cudaSuccess) return error;
-  return launch_kernel(importance_kernel<Traits>, passes.importance,
+  return launch_kernel(score_keys_importance_kernel<Traits>, passes.importance,
                        num_importance_ctas(passes.importance), kScoreThreads,
                        shared_bytes(passes.importance, false), stream, true);
 }

@@ -30,7 +30,7 @@ static_assert(kRowWarps * kRowRegisters + kMeanWarps * kMeanRegisters ==
 // One warp a key block.
 template <class T>
 __global__ void __launch_bounds__(kMeanKeysThreads)
-    mean_keys_kernel(const __grid_constant__ SelectArgs args) {
+    select_blocks_mean_keys_kernel(const __grid_constant__ SelectArgs args) {
   const Problem& problem = args.params.problem;
   const ConstRows& k = args.params.k;
   const int64_t item = (static_cast<int64_t>(blockIdx.x) * kMeanKeysThreads + threadIdx.x) / 32;
@@ -97,7 +97,7 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>
 
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kSelectThreads, 1)
-    select_kernel(const __grid_constant__ SelectArgs args) {
+    select_blocks_mean_kernel(const __grid_constant__ SelectArgs args) {
   extern __shared__ char raw[];
   const SelectShared<kHeadDim> shared(args, raw);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -146,13 +146,14 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
   if (counts_own_mass(args.params.rule)) {
     const int64_t num_key_blocks = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
     const auto num_ctas = static_cast<unsigned>(ceil_div(32 * num_key_blocks, kMeanKeysThreads));
-    mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
+    select_blocks_mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
   }
   const int64_t num_tiles =
       problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tiles.rows);
   const cudaError_t error = dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
-    return launch_kernel(select_kernel<Element, head_dim>, args, smaller(num_sms, num_tiles),
-                         kSelectThreads, args.tiles.shared_bytes, stream);
+    return launch_kernel(select_blocks_mean_kernel<Element, head_dim>, args,
+                         smaller(num_sms, num_tiles), kSelectThreads, args.tiles.shared_bytes,
+                         stream);
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

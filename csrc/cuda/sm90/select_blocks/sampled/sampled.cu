@@ -20,7 +20,7 @@ namespace {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    select_sampled_kernel(const __grid_constant__ SampledArgs args) {
+    select_blocks_sampled_kernel(const __grid_constant__ SampledArgs args) {
   extern __shared__ char raw[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(first_swizzled(raw));
   if (threadIdx.x == 0) {
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class Element, int kHeadDim>
 cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
   using Traits = SampledTraits<Element, kHeadDim>;
-  return launch_kernel(select_sampled_kernel<Traits>, args, args.plan.num_ctas, Traits::kThreads,
-                       Traits::kSharedBytes, stream);
+  return launch_kernel(select_blocks_sampled_kernel<Traits>, args, args.plan.num_ctas,
+                       Traits::kThreads, Traits::kSharedBytes, stream);
 }
 
 SampledPlan plan_of(const SelectBlocksParams& params) {
