@@ -49,21 +49,19 @@ def stage_calls(q, k, v, config: PBSConfig) -> dict[str, Callable[[], object]]:
     """The contestants: dense, the op in one call, and each stage on the outputs of the previous."""
     pbs = torch.ops.pbs
     chosen = pbs_attn.select(q, k, v, config=config)
-    sizes = {"block_size": config.block_size, "segment_size": config.segment_size}
-    kv_size = {"kv_block_size": config.key_block_size}
     return {
         "dense": lambda: dense_attention(q, k, v),
         "attention": lambda: pbs_attn.attention(q, k, v, config=config),
-        "score_keys": lambda: pbs.score_keys(q, k, **sizes, permute_per=config.permute_per),
+        "score_keys": lambda: pbs.score_keys(q, k, **config.op_kwargs("score_keys")),
         "sort_segments": lambda: pbs.sort_segments(
-            chosen.scores, segment_size=config.segment_size, num_heavy=config.num_heavy
+            chosen.scores, **config.op_kwargs("sort_segments")
         ),
-        "permute_kv": lambda: pbs.permute_kv(k, v, chosen.perm, **kv_size),
+        "permute_kv": lambda: pbs.permute_kv(k, v, chosen.perm, **config.op_kwargs("permute_kv")),
         "select_blocks": lambda: pbs.select_blocks(
-            q, k, chosen.k_mean, chosen.perm, **sizes, **kv_size, threshold=config.threshold
+            q, k, chosen.k_mean, chosen.perm, **config.op_kwargs("select_blocks")
         ),
         "attend": lambda: pbs.attend(
-            q, k, v, chosen.k_perm, chosen.v_perm, chosen.block_mask, **sizes, **kv_size
+            q, k, v, chosen.k_perm, chosen.v_perm, chosen.block_mask, **config.op_kwargs("attend")
         ),
     }
 

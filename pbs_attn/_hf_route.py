@@ -9,7 +9,8 @@ import torch
 
 from ._hf_trace import constant_in_traces
 from ._library import has_kernel
-from .config import HEAD_DIMS, PBSConfig
+from .config import PBSConfig
+from .ops import HEAD_DIMS
 
 NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
 

@@ -80,8 +80,9 @@ def main():
         perm = found.perm.clone()
         perm[0, 0, 5], perm[0, 0, 300] = -3, 10**6
         if device == "cuda":  # elsewhere they raise
-            ops.permute_kv(k.float(), v.float(), perm, kv_block_size=case.kv_block)
-        ops.select_blocks(q.float(), k.float(), found.k_mean, found.perm, **case.sizes)
+            ops.permute_kv(k.float(), v.float(), perm, **case.kwargs("permute_kv"))
+        means = case._replace(score="mean", mass="earlier").kwargs("select_blocks")
+        ops.select_blocks(q.float(), k.float(), found.k_mean, found.perm, **means)
         if device == "cuda":
             torch.cuda.synchronize()
         print(case, flush=True)
