@@ -78,7 +78,7 @@ def route(call: Call, settings: Settings) -> Route:
     return Route("pbs", "causal prefill")
 
 
-def describe(reason: str, call: Call, settings: Settings) -> str:
+def fill_in(reason: str, call: Call, settings: Settings) -> str:
     """The reason of a Route with its numbers filled in."""
     return reason.format(**call._asdict(), config=settings.config, min_tokens=settings.min_tokens)
 
