@@ -22,17 +22,16 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_cpu_capability
   return pbs::cpu::kernels().name;
 }
 
-// The GPU families with kernels, as JSON: their names and compute capabilities.
+// The GPU families that a build with CUDA has kernels for, as JSON: their names and compute
+// capabilities. A build without CUDA lists them too, to tell which GPUs another build would use.
 extern "C" __attribute__((visibility("default"))) const char* pbs_gpu_families() {
   static const std::string families = [] {
     std::string list;
-#ifdef PBS_WITH_CUDA
     for (const pbs::GpuFamily& family : pbs::kGpuFamilies) {
       list += std::string(list.empty() ? "" : ", ") + "{\"name\": \"" + family.name +
               "\", \"first\": " + std::to_string(family.first) +
               ", \"last\": " + std::to_string(family.last) + "}";
     }
-#endif
     return "[" + list + "]";
   }();
   return families.c_str();

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from ._errors import DemoError
-from .config import THRESHOLDS, PBSConfig
+from .config import CHOICES, THRESHOLDS, PBSConfig
 
 PRESETS = {
     "default": PBSConfig(),
@@ -42,12 +42,12 @@ def add_config(group, is_swept=False):
     words = "keys are permuted inside segments of this length"
     add("segment_size", words, metavar="N", type=int)
     words = "which heads have an order of their own"
-    add("permute_per", words, choices=("kv_head", "query_head"))
+    add("permute_per", words, choices=CHOICES["permute_per"])
     words = "keys that move to the front of their segment, or all to sort them"
     add("num_heavy", words, metavar="N", type=number_or_all)
     words = "what the threshold is a share of; block: of all causal mass, by each block itself"
-    add("mass", words, choices=("earlier", "causal", "block"))
-    add("score", "how blocks are scored", choices=("mean", "sampled"))
+    add("mass", words, choices=CHOICES["mass"])
+    add("score", "how blocks are scored", choices=CHOICES["score"])
     words = "queries of a block that --score sampled takes"
     add("num_samples", words, metavar="N", type=int)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._hf_route import Call, Route, Settings, describe
+from ._hf_route import Call, Route, Settings, fill_in
 from ._hf_table import format_table
 from ._hf_trace import constant_in_traces
 
@@ -73,7 +73,7 @@ def count(decided: Route, call: Call, settings: Settings) -> None:
     if torch.compiler.is_compiling():
         _count_trace(settings.name, decided.kind, decided.reason)
     else:
-        _add(settings.name, decided.kind, describe(decided.reason, call, settings), 0)
+        _add(settings.name, decided.kind, fill_in(decided.reason, call, settings), 0)
 
 
 def warn_once(decided: Route, settings: Settings) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from ._hf_call import foresee_call
 from ._hf_file import calls_interface, uses_interface
-from ._hf_route import REGISTERED, describe, route
+from ._hf_route import REGISTERED, fill_in, route
 from ._hf_table import format_table
 
 # Longer than any window and any min_tokens: what explain() assumes when it is given no length.
@@ -86,4 +86,4 @@ def _explain_layer(
     settings = REGISTERED[implementation]
     call = foresee_call(module, model, config, num_tokens)
     kind, reason = route(call, settings)
-    return LayerRoute(layer_idx, name, kind, describe(reason, call, settings))
+    return LayerRoute(layer_idx, name, kind, fill_in(reason, call, settings))

@@ -9,7 +9,8 @@ import torch
 
 from ._hf_trace import constant_in_traces
 from ._library import has_kernel
-from .config import HEAD_DIMS, PBSConfig
+from .config import PBSConfig
+from .ops import HEAD_DIMS
 
 NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
 
@@ -77,7 +78,7 @@ def route(call: Call, settings: Settings) -> Route:
     return Route("pbs", "causal prefill")
 
 
-def describe(reason: str, call: Call, settings: Settings) -> str:
+def fill_in(reason: str, call: Call, settings: Settings) -> str:
     """The reason of a Route with its numbers filled in."""
     return reason.format(**call._asdict(), config=settings.config, min_tokens=settings.min_tokens)
 

@@ -14,7 +14,6 @@ import torch
 
 _NAME = "libpbs.so"
 _PACKAGE = Path(__file__).resolve().parent
-_SUPPORTED = (9, 0)
 
 
 class GPUSupportWarning(UserWarning):
@@ -38,7 +37,7 @@ def load() -> None:
     torch.ops.load_library(_path())
     info = compiled_info()
     is_unasked = not info["cuda_version"] and "PBS_CUDA=OFF" not in info["cuda_status"]
-    if is_unasked and torch.version.cuda is not None and _SUPPORTED in _gpu_capabilities():
+    if is_unasked and torch.version.cuda is not None and any(map(runs_on, _gpu_capabilities())):
         notice = missing_gpu_support()
         if notice:
             warnings.warn(f"pbs_attn: {notice}", GPUSupportWarning, stacklevel=2)
@@ -72,13 +71,40 @@ def _path() -> Path:
     return folder / _NAME
 
 
+def _read(name: str) -> str:
+    """What a function of the library tells."""
+    function = getattr(ctypes.CDLL(str(_path())), name)
+    function.restype = ctypes.c_char_p
+    text: bytes = function()
+    return text.decode()
+
+
 @functools.cache
 def compiled_info() -> dict[str, str]:
     """The part of build_info that was fixed when the library was compiled."""
-    library = ctypes.CDLL(str(_path()))
-    library.pbs_build_info.restype = ctypes.c_char_p
-    info: dict[str, str] = json.loads(library.pbs_build_info())
+    info: dict[str, str] = json.loads(_read("pbs_build_info"))
     return info
+
+
+@functools.cache
+def _gpu_families() -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(_read("pbs_gpu_families")))
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether a build with CUDA has kernels for GPUs of this compute capability."""
+    major, minor = capability
+    return any(
+        family["first"] <= 10 * major + minor <= family["last"] for family in _gpu_families()
+    )
+
+
+def gpu_capabilities() -> str:
+    """The compute capabilities that a build with CUDA has kernels for: "9.0", or "8.0 to 8.9"."""
+    ranges = [[family["first"], family["last"]] for family in _gpu_families()]
+    return ", ".join(
+        " to ".join(f"{size // 10}.{size % 10}" for size in sorted(set(ends))) for ends in ranges
+    )
 
 
 @functools.cache
@@ -90,28 +116,30 @@ def build_info() -> dict[str, Any]:
         ``torch_built_with``; ``compiler``; ``cpu_capability``, the instruction set in use
         (``avx512``, ``avx2`` or ``baseline``); ``cuda``, whether it holds CUDA kernels;
         ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
-        CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build.
+        CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build;
+        ``gpu_families``, the kinds of GPU that a build with CUDA has kernels for, each with a
+        ``name`` and the ``first`` and ``last`` of its compute capabilities (90 means 9.0);
+        ``head_dims``.
     """
-    library = ctypes.CDLL(str(_path()))
-    for name in ("pbs_cpu_capability", "pbs_cuda_stages"):
-        getattr(library, name).restype = ctypes.c_char_p
     info: dict[str, Any] = dict(compiled_info())
-    info["cpu_capability"] = library.pbs_cpu_capability().decode()
+    info["cpu_capability"] = _read("pbs_cpu_capability")
     info["cuda"] = bool(info["cuda_version"])
-    info["cuda_stages"] = tuple(library.pbs_cuda_stages().decode().split())
+    info["cuda_stages"] = tuple(_read("pbs_cuda_stages").split())
+    info["gpu_families"] = _gpu_families()
+    info["head_dims"] = tuple(int(size) for size in _read("pbs_head_dims").split())
     return info
 
 
 def has_kernel(stage: str, device: torch.device | str) -> bool:
     """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``: on a CUDA
-    device if it holds the kernel and the device, where torch finds one, is of compute capability
-    9.0."""
+    device if it holds the kernel and the device, where torch finds one, is of a compute capability
+    in ``build_info()["gpu_families"]``."""
     device = torch.device(device)
     if device.type == "cuda":
         is_built = stage in build_info()["cuda_stages"]
         if not is_built or not torch.cuda.is_available():
             return is_built
-        return torch.cuda.get_device_capability(device) == _SUPPORTED
+        return runs_on(torch.cuda.get_device_capability(device))
     return device.type == "cpu"
 
 
@@ -122,11 +150,11 @@ def missing_gpu_support() -> str | None:
     is_hidden = torch.version.cuda is not None and torch.cuda.device_count() == 0
     if not capabilities or is_hidden:
         return None
-    if _SUPPORTED not in capabilities:
+    if not any(map(runs_on, capabilities)):
         found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
         return (
-            "PBS runs on the CPU here: its GPU kernels need compute capability 9.0 (H100, H200), "
-            f"and this machine has {found}"
+            "PBS runs on the CPU here: its GPU kernels need compute capability "
+            f"{gpu_capabilities()}, and this machine has {found}"
         )
     if torch.version.cuda is None:
         return (

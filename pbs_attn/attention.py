@@ -88,30 +88,11 @@ def select(
     """
     check_config(config)
     pbs = torch.ops.pbs
-    scores = pbs.score_keys(
-        query,
-        key,
-        block_size=config.block_size,
-        segment_size=config.segment_size,
-        scale=scale,
-        permute_per=config.permute_per,
-    )
-    perm = pbs.sort_segments(scores, segment_size=config.segment_size, num_heavy=config.num_heavy)
-    k_perm, v_perm, k_mean = pbs.permute_kv(key, value, perm, kv_block_size=config.key_block_size)
+    scores = pbs.score_keys(query, key, scale=scale, **config.op_kwargs("score_keys"))
+    perm = pbs.sort_segments(scores, **config.op_kwargs("sort_segments"))
+    k_perm, v_perm, k_mean = pbs.permute_kv(key, value, perm, **config.op_kwargs("permute_kv"))
+    call = {"is_causal": is_causal, "scale": scale}
     block_mask, counts = pbs.select_blocks(
-        query,
-        key,
-        k_mean,
-        perm,
-        k_perm,
-        block_size=config.block_size,
-        kv_block_size=config.kv_block_size,
-        segment_size=config.segment_size,
-        threshold=config.resolved_threshold,
-        is_causal=is_causal,
-        scale=scale,
-        mass=config.mass,
-        score=config.score,
-        num_samples=config.num_samples,
+        query, key, k_mean, perm, k_perm, **call, **config.op_kwargs("select_blocks")
     )
     return Selection(scores, perm, k_perm, v_perm, k_mean, block_mask, counts)

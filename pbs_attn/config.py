@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 BLOCK_SIZES = (32, 64, 128)
-HEAD_DIMS = (64, 96, 128, 256)
 THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.01}  # by mass
 
 
@@ -67,9 +66,8 @@ class PBSConfig:
                 )
         if self.num_heavy is not None and self.num_heavy < 0:
             raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
-        _check_choice("permute_per", self.permute_per, ("kv_head", "query_head"))
-        _check_choice("mass", self.mass, tuple(THRESHOLDS))
-        _check_choice("score", self.score, ("mean", "sampled"))
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         if self.mass == "block" and self.score == "mean":
             raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
         check_threshold("threshold", self.resolved_threshold, self.mass)
@@ -137,13 +135,30 @@ class PBSConfig:
         """The threshold, with None resolved."""
         return THRESHOLDS[self.mass] if self.threshold is None else self.threshold
 
-    def op_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of ``torch.ops.pbs.attention``."""
+    def op_kwargs(self, op: str = "attention") -> dict[str, Any]:
+        """The settings as operator ``op`` of ``torch.ops.pbs`` takes them: all of its keyword
+        arguments but ``is_causal`` and ``scale``, which belong to a call.
+
+        Raises:
+            ValueError: if there is no such operator.
+        """
+        _check_choice("op", op, tuple(SETTINGS))
         # Not dataclasses.asdict: it deep-copies, which torch.compile under torch 2.10 cannot trace.
-        return {name: getattr(self, name) for name in _FIELDS}
+        return {name: getattr(self, attribute) for name, attribute in SETTINGS[op].items()}
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
+# The words that a field may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint)
+    for name, hint in get_type_hints(PBSConfig).items()
+    if get_origin(hint) is Literal
+}
+# By operator: its arguments that are settings, and the attribute of PBSConfig that each one is.
+# pbs_attn.ops reads them from the schemas: here is no torch, which help on the command line does
+# without.
+SETTINGS: dict[str, dict[str, str]] = {}
+# What a field is where it is None, for an operator that does not take None.
+RESOLVED = {"kv_block_size": "key_block_size", "threshold": "resolved_threshold"}
 
 
 def check_threshold(name: str, threshold: float, mass: str) -> None:

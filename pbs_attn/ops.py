@@ -6,6 +6,7 @@ torch.compile and torch.export; lengths may be symbolic.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from . import _library
 from ._autograd import carries_tangent, requires_backward
 from ._vmap import batching_rule
+from .config import RESOLVED, SETTINGS, PBSConfig
 
 _library.load()
 
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 OPERATORS = (*STAGES, "attention")
+HEAD_DIMS: tuple[int, ...] = _library.build_info()["head_dims"]
 
 _registrations = torch.library.Library("pbs", "FRAGMENT")
 
@@ -29,45 +32,66 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _mask_shape(q: Tensor, k: Tensor, block_size: int, kv_block_size: int) -> tuple[int, ...]:
-    num_words = _ceil_div(_ceil_div(k.shape[2], kv_block_size), 32)
-    return q.shape[0], q.shape[1], _ceil_div(q.shape[2], block_size), num_words
+def _arguments(op: str) -> list[Any]:
+    arguments: list[Any] = getattr(torch.ops.pbs, op).default._schema.arguments
+    return arguments
 
 
-def _check_one_device(first: Tensor, *others: Tensor | None) -> None:
+def _settings(op: str) -> dict[str, str]:
+    fields = {field.name for field in dataclasses.fields(PBSConfig)}
+    settings = {}
+    for argument in _arguments(op):
+        name = argument.name
+        if argument.kwarg_only and name in fields:
+            takes_none = argument.type.kind() == "OptionalType"
+            settings[name] = name if takes_none else RESOLVED.get(name, name)
+    return settings
+
+
+SETTINGS.update({op: _settings(op) for op in OPERATORS})
+
+
+def _check_one_device(first: Tensor, *others: Tensor) -> None:
     # The dispatcher sends a mix of meta and real tensors here; the kernels check everything else.
     for other in others:
-        if other is not None and other.device != first.device:
+        if other.device != first.device:
             raise RuntimeError(
                 f"all tensors must be on one device, got {first.device} and {other.device}"
             )
 
 
-@torch.library.register_fake("pbs::score_keys")
-def _(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block_size: int = 128,
-    segment_size: int = 256,
-    scale: float | None = None,
-    permute_per: str = "kv_head",
-) -> Tensor:
-    _check_one_device(q, k)
+def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers a function as the fake kernel of an operator. It is called with all arguments by
+    their names, defaults included, and says which of them the outputs' shapes depend on."""
+    arguments = _arguments(op)
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    def register(shapes: Callable[..., Any]) -> None:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            given = {a.name: arg for a, arg in zip(arguments, args, strict=False)} | kwargs
+            _check_one_device(*(arg for arg in given.values() if isinstance(arg, Tensor)))
+            return shapes(**{**defaults, **given})
+
+        torch.library.register_fake(f"pbs::{op}", kernel)
+
+    return register
+
+
+@_fake("score_keys")
+def _(q: Tensor, k: Tensor, permute_per: str, **others: Any) -> Tensor:
     num_heads = q.shape[1] if permute_per == "query_head" else k.shape[1]
     return q.new_empty((q.shape[0], num_heads, k.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("pbs::sort_segments")
-def _(scores: Tensor, *, segment_size: int = 256, num_heavy: int | None = None) -> Tensor:
+@_fake("sort_segments")
+def _(scores: Tensor, **others: Any) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.int32)
 
 
-@torch.library.register_fake("pbs::permute_kv")
+@_fake("permute_kv")
 def _(
-    k: Tensor, v: Tensor, perm: Tensor, *, kv_block_size: int = 128
+    k: Tensor, v: Tensor, perm: Tensor, kv_block_size: int, **others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_one_device(k, v, perm)
     batch, num_heads, num_kv = perm.shape
     head_dim = k.shape[3]
     permuted = (batch, num_heads, num_kv, head_dim)
@@ -75,67 +99,22 @@ def _(
     return k.new_empty(permuted), k.new_empty(permuted), k.new_empty(means, dtype=torch.float32)
 
 
-@torch.library.register_fake("pbs::select_blocks")
+@_fake("select_blocks")
 def _(
-    q: Tensor,
-    k: Tensor,
-    k_mean: Tensor,
-    perm: Tensor | None = None,
-    k_perm: Tensor | None = None,
-    *,
-    block_size: int = 128,
-    kv_block_size: int | None = None,
-    segment_size: int = 256,
-    threshold: float = 0.9,
-    is_causal: bool = True,
-    scale: float | None = None,
-    mass: str = "earlier",
-    score: str = "mean",
-    num_samples: int = 16,
+    q: Tensor, k: Tensor, block_size: int, kv_block_size: int | None, **others: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_one_device(q, k, k_mean, perm, k_perm)
-    shape = _mask_shape(q, k, block_size, kv_block_size or block_size)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
+    num_words = _ceil_div(_ceil_div(k.shape[2], kv_block_size or block_size), 32)
+    rows = (q.shape[0], q.shape[1], _ceil_div(q.shape[2], block_size))
+    return q.new_empty((*rows, num_words), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
 
 
-@torch.library.register_fake("pbs::attend")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_perm: Tensor,
-    v_perm: Tensor,
-    block_mask: Tensor,
-    *,
-    block_size: int = 128,
-    kv_block_size: int | None = None,
-    segment_size: int = 256,
-    is_causal: bool = True,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check_one_device(q, k, v, k_perm, v_perm, block_mask)
+@_fake("attend")
+def _(q: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("pbs::attention")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    is_causal: bool = True,
-    scale: float | None = None,
-    block_size: int = 128,
-    kv_block_size: int | None = 32,
-    segment_size: int = 256,
-    threshold: float | None = None,
-    permute_per: str = "kv_head",
-    num_heavy: int | None = 32,
-    mass: str = "block",
-    score: str = "sampled",
-    num_samples: int = 16,
-) -> Tensor:
-    _check_one_device(q, k, v)
+@_fake("attention")
+def _(q: Tensor, **others: Any) -> Tensor:
     return torch.empty_like(q)
 
 
@@ -185,7 +164,7 @@ def _in_autocast_dtype(
     name: str, device_type: str, key: torch._C.DispatchKey
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
-    is_cast = [argument.name in _CAST for argument in op._schema.arguments]
+    is_cast = [argument.name in _CAST for argument in _arguments(name)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
@@ -200,7 +179,7 @@ def _in_autocast_dtype(
 
 
 def _refuse_layout(name: str) -> Callable[..., Any]:
-    names = [argument.name for argument in getattr(torch.ops.pbs, name).default._schema.arguments]
+    names = [argument.name for argument in _arguments(name)]
 
     # Runs for every kind of tensor and device that has no kernel of its own.
     def forward(*args: Any, **kwargs: Any) -> Any:

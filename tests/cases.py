@@ -1,13 +1,30 @@
-"""Problems the tests pose: their sizes and options, inputs, and a run of the ops on them."""
+"""Problems the tests pose: their sizes and settings, inputs, and calls of the ops on them."""
 
 from typing import NamedTuple
 
 import reference as ref
 import torch
 
+import pbs_attn
+from pbs_attn.ops import OPERATORS
+
 ops = torch.ops.pbs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRIDES = ["contiguous", "bnhd", "slice"]
+
+
+def arguments_of(op, are_keywords):
+    """The names of an operator's keyword arguments, or of the others, by its schema."""
+    arguments = getattr(ops, op).default._schema.arguments
+    return [argument.name for argument in arguments if argument.kwarg_only == are_keywords]
+
+
+def operator_calls(q, k, v, config):
+    """A call of every operator with the settings of a config: name -> (tensors by name, keyword
+    arguments)."""
+    pool = {"q": q, "k": k, "v": v, **pbs_attn.select(q, k, v, config=config)._asdict()}
+    tensors = {op: {name: pool[name] for name in arguments_of(op, False)} for op in OPERATORS}
+    return {op: (tensors[op], config.op_kwargs(op)) for op in OPERATORS}
 
 
 class Case(NamedTuple):
@@ -36,12 +53,12 @@ class Case(NamedTuple):
         of all to reach at most."""
         return share / 2 if mass == "block" and share < 1 else share
 
-    def options(self, *names):
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def sizes(self):
-        return self.options("block_size", "kv_block_size", "segment_size", "is_causal", "scale")
+    def kwargs(self, op):
+        """All keyword arguments of an operator, or of the reference's function of that name."""
+        kwargs = {name: getattr(self, name) for name in arguments_of(op, True)}
+        if op == "permute_kv":  # which has no block_size that None could stand for
+            kwargs["kv_block_size"] = self.kv_block
+        return kwargs
 
     @property
     def kv_block(self):
@@ -107,11 +124,10 @@ class Outputs(NamedTuple):
 
 
 def run_stages(case, q, k, v):
-    scoring = case.options("block_size", "segment_size", "scale", "permute_per")
-    scores = ops.score_keys(q, k, **scoring)
-    perm = ops.sort_segments(scores, **case.options("segment_size", "num_heavy"))
-    k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
-    selection = {**case.options("threshold", "mass", "score", "num_samples"), **case.sizes}
-    words, counts = ops.select_blocks(q, k, k_mean, perm, k_perm, **selection)
-    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, **case.sizes)
+    scores = ops.score_keys(q, k, **case.kwargs("score_keys"))
+    perm = ops.sort_segments(scores, **case.kwargs("sort_segments"))
+    k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
+    selecting = case.kwargs("select_blocks")
+    words, counts = ops.select_blocks(q, k, k_mean, perm, k_perm, **selecting)
+    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, **case.kwargs("attend"))
     return Outputs(scores, perm, k_perm, v_perm, k_mean, words, counts, out, lse)

@@ -239,8 +239,9 @@ def mass_by_score(q, k, k_mean, perm, layout, *, score, num_samples, **options):
 
 def masses_of(case, q, k, k_mean, perm):
     """As a case of the tests asks for."""
-    options = case.options("scale", "mass", "score", "num_samples")
-    return mass_by_score(q, k, k_mean, perm, case.layout, **options)
+    options = {"scale": case.scale, "mass": case.mass}
+    sampling = {"score": case.score, "num_samples": case.num_samples}
+    return mass_by_score(q, k, k_mean, perm, case.layout, **options, **sampling)
 
 
 def sink_block(perm, k_mean, num_heads, kv_block_size):

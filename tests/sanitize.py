@@ -20,7 +20,7 @@ from cases import Case, clustered_qkv, run_stages
 
 import pbs_attn
 from pbs_attn import PBSConfig, _library
-from pbs_attn.config import HEAD_DIMS
+from pbs_attn.ops import HEAD_DIMS
 
 ops = torch.ops.pbs
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
@@ -130,18 +130,13 @@ def run(case, dtype, device):
     perm = found.perm.clone()
     perm[0, 0, 5], perm[0, 0, 300] = -3, 10**6
     if device == "cuda":  # elsewhere they raise
-        ops.permute_kv(k.float(), v.float(), perm, kv_block_size=case.kv_block)
+        ops.permute_kv(k.float(), v.float(), perm, **case.kwargs("permute_kv"))
+    by_means = case._replace(score="mean", mass="earlier" if case.mass == "earlier" else "causal")
     ops.select_blocks(
-        q.float(),
-        k.float(),
-        found.k_mean,
-        found.perm,
-        mass="earlier" if case.mass == "earlier" else "causal",
-        **case.sizes,
+        q.float(), k.float(), found.k_mean, found.perm, **by_means.kwargs("select_blocks")
     )
     # The whole operator leaves out what no stage reads.
-    names = ("threshold", "permute_per", "num_heavy", "mass", "score", "num_samples")
-    ops.attention(q, k, v, **case.options(*names), **case.sizes)
+    ops.attention(q, k, v, **case.kwargs("attention"))
     if device == "cuda":
         torch.cuda.synchronize()
 

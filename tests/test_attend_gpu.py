@@ -1,4 +1,4 @@
-"""attend on a Hopper GPU: against float64 on the same visited set, and against the CPU op."""
+"""attend on a GPU: against float64 on the same visited set, and against the CPU op."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ import torch
 from tolerances import assert_attends
 
 import pbs_attn
+from pbs_attn.ops import HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.pbs
-HEAD_DIMS = [64, 96, 128, 256]
 
 
 class Problem(NamedTuple):

@@ -15,6 +15,7 @@ from pbs_attn.bench import contestants, kernel
 from pbs_attn.bench.shapes import SHAPES, Shape
 from pbs_attn.bench.stages import heavy_hitters, paper_with
 from pbs_attn.masks import candidate_blocks
+from pbs_attn.ops import HEAD_DIMS
 
 pytest.importorskip("tqdm")
 
@@ -151,6 +152,7 @@ def test_flash4_gets_the_lists(monkeypatch):
     [
         (["--tokens", "1000"], "--tokens must be multiples of 128 from 512 on, got 1000"),
         (["--tokens"], "--tokens must name a length where there are no --activations"),
+        (["--head-dims", "64", "80"], f"--head-dims must be of {HEAD_DIMS}, got (64, 80)"),
         (["--densities", "0"], "--densities must lie in (0, 1], got [0.0]"),
         (["--rounds", "0"], "--rounds must be positive, got 0"),
         (["--activations", "/no/file"], "--activations must hold q, k and v, got /no/file: "),

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch._inductor.config
+from cases import operator_calls
 
 import pbs_attn
 from pbs_attn import PBSConfig
@@ -30,35 +31,25 @@ def inputs(num_q=400, num_kv=400, dtype=torch.float32):
     return q, k, v
 
 
-def operator_calls(config, num_q, num_kv):
-    """A valid call of every operator: name -> (args, kwargs)."""
-    q, k, v = inputs(num_q, num_kv)
-    chosen = pbs_attn.select(q, k, v, config=config)
-    sizes = {"block_size": config.block_size, "segment_size": config.segment_size}
-    kv_size = {"kv_block_size": config.kv_block_size}
-    permuted = (chosen.k_perm, chosen.v_perm)
-    return {
-        "score_keys": ((q, k), {**sizes, "permute_per": config.permute_per}),
-        "sort_segments": (
-            (chosen.scores,),
-            {"segment_size": config.segment_size, "num_heavy": config.num_heavy},
-        ),
-        "permute_kv": ((k, v, chosen.perm), {"kv_block_size": config.key_block_size}),
-        "select_blocks": (
-            (q, k, chosen.k_mean, chosen.perm),
-            {**sizes, **kv_size, "threshold": 0.3, "mass": "causal"},
-        ),
-        "attend": ((q, k, v, *permuted, chosen.block_mask), {**sizes, **kv_size}),
-        "attention": ((q, k, v), config.op_kwargs()),
-    }
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "other"])
 @pytest.mark.parametrize("lengths", [(400, 400), (130, 513)], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name, lengths, config):
-    args, kwargs = operator_calls(config, *lengths)[name]
-    torch.library.opcheck(getattr(torch.ops.pbs, name).default, args, kwargs)
+    tensors, kwargs = operator_calls(*inputs(*lengths), config)[name]
+    torch.library.opcheck(getattr(torch.ops.pbs, name).default, tuple(tensors.values()), kwargs)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fake_kernels_know_the_defaults(name):
+    op = getattr(torch.ops.pbs, name)
+    tensors, _ = operator_calls(*inputs(130, 513), PBSConfig.paper())[name]
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    for real, fake in zip(flat(op(**tensors)), flat(op(**on_meta)), strict=True):
+        assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
+def flat(found):
+    return found if isinstance(found, tuple) else (found,)
 
 
 def test_compile_has_no_break_and_one_graph_for_all_lengths():

@@ -5,11 +5,12 @@ import mmap
 
 import pytest
 import torch
+from cases import operator_calls
 
 import pbs_attn
 from pbs_attn import PBSConfig, attention
 from pbs_attn.masks import candidate_blocks
-from pbs_attn.ops import OPERATORS
+from pbs_attn.ops import HEAD_DIMS, OPERATORS
 
 PBS = torch.ops.pbs
 
@@ -29,18 +30,8 @@ def rejects(message, call, *args, error=RuntimeError, **kwargs):
 
 def stage_calls():
     """The tensors of a call of every operator, by name."""
-    q, k, v = qkv()
-    chosen = pbs_attn.select(q, k, v, config=PBSConfig.paper())
-    tensors = {"q": q, "k": k, "v": v, **chosen._asdict()}
-    names = {
-        "score_keys": ("q", "k"),
-        "sort_segments": ("scores",),
-        "permute_kv": ("k", "v", "perm"),
-        "select_blocks": ("q", "k", "k_mean", "perm", "k_perm"),
-        "attend": ("q", "k", "v", "k_perm", "v_perm", "block_mask"),
-        "attention": ("q", "k", "v"),
-    }
-    return {stage: {name: tensors[name] for name in names[stage]} for stage in OPERATORS}
+    calls = operator_calls(*qkv(), PBSConfig.paper())
+    return {stage: tensors for stage, (tensors, _) in calls.items()}
 
 
 def rejects_in_every_mode(message, call, **operands):
@@ -127,8 +118,9 @@ def test_mixed_dtypes():
 
 @pytest.mark.parametrize("head_dim", [32, 80, 512])
 def test_head_dim(head_dim):
+    head_dims = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
     rejects(
-        f"q must have a head_dim of 64, 96, 128 or 256, got {head_dim}",
+        f"q must have a head_dim of {head_dims}, got {head_dim}",
         attention,
         *qkv(head_dim=head_dim),
     )

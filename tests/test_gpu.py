@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import pbs_attn  # noqa: F401  (registers the ops)
+from pbs_attn.ops import HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,7 @@ def random_inputs(dtype, head_dim, num_kv, num_perm_heads):
 @pytest.mark.parametrize("kv_block_size", [32, 64, 128])
 @pytest.mark.parametrize("num_perm_heads", [2, 6])
 @pytest.mark.parametrize("num_kv", [1, 77, 1000])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_permute_kv_agrees_with_cpu(dtype, head_dim, num_kv, num_perm_heads, kv_block_size):
     tensors = random_inputs(dtype, head_dim, num_kv, num_perm_heads)

@@ -12,6 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pbs_attn._library import gpu_capabilities, runs_on
+from pbs_attn.ops import HEAD_DIMS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -137,7 +140,7 @@ def test_tiles_are_packed_from_selected_blocks(native, num_selected, kv_block_si
     assert sorted(visited) == rows
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tiles_fit_in_shared_memory(native, head_dim):
     q, k, v = native.stages(head_dim)
     assert q >= 1
@@ -201,7 +204,7 @@ def test_order_layout_parts_do_not_overlap(native, num_heads):
     num_keys=st.one_of(st.integers(0, 3000), st.integers(0, 2**22)),
     num_kv_heads=st.integers(1, 300),
     heads_per_kv=st.integers(1, 64),
-    head_dim=st.sampled_from([64, 96, 128, 256]),
+    head_dim=st.sampled_from(HEAD_DIMS),
 )
 def test_score_plan_deals_out_everything(
     native, is_first_pass, num_keys, num_kv_heads, heads_per_kv, head_dim
@@ -249,7 +252,7 @@ def test_a_warpgroup_meets_few_blocks(native, num_heads):
 
 
 SELECT_SIZES = {
-    "head_dim": st.sampled_from([64, 96, 128, 256]),
+    "head_dim": st.sampled_from(HEAD_DIMS),
     "is_float": st.booleans(),
     "block_size": st.sampled_from([32, 64, 128]),
     "kv_block_size": st.sampled_from([32, 64, 128]),
@@ -317,7 +320,7 @@ def sampled_cases(draw):
         draw(st.sampled_from([num_kv_heads, num_q_heads])),
         num_q,
         num_q + draw(st.integers(0, 2000)),
-        draw(st.sampled_from([64, 96, 128, 256])),
+        draw(st.sampled_from(HEAD_DIMS)),
         block_size,
         kv_block_size,
         max(block_size, kv_block_size) * draw(st.integers(1, 8)),
@@ -452,7 +455,7 @@ def test_sampled_workspace_in_the_docs(native, num_perm_heads, mass):
     assert f"{gib(131072):.2f} GiB at 131072 tokens and {gib(1048576):.2f} GiB at 1048576" in text
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
     stages = native.sampled_key_stages(head_dim)
     assert stages >= 2  # pairs of tiles are multiplied at once
@@ -467,11 +470,14 @@ def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
 
 
 def test_capability(native):
-    assert native.capability_error(90) == ""
-    for capability, text in ((80, "8.0"), (86, "8.6"), (100, "10.0"), (120, "12.0")):
-        error = native.capability_error(capability)
-        assert error.startswith("q must be on a GPU of compute capability 9.0")
-        assert error.endswith(f"got {text}")
+    for major, minor in product(range(5, 13), range(10)):
+        error = native.capability_error(10 * major + minor)
+        assert (error == "") == runs_on((major, minor))
+        if error:
+            assert error.startswith(
+                f"q must be on a GPU of compute capability {gpu_capabilities()}"
+            )
+            assert error.endswith(f"got {major}.{minor}")
 
 
 def test_exp2(native):

@@ -113,8 +113,12 @@ def test_build_info():
     ).group(1)
     assert info["torch_target"] == "2.10"
     assert info["cpu_capability"] in ("avx512", "avx2", "baseline")
-    assert info["cuda"] == (info["cuda_status"] == "sm_90a")
+    assert info["cuda"] == info["cuda_status"].startswith("sm_")
     assert bool(info["cuda_stages"]) == info["cuda"]
+    for family in info["gpu_families"]:
+        assert family["name"] and family["first"] <= family["last"]
+    assert info["gpu_families"], "a build without CUDA names them too"
+    assert all(head_dim % 32 == 0 for head_dim in info["head_dims"]) and info["head_dims"]
     assert info["cuda_version"] if info["cuda"] else not info["cuda_version"]
 
 

@@ -81,8 +81,8 @@ def random_mask(case, seed, density=0.5):
 
 
 def attend_with(case, q, k, v, perm, words):
-    k_perm, v_perm, _ = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
-    return ops.attend(q, k, v, k_perm, v_perm, words, **case.sizes)
+    k_perm, v_perm, _ = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
+    return ops.attend(q, k, v, k_perm, v_perm, words, **case.kwargs("attend"))
 
 
 def assert_same(first, second):
@@ -95,7 +95,7 @@ def assert_same(first, second):
 def test_permutation_stays_inside_each_segment(case, seed, levels):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (2, 3, case.num_keys), generator=generator).float()
-    perm = ops.sort_segments(scores, **case.options("segment_size", "num_heavy")).long()
+    perm = ops.sort_segments(scores, **case.kwargs("sort_segments")).long()
     num_sorted = case.num_keys // case.segment_size * case.segment_size
     assert (perm[..., num_sorted:] == torch.arange(num_sorted, case.num_keys)).all()
 
@@ -145,8 +145,7 @@ def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
 @few(case=cases(threshold=1.0), seed=seeds, dtype=dtypes)
 def test_threshold_1_is_dense_attention(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
-    out = ops.attention(q, k, v, **options, **case.sizes)
+    out = ops.attention(q, k, v, **case.kwargs("attention"))
     visible = torch.ones(case.num_queries, case.num_keys, dtype=torch.bool)
     if case.is_causal:
         visible = visible.tril(case.num_keys - case.num_queries)
@@ -192,7 +191,7 @@ def test_strides_change_no_bit(case, seed, dtype, strides):
     q, k, v = (with_strides(x, kind) for x, kind in zip((q, k, v), strides, strict=True))
     assert_same(plain, run_stages(case, q, k, v))
     k_perm, v_perm = with_strides(plain.k_perm, strides[1]), with_strides(plain.v_perm, strides[0])
-    attended = ops.attend(q, k, v, k_perm, v_perm, plain.words, **case.sizes)
+    attended = ops.attend(q, k, v, k_perm, v_perm, plain.words, **case.kwargs("attend"))
     assert_same(attended, (plain.out, plain.lse))
 
 
@@ -272,8 +271,8 @@ def test_bits_that_are_no_candidates_are_ignored(case, seed, dtype):
 @few(case=cases(), seed=seeds, dtype=dtypes)
 def test_attention_is_its_five_stages_bit_for_bit(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
-    assert_same([ops.attention(q, k, v, **options, **case.sizes)], [run_stages(case, q, k, v).out])
+    out = ops.attention(q, k, v, **case.kwargs("attention"))
+    assert_same([out], [run_stages(case, q, k, v).out])
 
 
 @few(case=cases(), seed=seeds, dtype=dtypes)

@@ -21,7 +21,7 @@ from tolerances import (
     is_decided,
 )
 
-import pbs_attn  # noqa: F401  (registers the ops)
+from pbs_attn.ops import HEAD_DIMS
 
 ops = torch.ops.pbs
 
@@ -65,7 +65,7 @@ SAMPLED = [
 ]  # fmt: skip
 WIDE = [
     Case(*lengths, head_dim=head_dim, batch=1, block_size=64, segment_size=128, strides=strides)
-    for head_dim in (96, 128, 256)
+    for head_dim in HEAD_DIMS[1:]
     for lengths, strides in [((200, 331), "bnhd"), ((270, 270), "slice")]
 ]
 WIDE += [Case(600, 600, head_dim=128, batch=1, block_size=128, segment_size=256, strides="bnhd")]
@@ -103,12 +103,10 @@ def stages_of(case, dtype):
 
 def draw_stages(case, dtype, seed):
     q, k, v = clustered_qkv(case, dtype, seed)
-    options = case.options("block_size", "segment_size", "scale", "permute_per")
-    scores = ref.score_keys(q, k, **options)
-    perm = ref.sort_segments(scores, **case.options("segment_size", "num_heavy"))
-    k_perm, v_perm, k_mean = ref.permute_kv(k, v, perm, kv_block_size=case.kv_block)
-    options = case.options("threshold", "mass", "score", "num_samples")
-    mask, _ = ref.select_blocks(q, k, k_mean, perm, **options, **case.sizes)
+    scores = ref.score_keys(q, k, **case.kwargs("score_keys"))
+    perm = ref.sort_segments(scores, **case.kwargs("sort_segments"))
+    k_perm, v_perm, k_mean = ref.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
+    mask, _ = ref.select_blocks(q, k, k_mean, perm, **case.kwargs("select_blocks"))
     masses = ref.masses_of(case, q, k, k_mean, perm)
     is_settled = is_decided(masses, case).all() and sorts_clearly(case, scores)
     return Stages(q, k, v, scores, perm, k_perm, v_perm, k_mean, mask), is_settled
@@ -147,7 +145,7 @@ def test_score_keys_with_sharp_softmax(dtype):
 
 
 def assert_scores(case, q, k):
-    options = case.options("block_size", "segment_size", "permute_per", "scale")
+    options = case.kwargs("score_keys")
     exact = ref.score_keys(q, k, **options)
     leave_ones_behind(exact.float())
     scores = ops.score_keys(q, k, **options)
@@ -167,7 +165,7 @@ def assert_scores(case, q, k):
 @every_case
 def test_sort_segments(case, dtype):
     scores = stages_of(case, dtype).scores.float()
-    options = case.options("segment_size", "num_heavy")
+    options = case.kwargs("sort_segments")
     leave_ones_behind(scores)
     perm = ops.sort_segments(scores, **options)
     assert perm.dtype == torch.int32
@@ -188,7 +186,7 @@ def test_sort_segments_with_ties(levels, num_heavy):
 def test_permute_kv(case, dtype):
     _, k, v, _, perm, exact_k, exact_v, exact_mean, _ = stages_of(case, dtype)
     leave_ones_behind(exact_k.to(dtype), exact_v.to(dtype), exact_mean.float())
-    k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm.int(), kv_block_size=case.kv_block)
+    k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm.int(), **case.kwargs("permute_kv"))
     assert torch.equal(k_perm, exact_k.to(dtype))
     assert torch.equal(v_perm, exact_v.to(dtype))
     assert k_mean.dtype == torch.float32
@@ -201,9 +199,8 @@ def test_select_blocks(case, dtype):
     q, k, _, _, perm, k_perm, _, k_mean, exact = stages_of(case, dtype)
     words = ref.pack_mask(exact)
     leave_ones_behind(words)
-    options = case.options("threshold", "mass", "score", "num_samples")
     tensors = q, k, k_mean.float(), perm.int(), k_perm.to(dtype)
-    mask, counts = ops.select_blocks(*tensors, **options, **case.sizes)
+    mask, counts = ops.select_blocks(*tensors, **case.kwargs("select_blocks"))
     assert mask.dtype == counts.dtype == torch.int32
     assert torch.equal(mask, words)
     assert torch.equal(counts.long(), exact.sum(-1))
@@ -261,11 +258,12 @@ def test_select_blocks_means_over_the_rows_that_exist(num_keys):
 def test_attend(case, dtype):
     q, k, v, _, perm, k_perm, v_perm, _, mask = stages_of(case, dtype)
     any_blocks = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)) < 0.5
+    tensors = q, k, v, k_perm.to(dtype), v_perm.to(dtype)
     for blocks in (mask, any_blocks):
-        exact_out, exact_lse = ref.attend(q, k, v, perm, blocks, **case.sizes)
+        exact_out, exact_lse = ref.attend(q, k, v, perm, blocks, **case.kwargs("attend"))
         leave_ones_behind(q, exact_lse.float())
         words = ref.pack_mask(blocks)
-        out, lse = ops.attend(q, k, v, k_perm.to(dtype), v_perm.to(dtype), words, **case.sizes)
+        out, lse = ops.attend(*tensors, words, **case.kwargs("attend"))
         visited = ref.visited_keys(perm, blocks, case.layout)
         assert_attends(out, lse, q, k, v, visited, exact_out, exact_lse, scale=case.scale)
         assert out.stride() == torch.empty_like(q).stride()
@@ -278,10 +276,11 @@ def test_attend_with_sharp_softmax(factor, dtype):
     case = Case(200, 200)
     q, k, v, _, perm, k_perm, v_perm, _, mask = stages_of(case, dtype)
     q = q * factor
-    exact_out, exact_lse = ref.attend(q, k, v, perm, mask, **case.sizes)
+    exact_out, exact_lse = ref.attend(q, k, v, perm, mask, **case.kwargs("attend"))
     assert exact_lse.abs().max() > 89 / 2 * factor / 30
     words = ref.pack_mask(mask)
-    out, lse = ops.attend(q, k, v, k_perm.to(dtype), v_perm.to(dtype), words, **case.sizes)
+    tensors = q, k, v, k_perm.to(dtype), v_perm.to(dtype)
+    out, lse = ops.attend(*tensors, words, **case.kwargs("attend"))
     visited = ref.visited_keys(perm, mask, case.layout)
     assert_attends(out, lse, q, k, v, visited, exact_out, exact_lse)
 
@@ -303,10 +302,9 @@ def test_attention(case, dtype):
     """All five in one call: the same keys are visited, and the output on them is right."""
     stages = stages_of(case, dtype)
     q, k, v = stages[:3]
-    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
-    exact = ref.attention(q, k, v, **options, **case.sizes)
+    exact = ref.attention(q, k, v, **case.kwargs("attention"))
     leave_ones_behind(q)
-    out = ops.attention(q, k, v, **options, **case.sizes)
+    out = ops.attention(q, k, v, **case.kwargs("attention"))
     visited = ref.visited_keys(stages.perm, stages.mask, case.layout)
     assert_output(out, q, k, v, visited, exact, scale=case.scale)
     assert out.stride() == torch.empty_like(q).stride()

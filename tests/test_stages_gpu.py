@@ -14,6 +14,7 @@ from test_stages import CASES, WIDE, stages_of
 from tolerances import assert_output, assert_selects, assert_smallest_set, assert_within_twice
 
 import pbs_attn
+from pbs_attn.ops import HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.pbs
@@ -38,7 +39,7 @@ def random_case(seed):
         num_keys=num_keys,
         num_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 7, 9]),
         num_kv_heads=num_kv_heads,
-        head_dim=rng.choice([64, 96, 128, 256]),
+        head_dim=rng.choice(HEAD_DIMS),
         batch=rng.randint(1, 2),
         block_size=block_size,
         kv_block_size=kv_block_size,
@@ -80,7 +81,7 @@ def poison(*tensors):
 
 
 def assert_scores(case, q, k, logits_dtype=torch.float32):
-    options = case.options("block_size", "segment_size", "permute_per", "scale")
+    options = case.kwargs("score_keys")
     exact = ref.score_keys(q, k, **options)
     poison(exact.float())
     scores = ops.score_keys(*to_gpu(case, q, k), **options).cpu()
@@ -109,7 +110,7 @@ def test_score_keys_of_random_shapes(case, seed, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_score_keys_of_several_chunks(head_dim, dtype):
     case = Case(700, 2900, head_dim=head_dim, block_size=128, segment_size=256, batch=1)
     q, k, _ = clustered_qkv(case, dtype, seed=0)
@@ -132,7 +133,7 @@ def test_score_keys_of_long_parts(group, head_dim):
 @cases_of([torch.float32])
 def test_sort_segments(case, dtype):
     scores = stages_of(case, dtype).scores.float()
-    options = case.options("segment_size", "num_heavy")
+    options = case.kwargs("sort_segments")
     poison(scores)
     perm = ops.sort_segments(scores.cuda(), **options)
     assert torch.equal(perm.cpu().long(), ref.sort_segments(scores, **options))
@@ -158,7 +159,7 @@ def test_sort_segments_of_random_shapes(case, seed, levels):
     generator = torch.Generator().manual_seed(seed)
     shape = (case.batch, case.num_heads, case.num_keys)
     scores = torch.randint(-levels, levels, shape, generator=generator).float()
-    options = case.options("segment_size", "num_heavy")
+    options = case.kwargs("sort_segments")
     poison(scores)
     perm = ops.sort_segments(scores.cuda(), **options)
     assert torch.equal(perm.cpu(), ops.sort_segments(scores, **options))
@@ -172,9 +173,9 @@ def test_permute_kv_of_random_shapes(case, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(case.batch, num_heads, case.num_keys, generator=generator)
     perm = ref.sort_segments(noise, segment_size=case.segment_size).int()
-    expected = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
+    expected = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
     poison(*expected)
-    got = ops.permute_kv(*to_gpu(case, k, v), perm.cuda(), kv_block_size=case.kv_block)
+    got = ops.permute_kv(*to_gpu(case, k, v), perm.cuda(), **case.kwargs("permute_kv"))
     k_perm, v_perm, k_mean = (x.cpu() for x in got)
     assert torch.equal(k_perm, expected[0])
     assert torch.equal(v_perm, expected[1])
@@ -186,9 +187,8 @@ def test_select_blocks(case, dtype):
     q, k, _, _, perm, _, _, k_mean, exact = stages_of(case, dtype)
     words = ref.pack_mask(exact)
     poison(words)
-    options = case.options("threshold", "mass")
     tensors = (t.cuda() for t in (q, k, k_mean.float(), perm.int()))
-    mask, counts = ops.select_blocks(*tensors, **options, **case.sizes)
+    mask, counts = ops.select_blocks(*tensors, **case.kwargs("select_blocks"))
     assert torch.equal(mask.cpu(), words)
     assert torch.equal(counts.cpu().long(), exact.sum(-1))
 
@@ -224,7 +224,7 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
     )
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=0)
     k_mean = ref.block_mean(k.double(), kv_block_size)
-    options = {"threshold": 0.9, "mass": mass, **case.sizes}
+    options = case.kwargs("select_blocks")
     mask, _ = ops.select_blocks(q.cuda(), k.cuda(), k_mean.float().cuda(), **options)
     masses = ref.block_mass(q, k, k_mean, case.layout, mass=mass)
     candidate, _ = ref.block_roles(case.layout)
@@ -239,13 +239,13 @@ SAMPLED_EPS = 2**-8
 
 def assert_selection(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
-    scoring = case.options("block_size", "segment_size", "scale", "permute_per")
-    perm = ops.sort_segments(ops.score_keys(q, k, **scoring), segment_size=case.segment_size)
-    k_perm, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=case.kv_block)
+    scores = ops.score_keys(q, k, **case.kwargs("score_keys"))
+    perm = ops.sort_segments(scores, segment_size=case.segment_size)
+    k_perm, _, k_mean = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
     candidate, _ = ref.block_roles(case.layout)
     masses = ref.masses_of(case, q, k, k_mean, perm)
     sink = ref.sink_block(perm, k_mean, case.num_heads, case.kv_block)
-    options = {**case.options("threshold", "mass", "score", "num_samples"), **case.sizes}
+    options = case.kwargs("select_blocks")
     poison(ref.pack_mask(candidate.expand(case.batch, case.num_heads, -1, -1)))
     q, k, k_perm = to_gpu(case, q, k, k_perm)
     words, counts = ops.select_blocks(q, k, k_mean.cuda(), perm.cuda(), k_perm, **options)
@@ -306,7 +306,7 @@ def test_sampled_score_of_growing_logits(factor, last):
     ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > last).float()
     k[..., 0], q[..., 0] = ramp.bfloat16(), factor
     k_mean = ref.block_mean(k.double(), 32)
-    options = {**case.options("mass", "score", "num_samples"), "threshold": 0.9, **case.sizes}
+    options = case.kwargs("select_blocks")
     words, _ = ops.select_blocks(q.cuda(), k.cuda(), k_mean.float().cuda(), **options)
     masses = ref.masses_of(case, q, k, k_mean, None)
     candidate, _ = ref.block_roles(case.layout)
@@ -351,8 +351,7 @@ def assert_attention(case, q, k, v):
     visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout).cuda()
     exact, _ = ref.masked_attention(q, k, v, visited, scale=case.scale)
     poison(q)
-    options = case.options("permute_per", "num_heavy", "threshold", "mass", "score", "num_samples")
-    out = ops.attention(q, k, v, **options, **case.sizes)
+    out = ops.attention(q, k, v, **case.kwargs("attention"))
     assert out.stride() == torch.empty_like(q).stride()
     assert_output(out, q, k, v, visited, exact, scale=case.scale)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import operator_calls
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
@@ -9,7 +10,6 @@ import pbs_attn
 from pbs_attn._autograd import is_differentiated
 from pbs_attn.ops import OPERATORS
 
-SIZES = {"block_size": 32, "segment_size": 64}
 NO_BACKWARD = "has no backward: inputs must not require grad in grad mode, got one that does"
 NO_TANGENT = "has no derivative: inputs must not carry a forward-mode tangent, got one that does"
 
@@ -18,24 +18,14 @@ def operator_call(name):
     """A function of the tensors of a small call, and these tensors."""
     q = torch.randn(2, 4, 150, 64)
     k, v = torch.randn(2, 2, 2, 160, 64)
-    chosen = pbs_attn.select(q, k, v, config=pbs_attn.PBSConfig(**SIZES))
-    tensors, options = {
-        "score_keys": ((q, k), SIZES),
-        "sort_segments": ((chosen.scores,), {"segment_size": 64, "num_heavy": 8}),
-        "permute_kv": ((k, v, chosen.perm), {"kv_block_size": 32}),
-        "select_blocks": (
-            (q, k, chosen.k_mean, chosen.perm, chosen.k_perm),
-            {**SIZES, "threshold": 0.05, "mass": "block", "score": "sampled"},
-        ),
-        "attend": ((q, k, v, chosen.k_perm, chosen.v_perm, chosen.block_mask), SIZES),
-        "attention": ((q, k, v), {**SIZES, "kv_block_size": 32}),
-    }[name]
+    config = pbs_attn.PBSConfig(block_size=32, segment_size=64, num_heavy=8, threshold=0.05)
+    tensors, options = operator_calls(q, k, v, config)[name]
 
     def call(*tensors):
         found = getattr(torch.ops.pbs, name)(*tensors, **options)
         return found if isinstance(found, tuple) else (found,)
 
-    return call, tensors
+    return call, tuple(tensors.values())
 
 
 def scalar_of(name, position=0):

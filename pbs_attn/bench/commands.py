@@ -11,7 +11,7 @@ from pbs_attn._arguments import (
     read_config,
 )
 from pbs_attn._rows import PROBES
-from pbs_attn.config import BLOCK_SIZES, HEAD_DIMS, THRESHOLDS, PBSConfig
+from pbs_attn.config import BLOCK_SIZES, THRESHOLDS, PBSConfig
 
 from .options import (
     COMPARED,
@@ -58,7 +58,7 @@ def _add_kernel(benches):
     add_list(parser, "--densities", "D", default.densities, words)
     _add_kv_block_sizes(parser, default)
     words = "other than the preset's"
-    add_list(parser, "--head-dims", "D", default.head_dims, words, type=int, choices=HEAD_DIMS)
+    add_list(parser, "--head-dims", "D", default.head_dims, words, type=int)
     words = "default: bfloat16 on a GPU, float32 on a CPU"
     add_list(parser, "--dtypes", "T", default.dtypes, words, choices=DTYPES)
     parser.add_argument(

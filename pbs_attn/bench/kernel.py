@@ -23,6 +23,7 @@ from pbs_attn._errors import BenchError
 from pbs_attn._inputs import choose_device
 from pbs_attn._rows import Row, check_outputs
 from pbs_attn.masks import candidate_blocks
+from pbs_attn.ops import HEAD_DIMS
 
 from .contestants import BLOCK, dense_calls, sparse_calls
 from .options import UNEVEN_TOKENS
@@ -98,6 +99,8 @@ def _check(options: Options) -> None:
     for tokens in options.tokens:
         if tokens < 512 or tokens % BLOCK:
             raise BenchError(f"--tokens must be multiples of {BLOCK} from 512 on, got {tokens}")
+    if not set(options.head_dims or ()) <= set(HEAD_DIMS):
+        raise BenchError(f"--head-dims must be of {HEAD_DIMS}, got {options.head_dims}")
     if not (options.tokens or options.activations or options.uneven):
         raise BenchError("--tokens must name a length where there are no --activations")
     check_shares("--densities", options.densities)

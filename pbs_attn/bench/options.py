@@ -6,13 +6,13 @@ from __future__ import annotations
 import dataclasses
 
 from pbs_attn._rows import GIVEN, PROBES
-from pbs_attn.config import PBSConfig
+from pbs_attn.config import CHOICES, PBSConfig
 
 # Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
 PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
 DENSITIES = PAPER | {262144: 0.17}
 
-PERMUTE_PER = ("kv_head", "query_head")
+PERMUTE_PER = CHOICES["permute_per"]
 
 # kernel
 DTYPES = ("bfloat16", "float16", "float32")

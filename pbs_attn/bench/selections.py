@@ -16,8 +16,6 @@ import pbs_attn
 from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
 
-from .stages import block_sizes
-
 ops = torch.ops.pbs
 
 # query (1, Hq, N, D), key and value (1, Hkv, N, D), scale -> output (1, Hq, N, D), density (Hq,),
@@ -41,12 +39,10 @@ def unpermuted(config: PBSConfig) -> Attention:
     def attend(q, k, v, scale=None):
         places = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
         perm = places.expand(1, k.shape[1], -1).contiguous()
-        _, _, k_mean = ops.permute_kv(k, v, perm, kv_block_size=config.key_block_size)
+        _, _, k_mean = ops.permute_kv(k, v, perm, **config.op_kwargs("permute_kv"))
         mask, _ = ops.select_blocks(
-            q, k, k_mean, None, threshold=config.resolved_threshold, scale=scale,
-            mass=config.mass, score=config.score, num_samples=config.num_samples,
-            **block_sizes(config),
-        )  # fmt: skip
+            q, k, k_mean, None, scale=scale, **config.op_kwargs("select_blocks")
+        )
         return _attend(q, k, v, k, v, mask, scale, config)
 
     return attend
@@ -94,7 +90,8 @@ def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
 
 
 def _attend(q, k, v, k_perm, v_perm, words, scale, config):
-    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **block_sizes(config))
+    settings = config.op_kwargs("attend")
+    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, scale=scale, **settings)
     num_tokens = q.shape[2]
     density = pbs_attn.density(words, num_tokens, num_tokens, config=config)[0]
     return out, density.cpu(), lse

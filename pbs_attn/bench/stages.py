@@ -28,15 +28,6 @@ def density_at(num_tokens: int) -> float:
     return min(max(density, 0.05), 1.0)
 
 
-def block_sizes(config: PBSConfig) -> dict[str, int]:
-    """The sizes as select_blocks, attend and attention take them."""
-    return {
-        "block_size": config.block_size,
-        "kv_block_size": config.key_block_size,
-        "segment_size": config.segment_size,
-    }
-
-
 def paper_with(kv_block_size: int | None, permute_per: str = "kv_head") -> PBSConfig:
     """The paper's selection with key blocks of a width, and orders of KV or query heads."""
     return dataclasses.replace(
@@ -88,7 +79,6 @@ class Pipeline:
     def __init__(self, q, k, v, config: PBSConfig):
         self.q, self.k, self.v = q, k, v
         self.config = config
-        self.blocks = block_sizes(config)
         self.scores = self.score_keys()
         self.perm = self.sort_segments()
         self.k_perm, self.v_perm, self.k_mean = self.permute_kv()
@@ -105,36 +95,21 @@ class Pipeline:
         return torch.cat(densities, 1).mean().item()
 
     def score_keys(self):
-        sizes = {"block_size": self.config.block_size, "segment_size": self.config.segment_size}
-        return ops.score_keys(self.q, self.k, **sizes, permute_per=self.config.permute_per)
+        return ops.score_keys(self.q, self.k, **self.config.op_kwargs("score_keys"))
 
     def sort_segments(self):
-        config = self.config
-        return ops.sort_segments(
-            self.scores, segment_size=config.segment_size, num_heavy=config.num_heavy
-        )
+        return ops.sort_segments(self.scores, **self.config.op_kwargs("sort_segments"))
 
     def permute_kv(self):
-        return ops.permute_kv(self.k, self.v, self.perm, kv_block_size=self.config.key_block_size)
+        return ops.permute_kv(self.k, self.v, self.perm, **self.config.op_kwargs("permute_kv"))
 
     def select_blocks(self):
-        return ops.select_blocks(
-            self.q,
-            self.k,
-            self.k_mean,
-            self.perm,
-            self.k_perm,
-            threshold=self.threshold,
-            mass=self.config.mass,
-            score=self.config.score,
-            num_samples=self.config.num_samples,
-            **self.blocks,
-        )
+        settings = self.config.op_kwargs("select_blocks") | {"threshold": self.threshold}
+        return ops.select_blocks(self.q, self.k, self.k_mean, self.perm, self.k_perm, **settings)
 
     def attend(self):
-        return ops.attend(
-            self.q, self.k, self.v, self.k_perm, self.v_perm, self.words, **self.blocks
-        )
+        tensors = (self.q, self.k, self.v, self.k_perm, self.v_perm, self.words)
+        return ops.attend(*tensors, **self.config.op_kwargs("attend"))
 
     def attention(self):
         config = dataclasses.replace(self.config, threshold=self.threshold)
