@@ -30,7 +30,7 @@ def operator_calls(q, k, v, config):
 class Case(NamedTuple):
     num_queries: int
     num_keys: int
-    num_heads: int = 4
+    num_q_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
     batch: int = 2
@@ -91,7 +91,7 @@ def clustered_qkv(case, dtype, seed):
         lean = (bias + spread * lean).repeat_interleave(16, 2)[:, :, :length]
         return with_strides((noise + lean * direction).to(dtype), case.strides)
 
-    q = draw(case.num_heads, case.num_queries, 0.6, 0.3)
+    q = draw(case.num_q_heads, case.num_queries, 0.6, 0.3)
     k = draw(case.num_kv_heads, case.num_keys, 0.0, 0.5)
     v = draw(case.num_kv_heads, case.num_keys, 0.0, 0.5)
     return q, k, v
@@ -117,7 +117,7 @@ class Outputs(NamedTuple):
     k_perm: torch.Tensor
     v_perm: torch.Tensor
     k_mean: torch.Tensor
-    words: torch.Tensor
+    block_mask: torch.Tensor
     counts: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
@@ -128,6 +128,6 @@ def run_stages(case, q, k, v):
     perm = ops.sort_segments(scores, **case.kwargs("sort_segments"))
     k_perm, v_perm, k_mean = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
     selecting = case.kwargs("select_blocks")
-    words, counts = ops.select_blocks(q, k, k_mean, perm, k_perm, **selecting)
-    out, lse = ops.attend(q, k, v, k_perm, v_perm, words, **case.kwargs("attend"))
-    return Outputs(scores, perm, k_perm, v_perm, k_mean, words, counts, out, lse)
+    block_mask, counts = ops.select_blocks(q, k, k_mean, perm, k_perm, **selecting)
+    out, lse = ops.attend(q, k, v, k_perm, v_perm, block_mask, **case.kwargs("attend"))
+    return Outputs(scores, perm, k_perm, v_perm, k_mean, block_mask, counts, out, lse)

@@ -27,15 +27,15 @@ BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 RARE = [
     # Several tiles of query blocks and several turns of the key stages a CTA.
-    (Case(2048, 2048, num_heads=32, num_kv_heads=16, batch=4, segment_size=128), BFLOAT16),
+    (Case(2048, 2048, num_q_heads=32, num_kv_heads=16, batch=4, segment_size=128), BFLOAT16),
     # Two groups of heads, the second one smaller; rows of 96 elements; incomplete last blocks.
-    (Case(333, 1333, num_heads=7, num_kv_heads=1, head_dim=96, mass="causal"), FLOAT16),
+    (Case(333, 1333, num_q_heads=7, num_kv_heads=1, head_dim=96, mass="causal"), FLOAT16),
     # Three groups of heads.
     (
         Case(
             1300,
             1300,
-            num_heads=9,
+            num_q_heads=9,
             num_kv_heads=1,
             head_dim=128,
             block_size=128,
@@ -50,7 +50,7 @@ RARE = [
         Case(
             700,
             1800,
-            num_heads=8,
+            num_q_heads=8,
             head_dim=128,
             block_size=128,
             segment_size=896,
@@ -61,7 +61,7 @@ RARE = [
     ),
     # So many heads and parts that their states are merged by a kernel of their own.
     (
-        Case(128, 16384, num_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
+        Case(128, 16384, num_q_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
         FLOAT16,
     ),
     # Sampled scores: several units a CTA, the last of each head with fewer stacks than warpgroups.
@@ -69,7 +69,7 @@ RARE = [
         Case(
             1500,
             1500,
-            num_heads=80,
+            num_q_heads=80,
             num_kv_heads=10,
             head_dim=128,
             batch=2,
@@ -107,7 +107,7 @@ def cases():
         case = Case(
             300,
             700,
-            num_heads=4,
+            num_q_heads=4,
             num_kv_heads=2,
             head_dim=head_dim,
             batch=1,

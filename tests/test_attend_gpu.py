@@ -17,7 +17,7 @@ ops = torch.ops.pbs
 class Problem(NamedTuple):
     num_queries: int
     num_keys: int
-    num_heads: int
+    num_q_heads: int
     num_kv_heads: int
     num_perm_heads: int
     block_size: int = 128
@@ -56,7 +56,7 @@ def draw(problem, dtype, head_dim):
     q, k, v = (
         torch.randn(2, rows, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
         for rows, heads in (
-            (problem.num_queries, problem.num_heads),
+            (problem.num_queries, problem.num_q_heads),
             (problem.num_keys, problem.num_kv_heads),
             (problem.num_keys, problem.num_kv_heads),
         )
@@ -71,7 +71,7 @@ def draw(problem, dtype, head_dim):
         -(-problem.num_queries // problem.block_size),
         -(-problem.num_keys // problem.kv_block_size),
     ]
-    shape = (2, problem.num_heads, *num_blocks)
+    shape = (2, problem.num_q_heads, *num_blocks)
     mask = torch.rand(shape, generator=generator) < problem.kept
     return q.cuda(), k.cuda(), v.cuda(), perm.int(), mask
 

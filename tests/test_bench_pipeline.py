@@ -22,7 +22,7 @@ CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
     "case",
     [
         Case(640, 640, permute_per="query_head"),
-        Case(600, 600, permute_per="query_head", num_heads=2, num_kv_heads=1, threshold=0.6),
+        Case(600, 600, permute_per="query_head", num_q_heads=2, num_kv_heads=1, threshold=0.6),
         Case(333, 333, permute_per="query_head", batch=1, segment_size=128, kv_block_size=64),
         Case(100, 100, permute_per="query_head", num_kv_heads=4, threshold=1.0),
     ],

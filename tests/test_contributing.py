@@ -33,7 +33,7 @@ def test_named_files_exist():
 
 def test_named_places_are_there():
     rows = list(places())
-    assert len(rows) > 60
+    assert len(rows) > 40
     missing = []
     for files, names in rows:
         assert files

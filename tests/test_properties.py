@@ -33,7 +33,7 @@ def cases(draw, **fixed):
     case = Case(
         num_queries=draw(st.one_of(st.just(num_keys), st.integers(1, num_keys))),
         num_keys=num_keys,
-        num_heads=num_kv_heads * draw(st.integers(1, 3)),
+        num_q_heads=num_kv_heads * draw(st.integers(1, 3)),
         num_kv_heads=num_kv_heads,
         batch=draw(st.integers(1, 2)),
         block_size=block_size,
@@ -76,7 +76,7 @@ def random_perms(case, seed, heads=None):
 
 
 def random_mask(case, seed, density=0.5):
-    shape = (case.batch, case.num_heads, *ref.block_roles(case.layout)[0].shape)
+    shape = (case.batch, case.num_q_heads, *ref.block_roles(case.layout)[0].shape)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
@@ -122,9 +122,9 @@ def test_selection_follows_its_rule(case, seed):
     q, k, v = clustered_qkv(case, torch.float32, seed)
     stages = run_stages(case, q, k, v)
     candidate, _ = ref.block_roles(case.layout)
-    mask = ref.unpack_mask(stages.words, candidate.shape[-1])
+    mask = ref.unpack_mask(stages.block_mask, candidate.shape[-1])
     masses = ref.masses_of(case, q, k, stages.k_mean, stages.perm)
-    sink = ref.sink_block(stages.perm, stages.k_mean, case.num_heads, case.kv_block)
+    sink = ref.sink_block(stages.perm, stages.k_mean, case.num_q_heads, case.kv_block)
     assert_selects(mask, masses, candidate, sink, case)
     assert torch.equal(stages.counts.long(), mask.sum(-1))
 
@@ -137,7 +137,8 @@ def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
         [case.threshold, Case.threshold_for(case.mass, higher)], reverse=case.mass == "block"
     )
     fewer, more = (
-        run_stages(case._replace(threshold=threshold), q, k, v).words for threshold in thresholds
+        run_stages(case._replace(threshold=threshold), q, k, v).block_mask
+        for threshold in thresholds
     )
     assert torch.equal(fewer & more, fewer)
 
@@ -149,7 +150,7 @@ def test_threshold_1_is_dense_attention(case, seed, dtype):
     visible = torch.ones(case.num_queries, case.num_keys, dtype=torch.bool)
     if case.is_causal:
         visible = visible.tril(case.num_keys - case.num_queries)
-    visible = visible.expand(case.batch, case.num_heads, -1, -1)
+    visible = visible.expand(case.batch, case.num_q_heads, -1, -1)
     exact, _ = ref.masked_attention(q, k, v, visible)
     assert_output(out, q, k, v, visible, exact)
 
@@ -161,7 +162,7 @@ def test_permuting_changes_nothing_when_every_block_is_visited(case, seed, dtype
     every = ref.pack_mask(random_mask(case, seed, density=2))
     visited = ref.visited_keys(random_perms(case, seed), random_mask(case, 0, 2), case.layout)
     exact = ref.masked_attention(q, k, v, visited)
-    for heads in (case.num_kv_heads, case.num_heads):
+    for heads in (case.num_kv_heads, case.num_q_heads):
         out, lse = attend_with(case, q, k, v, random_perms(case, seed, heads), every)
         assert_attends(out, lse, q, k, v, visited, *exact)
 
@@ -191,7 +192,7 @@ def test_strides_change_no_bit(case, seed, dtype, strides):
     q, k, v = (with_strides(x, kind) for x, kind in zip((q, k, v), strides, strict=True))
     assert_same(plain, run_stages(case, q, k, v))
     k_perm, v_perm = with_strides(plain.k_perm, strides[1]), with_strides(plain.v_perm, strides[0])
-    attended = ops.attend(q, k, v, k_perm, v_perm, plain.words, **case.kwargs("attend"))
+    attended = ops.attend(q, k, v, k_perm, v_perm, plain.block_mask, **case.kwargs("attend"))
     assert_same(attended, (plain.out, plain.lse))
 
 
@@ -213,7 +214,7 @@ def test_batch_neighbours_change_no_bit(case, seed, dtype):
         assert_same(alone, (x[b : b + 1] for x in together))
 
 
-@few(case=cases(num_heads=6, num_kv_heads=2), seed=seeds, dtype=dtypes)
+@few(case=cases(num_q_heads=6, num_kv_heads=2), seed=seeds, dtype=dtypes)
 def test_other_groups_of_heads_change_no_bit(case, seed, dtype):
     q, k, v = clustered_qkv(case, dtype, seed)
     together = run_stages(case, q, k, v)
@@ -246,7 +247,7 @@ def test_a_later_token_never_influences_an_earlier_row(case, seed, dtype, data):
     q, k, v = clustered_qkv(case, dtype, seed)
     perm, words = random_perms(case, seed), ref.pack_mask(random_mask(case, seed))
     num_earlier = changed - first_position
-    group = case.num_heads // case.num_kv_heads
+    group = case.num_q_heads // case.num_kv_heads
     before = attend_with(case, q, k, v, perm, words)
     k, v = k.clone(), v.clone()
     k[:, :, changed:] = 30 * q[:, ::group, num_earlier : num_earlier + 1]

@@ -228,7 +228,7 @@ def test_the_readme_has_every_signature(op):
 
 def test_documents_have_all_gpus():
     said = f"compute capability {gpu_capabilities()}"
-    assert f"CUDA: {said}" in (ROOT / "README.md").read_text()
+    assert said in (ROOT / "README.md").read_text()
     assert f"the GPU is not of {said}" in (ROOT / "docs" / "troubleshooting.md").read_text()
 
 
@@ -236,4 +236,5 @@ def test_documents_have_all_head_dims():
     head_dims = f"{', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}"
     assert f"head_dim {head_dims}" in pbs_attn.attention.__doc__
     assert f"head_dim {head_dims}" in (ROOT / "README.md").read_text()
-    assert f"D head dim ({head_dims})" in (ROOT / "docs" / "ops.md").read_text()
+    page = " ".join((ROOT / "docs" / "ops.md").read_text().split())
+    assert f"head dim ({head_dims})" in page

@@ -27,8 +27,10 @@ ops = torch.ops.pbs
 
 CASES = [
     Case(256, 256, num_kv_heads=4),
-    Case(300, 300, num_heads=6, block_size=64, kv_block_size=32, segment_size=128, strides="bnhd"),
-    Case(333, 333, num_heads=5, num_kv_heads=1, strides="slice"),
+    Case(
+        300, 300, num_q_heads=6, block_size=64, kv_block_size=32, segment_size=128, strides="bnhd"
+    ),
+    Case(333, 333, num_q_heads=5, num_kv_heads=1, strides="slice"),
     Case(128, 384, mass="causal", threshold=0.7, strides="slice"),
     Case(75, 301, permute_per="query_head", strides="bnhd"),
     Case(150, 331, block_size=64, segment_size=64, mass="causal", scale=0.3),
@@ -40,13 +42,13 @@ CASES = [
     Case(65, 65, threshold=0.3, num_heavy=8),
     Case(300, 300, is_causal=False, strides="bnhd", num_heavy=16),
     Case(77, 192, is_causal=False, mass="causal", permute_per="query_head", threshold=0.5),
-    Case(77, 231, is_causal=False, mass="causal", num_heads=3, num_kv_heads=1, kv_block_size=64),
+    Case(77, 231, is_causal=False, mass="causal", num_q_heads=3, num_kv_heads=1, kv_block_size=64),
     Case(20, 50, is_causal=False, permute_per="query_head"),
     Case(700, 700, batch=1, block_size=128, segment_size=256),
     Case(290, 290, kv_block_size=128, segment_size=128, mass="causal", threshold=0.6),
     Case(513, 513, batch=1, block_size=128, kv_block_size=32, segment_size=256, num_heavy=32),
     Case(400, 400, permute_per="query_head", num_heavy=1, threshold=0.6, num_kv_heads=4),
-    Case(90, 1300, batch=1, num_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
+    Case(90, 1300, batch=1, num_q_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
     Case(260, 260, threshold=1.0, mass="causal", kv_block_size=64),
 ]
 SAMPLED = [
@@ -151,7 +153,7 @@ def assert_scores(case, q, k):
     scores = ops.score_keys(q, k, **options)
 
     num_sorted = case.num_keys // case.segment_size * case.segment_size
-    keys = ref.repeat_heads(k, case.num_heads)[:, :, :num_sorted].float()
+    keys = ref.repeat_heads(k, case.num_q_heads)[:, :, :num_sorted].float()
     logits = q[:, :, -case.block_size :].float() @ keys.mT * ref.scale_for(q, case.scale)
     in_torch = logits.softmax(-1).mean(2)
     if case.permute_per == "kv_head":
@@ -310,5 +312,5 @@ def test_attention(case, dtype):
     assert out.stride() == torch.empty_like(q).stride()
 
     by_stage = run_stages(case, q, k, v)
-    mask = ref.unpack_mask(by_stage.words, stages.mask.shape[-1])
+    mask = ref.unpack_mask(by_stage.block_mask, stages.mask.shape[-1])
     assert torch.equal(ref.visited_keys(by_stage.perm, mask, case.layout), visited)

@@ -37,7 +37,7 @@ def random_case(seed):
     return Case(
         num_queries=rng.choice([num_keys, rng.randint(1, num_keys)]),
         num_keys=num_keys,
-        num_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 7, 9]),
+        num_q_heads=num_kv_heads * rng.choice([1, 2, 3, 4, 5, 7, 9]),
         num_kv_heads=num_kv_heads,
         head_dim=rng.choice(HEAD_DIMS),
         batch=rng.randint(1, 2),
@@ -86,7 +86,7 @@ def assert_scores(case, q, k, logits_dtype=torch.float32):
     poison(exact.float())
     scores = ops.score_keys(*to_gpu(case, q, k), **options).cpu()
     num_sorted = case.num_keys // case.segment_size * case.segment_size
-    keys = ref.repeat_heads(k, case.num_heads)[:, :, :num_sorted].to("cuda", logits_dtype)
+    keys = ref.repeat_heads(k, case.num_q_heads)[:, :, :num_sorted].to("cuda", logits_dtype)
     queries = q[:, :, -case.block_size :].to("cuda", logits_dtype)
     logits = (queries @ keys.mT).float() * ref.scale_for(q, case.scale)
     in_torch = logits.softmax(-1).mean(2).cpu()
@@ -124,7 +124,7 @@ def test_score_keys_of_several_chunks(head_dim, dtype):
 @pytest.mark.parametrize("group", [1, 2, 4, 7])
 def test_score_keys_of_long_parts(group, head_dim):
     """So many key heads that a CTA has much of one, and its keys pass all stages more than once."""
-    heads = {"num_heads": 70 * group, "num_kv_heads": 70}
+    heads = {"num_q_heads": 70 * group, "num_kv_heads": 70}
     case = Case(64, 1100, **heads, head_dim=head_dim, batch=1, block_size=64, segment_size=128)
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=0)
     assert_scores(case, q, k)
@@ -157,7 +157,7 @@ def test_sort_segments_agrees_with_cpu(levels, num_heavy, segment_size):
 @given(case=random_cases, seed=seeds, levels=st.sampled_from([1, 3, 10, 2**20]))
 def test_sort_segments_of_random_shapes(case, seed, levels):
     generator = torch.Generator().manual_seed(seed)
-    shape = (case.batch, case.num_heads, case.num_keys)
+    shape = (case.batch, case.num_q_heads, case.num_keys)
     scores = torch.randint(-levels, levels, shape, generator=generator).float()
     options = case.kwargs("sort_segments")
     poison(scores)
@@ -169,7 +169,7 @@ def test_sort_segments_of_random_shapes(case, seed, levels):
 @given(case=random_cases, seed=seeds, dtype=st.sampled_from(DTYPES))
 def test_permute_kv_of_random_shapes(case, seed, dtype):
     _, k, v = clustered_qkv(case, dtype, seed)
-    num_heads = case.num_heads if case.permute_per == "query_head" else case.num_kv_heads
+    num_heads = case.num_q_heads if case.permute_per == "query_head" else case.num_kv_heads
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(case.batch, num_heads, case.num_keys, generator=generator)
     perm = ref.sort_segments(noise, segment_size=case.segment_size).int()
@@ -215,7 +215,7 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
         512,
         num_keys,
         batch=1,
-        num_heads=2,
+        num_q_heads=2,
         num_kv_heads=1,
         block_size=block_size,
         kv_block_size=kv_block_size,
@@ -244,9 +244,9 @@ def assert_selection(case, seed, dtype):
     k_perm, _, k_mean = ops.permute_kv(k, v, perm, **case.kwargs("permute_kv"))
     candidate, _ = ref.block_roles(case.layout)
     masses = ref.masses_of(case, q, k, k_mean, perm)
-    sink = ref.sink_block(perm, k_mean, case.num_heads, case.kv_block)
+    sink = ref.sink_block(perm, k_mean, case.num_q_heads, case.kv_block)
     options = case.kwargs("select_blocks")
-    poison(ref.pack_mask(candidate.expand(case.batch, case.num_heads, -1, -1)))
+    poison(ref.pack_mask(candidate.expand(case.batch, case.num_q_heads, -1, -1)))
     q, k, k_perm = to_gpu(case, q, k, k_perm)
     words, counts = ops.select_blocks(q, k, k_mean.cuda(), perm.cuda(), k_perm, **options)
     mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
@@ -277,7 +277,7 @@ def test_sampled_score_follows_its_rule(
     case = Case(
         3900,
         4100,
-        num_heads=6,
+        num_q_heads=6,
         num_kv_heads=2,
         head_dim=head_dim,
         block_size=64,
@@ -310,7 +310,7 @@ def test_sampled_score_of_growing_logits(factor, last):
     words, _ = ops.select_blocks(q.cuda(), k.cuda(), k_mean.float().cuda(), **options)
     masses = ref.masses_of(case, q, k, k_mean, None)
     candidate, _ = ref.block_roles(case.layout)
-    sink = torch.zeros(1, case.num_heads, dtype=torch.long)
+    sink = torch.zeros(1, case.num_q_heads, dtype=torch.long)
     mask = ref.unpack_mask(words.cpu(), k_mean.shape[2])
     assert_smallest_set(mask, *masses, candidate, sink, 0.9, eps=SAMPLED_EPS)
 
@@ -330,7 +330,7 @@ def test_nan_visits_everything_with_sampled_scores():
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_select_blocks_of_many_tiles_takes_the_smallest_set(head_dim, mass, dtype):
     """So many query blocks that a CTA works on several tiles of them, one loaded ahead."""
-    case = Case(4000, 4000, num_heads=8, head_dim=head_dim, mass=mass, permute_per="query_head")
+    case = Case(4000, 4000, num_q_heads=8, head_dim=head_dim, mass=mass, permute_per="query_head")
     assert_selection(case, 0, dtype)
 
 
@@ -347,7 +347,7 @@ def assert_attention(case, q, k, v):
     """All five in one call visit what they visit one by one, and the output on it is right."""
     q, k, v = to_gpu(case, q, k, v)
     by_stage = run_stages(case, q, k, v)
-    mask = ref.unpack_mask(by_stage.words.cpu(), by_stage.k_mean.shape[2])
+    mask = ref.unpack_mask(by_stage.block_mask.cpu(), by_stage.k_mean.shape[2])
     visited = ref.visited_keys(by_stage.perm.cpu(), mask, case.layout).cuda()
     exact, _ = ref.masked_attention(q, k, v, visited, scale=case.scale)
     poison(q)
@@ -368,7 +368,7 @@ def test_attention_of_random_shapes(case, seed, dtype):
 
 
 def test_attention_over_runs_streams_and_graphs():
-    case = Case(3000, 3000, num_heads=8, head_dim=128, block_size=128, segment_size=256)
+    case = Case(3000, 3000, num_q_heads=8, head_dim=128, block_size=128, segment_size=256)
     q, k, v = (t.cuda() for t in clustered_qkv(case, torch.bfloat16, seed=0))
     out = ops.attention(q, k, v)
     for _ in range(20):
