@@ -78,8 +78,8 @@ def _add_demo(subcommands):
         "demo",
         help="prefill a real model over a real text, dense and with PBS",
         description="Runs the prefill of a language model over a long text, dense and with PBS "
-        "attention, three times each; prints times, density, perplexity and a continuation of both, "
-        "and draws one head's attention map.",
+        "attention, three times each; prints times, density, perplexity and a continuation of "
+        "both, and draws one head's attention map.",
     )
     parser.add_argument(
         "--model",

@@ -21,6 +21,7 @@ from pbs_attn.demo_report import Report, Run, Side, write_csv
 TAIL_TOKENS = 4096
 WARM_UP_TOKENS = 512
 MIN_SEGMENTS = 4  # with fewer there is next to nothing to skip
+# In turn and turned about: a machine that slows down or speeds up favours neither.
 ORDER = ("dense", "PBS", "PBS", "dense", "dense", "PBS")
 
 
