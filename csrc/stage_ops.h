@@ -13,7 +13,7 @@
 
 #include <tuple>
 
-#include "pbs/check.h"
+#include "stage_params.h"
 
 namespace pbs {
 
@@ -41,17 +41,6 @@ struct StageOps {
     return run_score_keys(backend, params, q);
   }
 
-  static ScoreKeysParams score_keys_params(const Tensor& q, const Tensor& k, const Problem& problem,
-                                           const Blocking& blocking, float scale) {
-    ScoreKeysParams params{};
-    params.problem = problem;
-    params.blocking = blocking;
-    params.scale = scale;
-    params.q = const_rows(q);
-    params.k = const_rows(k);
-    return params;
-  }
-
   static Tensor run_score_keys(const Backend& backend, ScoreKeysParams params, const Tensor& q) {
     const Problem& problem = params.problem;
     Tensor scores =
@@ -75,17 +64,6 @@ struct StageOps {
         sort_segments_params(scores, segment_size, check_num_heavy(num_heavy));
     backend.check_sort_segments(params);
     return run_sort_segments(backend, params, scores);
-  }
-
-  static SortSegmentsParams sort_segments_params(const Tensor& scores, int64_t segment_size,
-                                                 int64_t num_heavy) {
-    SortSegmentsParams params{};
-    params.num_heads = scores.size(0) * scores.size(1);
-    params.num_kv = scores.size(2);
-    params.segment_size = segment_size;
-    params.num_heavy = num_heavy;
-    params.importance = scores.const_data_ptr<float>();
-    return params;
   }
 
   static Tensor run_sort_segments(const Backend& backend, SortSegmentsParams params,
@@ -132,18 +110,6 @@ struct StageOps {
                                      ScalarType::Float);
     const auto [k_perm, v_perm] = run_permute_kv(backend, params, k, &k_mean);
     return {k_perm, v_perm, k_mean};
-  }
-
-  static PermuteKVParams permute_kv_params(const Tensor& k, const Tensor& v, const Tensor& perm,
-                                           const Problem& problem, int64_t kv_block_size) {
-    PermuteKVParams params{};
-    params.problem = problem;
-    params.kv_block_size = kv_block_size;
-    params.num_copied = problem.num_kv;
-    params.k = const_rows(k);
-    params.v = const_rows(v);
-    params.perm = perm.const_data_ptr<int32_t>();
-    return params;
   }
 
   // `k_mean` may be null.
@@ -197,22 +163,6 @@ struct StageOps {
     return run_select_blocks(backend, params, q);
   }
 
-  static SelectBlocksParams select_blocks_params(const Tensor& q, const Tensor& k,
-                                                 const Tensor& k_perm, const Problem& problem,
-                                                 const Blocking& blocking, float scale,
-                                                 bool is_causal, const SelectRule& rule) {
-    SelectBlocksParams params{};
-    params.problem = problem;
-    params.blocking = blocking;
-    params.scale = scale;
-    params.is_causal = is_causal;
-    params.rule = rule;
-    params.q = const_rows(q);
-    params.k = const_rows(k);
-    params.k_perm = const_rows(k_perm);
-    return params;
-  }
-
   static std::tuple<Tensor, Tensor> run_select_blocks(const Backend& backend,
                                                       SelectBlocksParams params, const Tensor& q) {
     const Problem& problem = params.problem;
@@ -258,24 +208,6 @@ struct StageOps {
                       check_scale(scale, problem.head_dim), is_causal);
     backend.check_attend(params);
     return run_attend(backend, params, q);
-  }
-
-  static AttendParams attend_params(const Tensor& q, const Tensor& k, const Tensor& v,
-                                    const Tensor& k_perm, const Tensor& v_perm,
-                                    const Tensor& block_mask, const Problem& problem,
-                                    const Blocking& blocking, float scale, bool is_causal) {
-    AttendParams params{};
-    params.problem = problem;
-    params.blocking = blocking;
-    params.scale = scale;
-    params.is_causal = is_causal;
-    params.q = const_rows(q);
-    params.k = const_rows(k);
-    params.v = const_rows(v);
-    params.k_perm = const_rows(k_perm);
-    params.v_perm = const_rows(v_perm);
-    params.block_mask = reinterpret_cast<const uint32_t*>(block_mask.const_data_ptr<int32_t>());
-    return params;
   }
 
   static std::tuple<Tensor, Tensor> run_attend(const Backend& backend, AttendParams params,
@@ -333,45 +265,6 @@ struct StageOps {
         backend,
         attend_params(q, k, v, k_perm, v_perm, block_mask, problem, blocking, factor, is_causal),
         q));
-  }
-
-  // Permuted keys that any query block may select: those of the last one.
-  static int64_t num_candidate_rows(const Problem& problem, const Blocking& blocking,
-                                    bool is_causal) {
-    const int64_t num_blocks = num_query_blocks(problem, blocking);
-    if (num_blocks == 0) return 0;
-    return query_block(num_blocks - 1, problem, blocking, is_causal).num_candidates *
-           blocking.kv_block_size;
-  }
-
-  static int64_t check_permute_per(const std::string& permute_per, const Problem& problem) {
-    return check_choice("permute_per", permute_per, "kv_head", "query_head") ? problem.num_q_heads
-                                                                             : problem.num_kv_heads;
-  }
-
-  static void check_perm(const Tensor& perm, const Tensor& q, const Problem& problem) {
-    check_same_device("perm", perm, "q", q);
-    check_dtype("perm", perm, ScalarType::Int);
-    check_ndim("perm", perm, 3, "(batch, heads, tokens)");
-    check_size("perm", perm, 0, problem.batch, "batch of q");
-    check_size("perm", perm, 1, problem.num_perm_heads, "heads of k_mean");
-    check_size("perm", perm, 2, problem.num_kv, "rows of k");
-    check_contiguous("perm", perm);
-  }
-
-  static void check_permuted(const char* name, const Tensor& t, const Tensor& k,
-                             const Problem& problem) {
-    check_same_device(name, t, "k", k);
-    if (dtype_of(t) != dtype_of(k)) {
-      fail(name, " must have the dtype of k (", dtype_text(dtype_of(k)), "), got ",
-           dtype_text(dtype_of(t)));
-    }
-    check_ndim(name, t, 4, "(batch, heads, tokens, head_dim)");
-    check_size(name, t, 0, problem.batch, "batch of q");
-    check_perm_heads(name, t.size(1), problem);
-    check_size(name, t, 2, problem.num_kv, "rows of k");
-    check_size(name, t, 3, problem.head_dim, "head_dim of q");
-    check_last_dim_contiguous(name, t);
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {

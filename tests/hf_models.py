@@ -2,10 +2,12 @@
 
 import inspect
 
+import pytest
 import torch
 import transformers
 from transformers import masking_utils
 
+import pbs_attn.transformers as integration
 from pbs_attn import PBSConfig
 
 EXACT = PBSConfig(block_size=64, segment_size=128, threshold=1.0)
@@ -23,6 +25,13 @@ FORWARD = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in FORWARD else "past_key_values"
 
 ATOL = 1e-4  # of logits around 3, float32, against another order of summation
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """In each file that imports it: both names, with counts that begin again."""
+    integration.register("pbs_exact", config=EXACT, min_tokens=MIN_TOKENS)
+    integration.register("pbs_sparse", config=SPARSE, min_tokens=MIN_TOKENS)
 
 
 def base_config(**changes):

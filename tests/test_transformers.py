@@ -22,18 +22,13 @@ from hf_models import (  # noqa: E402
     assert_same,
     build,
     logits,
+    registered,  # noqa: F401  a fixture for every test
     tokens,
 )
 from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
 import pbs_attn.transformers as integration  # noqa: E402
 from pbs_attn._hf_route import Call, Settings, route  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    integration.register("pbs_exact", config=EXACT, min_tokens=MIN_TOKENS)
-    integration.register("pbs_sparse", config=SPARSE, min_tokens=MIN_TOKENS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

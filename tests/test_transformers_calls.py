@@ -19,16 +19,11 @@ from hf_models import (  # noqa: E402
     assert_same,
     build,
     logits,
+    registered,  # noqa: F401  a fixture for every test
     tokens,
 )
 
 import pbs_attn.transformers as integration  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    integration.register("pbs_exact", config=EXACT, min_tokens=MIN_TOKENS)
-    integration.register("pbs_sparse", config=SPARSE, min_tokens=MIN_TOKENS)
 
 
 def taken(name="pbs_exact"):
