@@ -27,15 +27,14 @@ class Consumer {
         reader_(shared),
         lane_(threadIdx.x % 32),
         warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
-        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)),
-        softmax_{args.params.scale * kLog2e} {}
+        row_(row_of_thread(static_cast<int>(threadIdx.x) - 128)) {}
 
   __device__ void run() {
     // The first turn belongs to warpgroup 0.
     if (warpgroup_ == 1) pass_turn();
     int num_tiles = reader_.next().tiles.total;
     if (num_tiles < 0) return;
-    auto t = make_operands<Traits>(shared_, uniform(warpgroup_));
+    auto t = make_operands<Traits>(shared_, warpgroup_, params_.scale * kLog2e);
 
     shared_.q_full[q_.stage()].wait(q_.parity());
     shared_.k_full[k_.stage()].wait(k_.parity());
@@ -56,13 +55,13 @@ class Consumer {
         start_values(t);
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(t.tOrO);
-        write_rows<Traits>(params_, reader_.previous(), softmax_, t.tOrO);
+        write_rows<Traits>(params_, reader_.previous(), t.softmax, t.tOrO);
         return;
       }
       shared_.q_full[q_.stage()].wait(q_.parity());
       start_both(t, has_older);
-      const Softmax done = softmax_;
-      softmax_ = Softmax{done.scale_log2};
+      const Softmax done = t.softmax;
+      t.softmax = Softmax{done.scale_log2};
       take_first_tile(t);
       release(shared_.v_empty[v_.previous().stage()]);
       write_rows<Traits>(params_, reader_.previous(), done, t.tOrO);
@@ -123,27 +122,29 @@ class Consumer {
 
   template <class Operands, class IsMasked>
   CUTLASS_DEVICE void fold_tile(Operands& t, int tile_idx, IsMasked is_masked) {
+    bool rescales = false;
     take_scores(t);
     if constexpr (is_masked) {
       release_keys();
-      softmax_.add(weigh_masked(t, tile_idx));
+      t.softmax.add(weigh_masked(t, tile_idx, rescales));
     } else {
-      softmax_.add(weigh(t));
+      t.softmax.add(weigh(t, rescales));
       release_keys();
     }
     take_values(t);
     round_weights(t);
-    if (rescales_) {
+    if (rescales) {
       CUTE_UNROLL
-      for (int i = 0; i < cute::size(t.tOrO); ++i) t.tOrO(i) *= rescale_[row_of(i)];
+      for (int i = 0; i < cute::size(t.tOrO); ++i) t.tOrO(i) *= t.rescale[row_of(i)];
     }
   }
 
   template <class Operands>
   CUTLASS_DEVICE void take_first_tile(Operands& t) {
+    bool rescales = false;  // there is nothing yet
     take_scores(t);
     release_keys();
-    softmax_.add(weigh_masked(t, 0));
+    t.softmax.add(weigh_masked(t, 0, rescales));
     take_values(t);
   }
 
@@ -171,26 +172,26 @@ class Consumer {
 
   // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
   template <class Operands>
-  CUTLASS_DEVICE TileSums weigh_masked(Operands& t, int tile_idx) {
+  CUTLASS_DEVICE TileSums weigh_masked(Operands& t, int tile_idx, bool& rescales) {
     mask(t.tSrS, tile_idx);
-    rescales_ = softmax_.raise(t.tSrS, rescale_);
-    return softmax_.weigh_any(t.tSrS);
+    rescales = t.softmax.raise(t.tSrS, t.rescale);
+    return t.softmax.weigh_any(t.tSrS);
   }
 
   // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
   // that a score lay far above these, the weights shrink; if they left the range of numbers, the
   // scores are computed again.
   template <class Operands>
-  CUTLASS_DEVICE TileSums weigh(Operands& t) {
-    TileSums sums = softmax_.weigh(t.tSrS);
-    rescales_ = Softmax::outgrow(sums);
-    if (rescales_) {
+  CUTLASS_DEVICE TileSums weigh(Operands& t, bool& rescales) {
+    TileSums sums = t.softmax.weigh(t.tSrS);
+    rescales = Softmax::outgrow(sums);
+    if (rescales) {
       if (Softmax::is_lost(sums)) {
         recompute_scores(t.tSrS);
-        rescales_ = softmax_.raise(t.tSrS, rescale_);
-        sums = softmax_.weigh_any(t.tSrS);
+        rescales = t.softmax.raise(t.tSrS, t.rescale);
+        sums = t.softmax.weigh_any(t.tSrS);
       } else {
-        softmax_.shrink(t.tSrS, sums, rescale_);
+        t.softmax.shrink(t.tSrS, sums, t.rescale);
       }
     }
     return sums;
@@ -287,9 +288,6 @@ class Consumer {
   RingState<Traits::kQStages> q_;
   RingState<Traits::kKStages> k_;
   RingState<Traits::kVStages> v_;  // the next product with V
-  Softmax softmax_;
-  float rescale_[kThreadRows];  // of the rows so far, where rescales_
-  bool rescales_ = false;
 };
 
 }  // namespace pbs::cuda::sm90

@@ -1,6 +1,7 @@
 // What a thread of a consumer warpgroup multiplies and what it gets, in CuTe's names.
 #pragma once
 
+#include "softmax.cuh"
 #include "traits.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -15,11 +16,14 @@ struct ConsumerOperands {
   O tOrO;
   S tSrS;
   P tOrP;
+  Softmax softmax;
+  float rescale[kThreadRows];  // of the rows so far, where a tile asks for it
 };
 
 // Of warpgroup 0 or 1.
 template <class Traits>
-CUTLASS_DEVICE auto make_operands(typename Traits::SharedStorage& shared, int warpgroup) {
+CUTLASS_DEVICE auto make_operands(typename Traits::SharedStorage& shared, int warpgroup,
+                                  float scale_log2) {
   using Element = typename Traits::Element;
   typename Traits::QkMma qk_mma;
   typename Traits::PvMma pv_mma;
@@ -27,8 +31,8 @@ CUTLASS_DEVICE auto make_operands(typename Traits::SharedStorage& shared, int wa
       cute::make_tensor(cute::make_smem_ptr(shared.k), typename Traits::LayoutK{});
   const cute::Tensor sVt =
       cute::make_tensor(cute::make_smem_ptr(shared.v), typename Traits::LayoutVt{});
-  auto qk_thread = qk_mma.get_thread_slice(128 * warpgroup);
-  auto pv_thread = pv_mma.get_thread_slice(128 * warpgroup);
+  auto qk_thread = qk_mma.get_thread_slice(128 * uniform(warpgroup));
+  auto pv_thread = pv_mma.get_thread_slice(128 * uniform(warpgroup));
   auto tSrK = qk_thread.partition_fragment_B(sK);
   auto tOrV = pv_thread.partition_fragment_B(sVt);
   auto tOrO =
@@ -43,7 +47,7 @@ CUTLASS_DEVICE auto make_operands(typename Traits::SharedStorage& shared, int wa
           .shape());
   return ConsumerOperands<Traits, decltype(qk_thread), decltype(tSrK), decltype(tOrV),
                           decltype(tOrO), decltype(tSrS), decltype(tOrP)>{
-      qk_mma, pv_mma, qk_thread, tSrK, tOrV, tOrO, tSrS, tOrP};
+      qk_mma, pv_mma, qk_thread, tSrK, tOrV, tOrO, tSrS, tOrP, Softmax{scale_log2}, {}};
 }
 
 }  // namespace pbs::cuda::sm90
