@@ -16,6 +16,9 @@ from ._hf_trace import constant_in_traces
 # Keywords by which an attention layer hands on its attention sinks.
 _SINKS = {"s_aux", "sinks"}
 
+# Types of layers with a window or chunk, and where the config has its size.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
 # Parameters by which an attention layer takes the states that it attends to from elsewhere.
 _CROSS_ATTENTION = ("cross_attention_states", "encoder_hidden_states", "key_value_states")
 
@@ -82,7 +85,11 @@ def foresee_call(module: torch.nn.Module, model: Any, config: Any, num_tokens: i
         dtype=_operand_dtype(device_type, model.dtype),
         device_type=device_type,
         is_causal=_is_causal(module),
-        has_mask=always_masked(module) or _is_masked_from_outside(module, model),
+        has_mask=(
+            always_masked(module)
+            or _is_masked_from_outside(module, model)
+            or _has_pattern_of_its_own(module, config)
+        ),
         window=_window(module, config),
         uses_interface=uses_interface(file_name),
         supports_sdpa=supports_sdpa(file_name),
@@ -114,6 +121,12 @@ def _hands_over_its_keys(module: torch.nn.Module) -> bool:
     """Whether the layer tells its attention function which keys it has selected."""
     names = keywords(type(module))
     return "indices" in names or ("block_indices" in names and _has(module, "indexer"))
+
+
+def _has_pattern_of_its_own(module: torch.nn.Module, config: Any) -> bool:
+    """Whether the config names a window for the layer that is none of transformers' own."""
+    kind = _layer_type(module, config)
+    return kind is not None and "sliding" in kind and kind not in _WINDOWS
 
 
 def _is_causal(module: torch.nn.Module) -> bool | None:
@@ -168,16 +181,17 @@ def _window(module: Any, config: Any) -> Any:
     makers = mask_makers(type(module))
     if makers and not any("sliding" in name or "chunk" in name for name in makers):
         return None  # the config has a window, but the model makes no mask of it
-    attributes = {
-        "sliding_attention": "sliding_window",
-        "chunked_attention": "attention_chunk_size",
-    }
-    layer_types = getattr(config, "layer_types", None)
-    layer_idx = getattr(module, "layer_idx", None)
-    if layer_types and layer_idx is not None:
-        attribute = attributes.get(layer_types[layer_idx])
-        return getattr(config, attribute, None) if attribute else None
+    kind = _layer_type(module, config)
+    if kind is not None:
+        return getattr(config, _WINDOWS[kind], None) if kind in _WINDOWS else None
     return _first_given((config, "sliding_window"), (config, "attention_chunk_size"))
+
+
+def _layer_type(module: Any, config: Any) -> str | None:
+    """What the config calls the layer, where it names its layers."""
+    layer_types: list[str] | None = getattr(config, "layer_types", None)
+    layer_idx: int | None = getattr(module, "layer_idx", None)
+    return layer_types[layer_idx] if layer_types and layer_idx is not None else None
 
 
 def _first_given(*places: tuple[Any, str]) -> Any:

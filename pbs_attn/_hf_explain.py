@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ._hf_call import foresee_call
-from ._hf_file import calls_interface, uses_interface
+from ._hf_file import calls_interface, mask_makers, uses_interface
 from ._hf_route import REGISTERED, fill_in, route
 from ._hf_table import format_table
 
@@ -69,9 +69,10 @@ def is_attention(module: torch.nn.Module) -> bool:
     """Whether `module` is an attention layer, as far as its attributes and its code tell."""
     hints = ("layer_idx", "scaling", "num_key_value_groups")
     looks_so = hasattr(module, "is_causal") and any(hasattr(module, hint) for hint in hints)
-    if not uses_interface(type(module).__module__):
-        return looks_so or type(module).__name__.endswith("Attention")
-    return looks_so or calls_interface(type(module))
+    # A model whose file does not use the interface is refused where it asks for its mask.
+    is_refused = not uses_interface(type(module).__module__) and bool(mask_makers(type(module)))
+    named_so = is_refused and type(module).__name__.endswith("Attention")
+    return looks_so or named_so or calls_interface(type(module))
 
 
 def _explain_layer(

@@ -180,9 +180,14 @@ NOT_BUILT = {
         QDQBertLMHeadModel
     """,
     "transformers 4 cannot build or run it": """
-        ApertusForCausalLM MegaForCausalLM Speech2Text2ForCausalLM
+        ApertusForCausalLM MegaForCausalLM Speech2Text2ForCausalLM xLSTMForCausalLM
     """,
 }
+
+
+def not_built():
+    """Names of all in NOT_BUILT."""
+    return {name for names in NOT_BUILT.values() for name in names.split()}
 
 
 def families():

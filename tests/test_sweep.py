@@ -128,7 +128,7 @@ def reference(form, model):
     try:
         expected = logits(form, model, "eager")
     except Exception as error:
-        if form is plain:
+        if form is plain and type(model).__name__ not in sweep_models.not_built():
             raise
         pytest.skip(f"eager refuses: {type(error).__name__}: {str(error)[:150]}")
     if not expected.isfinite().all():
@@ -192,8 +192,7 @@ def test_enough_default_families_are_built():
 @pytest.mark.slow
 def test_families_are_built_or_named():
     built = build_all(FAMILIES)
-    named = {name for names in sweep_models.NOT_BUILT.values() for name in names.split()}
-    assert set(FAMILIES) - set(built) <= named
+    assert set(FAMILIES) - set(built) <= sweep_models.not_built()
     assert len(built) >= (220 if len(FAMILIES) > 250 else 140)
 
 
