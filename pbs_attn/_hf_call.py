@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ._autograd import is_differentiated
 from ._hf_file import keywords, mask_makers, needs_mask, supports_sdpa, uses_interface
-from ._hf_route import DTYPES, Call
+from ._hf_route import Call
 from ._hf_trace import constant_in_traces
+from .ops import DTYPES
 
 # Keywords by which an attention layer hands on its attention sinks.
 _SINKS = {"s_aux", "sinks"}

@@ -10,11 +10,9 @@ import torch
 from ._hf_trace import constant_in_traces
 from ._library import has_kernel
 from .config import PBSConfig
-from .ops import HEAD_DIMS
+from .ops import DTYPES, HEAD_DIMS
 
 NO_INTERFACE = "the model's file does not support SDPA through transformers' attention interface"
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

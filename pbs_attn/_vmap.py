@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Operands that are rows of queries, keys or values may have any strides, and autocast casts them.
+ROWS = ("q", "k", "v", "k_perm", "v_perm")
+
 
 def _fold(tensor: Tensor, in_dim: int | None, size: int, is_row_strided: bool) -> Tensor:
     """(..., size, ...) or, not vmapped, (batch, ...) as (size * batch, ...)."""
@@ -29,7 +32,7 @@ def _unfold(tensor: Tensor, size: int) -> Tensor:
 def batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
     """What torch.library.register_vmap takes for operator `name`."""
     op = getattr(torch.ops.pbs, name).default
-    is_row_strided = [a.name in ("q", "k", "v", "k_perm", "v_perm") for a in op._schema.arguments]
+    is_row_strided = [a.name in ROWS for a in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> Any:
         size = info.batch_size

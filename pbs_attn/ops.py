@@ -16,7 +16,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from . import _library
 from ._autograd import carries_tangent, requires_backward
-from ._vmap import batching_rule
+from ._vmap import ROWS, batching_rule
 from .config import RESOLVED, SETTINGS, PBSConfig
 
 _library.load()
@@ -151,20 +151,19 @@ def _has_kernel(tensor: Tensor) -> bool:
     return _kind(tensor) == "strided" and tensor.device.type in ("cpu", "cuda", "meta")
 
 
-# The operands that must share a dtype; k_mean and the scores stay float32 under autocast.
-_CAST = ("q", "k", "v", "k_perm", "v_perm")
-_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of rows; k_mean and the scores stay float32 under autocast.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_castable(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and _has_kernel(arg) and arg.dtype in _CAST_DTYPES
+    return isinstance(arg, Tensor) and _has_kernel(arg) and arg.dtype in DTYPES
 
 
 def _in_autocast_dtype(
     name: str, device_type: str, key: torch._C.DispatchKey
 ) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
-    is_cast = [argument.name in _CAST for argument in _arguments(name)]
+    is_cast = [argument.name in ROWS for argument in _arguments(name)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
