@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "int block_size=128, int? kv_block_size=None, int segment_size=256, float threshold=0.9, "
       "bool is_causal=True, "
       "float? scale=None, str mass=\"earlier\", str score=\"mean\", "
-      "int num_samples=16) "
+      "int num_samples=16, str select_per=\"query_head\", int window=0, int dense_tail=0) "
       "-> (Tensor block_mask, Tensor counts)");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor k_perm, Tensor v_perm, Tensor block_mask, *, "
@@ -25,5 +25,6 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
       "int block_size=128, int? kv_block_size=32, int segment_size=256, float? threshold=None, "
       "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"block\", "
-      "str score=\"sampled\", int num_samples=16) -> Tensor");
+      "str score=\"sampled\", int num_samples=16, str select_per=\"query_head\", "
+      "int window=128, int dense_tail=256) -> Tensor");
 }

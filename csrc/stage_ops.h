@@ -133,7 +133,8 @@ struct StageOps {
       const Tensor& q, const Tensor& k, const Tensor& k_mean, std::optional<Tensor> perm,
       std::optional<Tensor> k_perm, int64_t block_size, std::optional<int64_t> kv_block_size,
       int64_t segment_size, double threshold, bool is_causal, std::optional<double> scale,
-      std::string mass, std::string score, int64_t num_samples) {
+      std::string mass, std::string score, int64_t num_samples, std::string select_per,
+      int64_t window, int64_t dense_tail) {
     const Backend backend("select_blocks", "q", q);
     Problem problem = check_query_key(q, k);
     check_same_device("k_mean", k_mean, "q", q);
@@ -147,14 +148,17 @@ struct StageOps {
     check_contiguous("k_mean", k_mean);
     if (perm.has_value()) check_perm(*perm, q, problem);
     const float factor = check_scale(scale, problem.head_dim);
-    const SelectRule rule = check_rule(score, mass, threshold, num_samples, block_size);
+    const Score score_read = check_score(score);
     if (k_perm.has_value()) {
       check_permuted("k_perm", *k_perm, k, problem);
       check_size("k_perm", *k_perm, 1, problem.num_perm_heads, "heads of k_mean");
-    } else if (!reads_means(rule.score)) {
+    } else if (!reads_means(score_read)) {
       if (perm.has_value()) fail("k_perm must be given with perm where score is \"sampled\"");
       problem.num_perm_heads = problem.num_kv_heads;  // of the keys as they are
     }
+    const SelectRule rule =
+        check_rule({score, mass, threshold, num_samples, select_per, window, dense_tail}, problem,
+                   blocking);
     SelectBlocksParams params =
         select_blocks_params(q, k, k_perm.value_or(k), problem, blocking, factor, is_causal, rule);
     params.k_mean = k_mean.const_data_ptr<float>();
@@ -229,14 +233,17 @@ struct StageOps {
                           std::optional<int64_t> kv_block_size, int64_t segment_size,
                           std::optional<double> threshold, std::string permute_per,
                           std::optional<int64_t> num_heavy, std::string mass, std::string score,
-                          int64_t num_samples) {
+                          int64_t num_samples, std::string select_per, int64_t window,
+                          int64_t dense_tail) {
     const Backend backend("attention", "q", q);
     Problem problem = check_query_key(q, k);
     check_key_value(k, v);
     const int64_t heavy = check_num_heavy(num_heavy);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
-    const SelectRule rule = check_rule(score, mass, threshold, num_samples, block_size);
     problem.num_perm_heads = check_permute_per(permute_per, problem);
+    const SelectRule rule =
+        check_rule({score, mass, threshold, num_samples, select_per, window, dense_tail}, problem,
+                   blocking);
     const float factor = check_scale(scale, problem.head_dim);
     backend.check_attention(const_rows(q), const_rows(k), const_rows(v), problem, blocking, factor,
                             rule);

@@ -210,15 +210,18 @@ inline Score check_score(const std::string& score) {
 }
 
 inline MassRule check_mass(const std::string& mass, Score score) {
-  if (mass == "earlier") return MassRule::kEarlier;
-  if (mass == "causal") return MassRule::kCausal;
-  if (mass != "block") {
+  if (mass != "earlier" && mass != "causal" && mass != "block") {
     fail("mass must be \"earlier\", \"causal\" or \"block\", got \"", mass, "\"");
   }
-  if (score == Score::kMean) {
-    fail("mass must be \"earlier\" or \"causal\" with score \"mean\", got \"block\"");
+  switch (score) {
+    case Score::kMean:
+      if (mass != "block") return mass == "causal" ? MassRule::kCausal : MassRule::kEarlier;
+      fail("mass must be \"earlier\" or \"causal\" with score \"mean\", got \"block\"");
+    case Score::kSampled:
+      if (mass == "block") return MassRule::kBlock;
+      fail("mass must be \"block\" with score \"sampled\", got \"", mass, "\"");
   }
-  return MassRule::kBlock;
+  fail("score must be one with a rule of mass");
 }
 
 // Those of PBSConfig (pbs_attn/config.py).
@@ -229,7 +232,7 @@ inline double default_threshold(MassRule rule) {
     case MassRule::kCausal:
       return 0.95;
     case MassRule::kBlock:
-      return 0.01;
+      return 0.005;
   }
   fail("mass must be one with a default threshold");
 }
@@ -245,16 +248,44 @@ inline double check_threshold(std::optional<double> threshold, MassRule rule) {
   fail("threshold must lie in (0, ", kMostOfBlock, "] or be 1 with mass \"block\", got ", value);
 }
 
-inline SelectRule check_rule(const std::string& score, const std::string& mass,
-                             std::optional<double> threshold, int64_t num_samples,
-                             int64_t block_size) {
+inline bool check_select_per(const std::string& select_per, Score score, const Problem& problem) {
+  if (!check_choice("select_per", select_per, "query_head", "kv_head")) return false;
+  if (score != Score::kSampled) {
+    fail("select_per must be \"query_head\" with score \"mean\", got \"kv_head\"");
+  }
+  if (problem.num_perm_heads != problem.num_kv_heads) {
+    fail("select_per must be \"query_head\" with an order per query head, got \"kv_head\"");
+  }
+  return true;
+}
+
+inline int64_t check_rows(const char* name, int64_t rows) {
+  if (rows < 0) fail(name, " must not be negative, got ", rows);
+  return rows;
+}
+
+// The settings of select_blocks, as they come.
+struct RuleSettings {
+  const std::string& score;
+  const std::string& mass;
+  std::optional<double> threshold;
+  int64_t num_samples;
+  const std::string& select_per;
+  int64_t window;
+  int64_t dense_tail;
+};
+
+// `problem` has its num_perm_heads already.
+inline SelectRule check_rule(const RuleSettings& settings, const Problem& problem,
+                             const Blocking& blocking) {
   SelectRule rule{};
-  rule.num_samples = check_num_samples(num_samples, block_size);
-  rule.score = check_score(score);
-  rule.mass = check_mass(mass, rule.score);
-  rule.threshold = check_threshold(threshold, rule.mass);
-  // Everything is taken under every rule, so the kernels need no case of their own.
-  if (rule.threshold >= 1.0 && rule.mass == MassRule::kBlock) rule.mass = MassRule::kCausal;
+  rule.num_samples = check_num_samples(settings.num_samples, blocking.block_size);
+  rule.score = check_score(settings.score);
+  rule.mass = check_mass(settings.mass, rule.score);
+  rule.threshold = check_threshold(settings.threshold, rule.mass);
+  rule.shares_heads = check_select_per(settings.select_per, rule.score, problem);
+  rule.window = check_rows("window", settings.window);
+  rule.dense_tail = check_rows("dense_tail", settings.dense_tail);
   return rule;
 }
 

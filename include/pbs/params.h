@@ -132,10 +132,37 @@ constexpr int64_t num_copied_blocks(const PermuteKVParams& params) {
 
 struct SelectRule {
   Score score;
-  MassRule mass;
-  double threshold;     // 1 takes everything; kBlock then does not occur
-  int32_t num_samples;  // queries of a block that kSampled scores by
+  MassRule mass;         // kBlock with kSampled, and only then
+  double threshold;      // 1 takes everything
+  int32_t num_samples;   // queries of a block that kSampled scores by
+  bool shares_heads;     // the query heads of a permutation share a selection; with kSampled
+  int64_t window;        // keys before a query block that it visits whatever their score, if causal
+  int64_t dense_tail;    // last queries whose blocks visit every key, if causal
 };
+
+// kSampled looks at a summary of the keys: of every kSummaryKeys permuted keys the first
+// kExactKeys one by one, the heavy ones of a segment, and the others by means of kPoolSize.
+constexpr int kSummaryKeys = 256;
+constexpr int kExactKeys = 32;
+constexpr int kPoolSize = 4;
+
+// Query heads that share a selection.
+PBS_HOST_DEVICE constexpr int64_t heads_per_selection(const Problem& problem,
+                                                      const SelectRule& rule) {
+  return rule.shares_heads ? heads_per_perm(problem) : 1;
+}
+
+// The candidates of a query block before this one are chosen by their score, the others are visited
+// whatever it is.
+PBS_HOST_DEVICE constexpr int64_t num_scored_blocks(const QueryBlock& block, const Problem& problem,
+                                                    const Blocking& blocking,
+                                                    const SelectRule& rule, bool is_causal) {
+  if (!is_causal) return block.num_candidates;
+  if (block.first_row + block.num_rows > problem.num_q - rule.dense_tail) return 0;
+  const int64_t window_begin = larger(0, block.first_position - rule.window);
+  return smaller(block.num_candidates, round_down(window_begin, blocking.segment_size) /
+                                           blocking.kv_block_size);
+}
 
 // Whether the own segment's mass counts towards the threshold.
 PBS_HOST_DEVICE constexpr bool counts_own_mass(const SelectRule& rule) {

@@ -21,10 +21,10 @@ __device__ inline int find_sink(const SelectBlocksParams& params, int64_t b, int
   return __reduce_max_sync(~0u, place) / static_cast<int>(params.blocking.kv_block_size);
 }
 
-// Sets the bits of a row, and counts them.
+// Sets the bits of a row, and counts them. Candidates from num_scored on are visited anyhow.
 __device__ inline void write_row(const SelectBlocksParams& params, int num_words, int64_t row,
-                                 int num_candidates, int sink, const float* weights,
-                                 const Cut& cut) {
+                                 int num_scored, int num_candidates, int sink,
+                                 const float* weights, const Cut& cut) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* words = params.block_mask + row * num_words;
   int num_equal = 0;
@@ -44,7 +44,8 @@ __device__ inline void write_row(const SelectBlocksParams& params, int num_words
         if (is_equal && rank >= cut.num_equal) is_selected = false;
         num_equal += __popc(equal);
       }
-      const uint32_t word = __ballot_sync(~0u, i < num_candidates && (is_selected || i == sink));
+      const bool is_visited = is_selected || i == sink || i >= num_scored;
+      const uint32_t word = __ballot_sync(~0u, i < num_candidates && is_visited);
       if (lane == w) own_word = word;
     }
     if (first + lane < num_words) words[first + lane] = own_word;

@@ -86,9 +86,11 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>
       float* row = shared.logits + r * args.row_stride;
       const Cut cut =
           cut_row(args, tile, block, q_means, r, row, shared.scratch + warp * kCutScratch);
+      const auto num_scored = static_cast<int>(num_scored_blocks(
+          block, problem, args.params.blocking, args.params.rule, args.params.is_causal));
       write_row(args.params, args.num_words,
                 (tile.b * problem.num_q_heads + tile.hq) * args.num_q_blocks + tile.first_block + r,
-                static_cast<int>(block.num_candidates), sink, row, cut);
+                num_scored, static_cast<int>(block.num_candidates), sink, row, cut);
     }
     shared.barriers->means_empty[buffer].arrive();
     cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
