@@ -26,5 +26,5 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "int block_size=128, int? kv_block_size=32, int segment_size=256, float? threshold=None, "
       "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"block\", "
       "str score=\"sampled\", int num_samples=16, str select_per=\"query_head\", "
-      "int window=128, int dense_tail=256) -> Tensor");
+      "int window=128, int dense_tail=128) -> Tensor");
 }

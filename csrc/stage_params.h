@@ -74,15 +74,6 @@ inline AttendParams attend_params(const Tensor& q, const Tensor& k, const Tensor
   return params;
 }
 
-// Permuted keys that any query block may select: those of the last one.
-inline int64_t num_candidate_rows(const Problem& problem, const Blocking& blocking,
-                                  bool is_causal) {
-  const int64_t num_blocks = num_query_blocks(problem, blocking);
-  if (num_blocks == 0) return 0;
-  return query_block(num_blocks - 1, problem, blocking, is_causal).num_candidates *
-         blocking.kv_block_size;
-}
-
 inline int64_t check_permute_per(const std::string& permute_per, const Problem& problem) {
   return check_choice("permute_per", permute_per, "kv_head", "query_head") ? problem.num_q_heads
                                                                            : problem.num_kv_heads;

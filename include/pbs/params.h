@@ -90,6 +90,15 @@ PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, const Prob
                      blocking.kv_block_size, blocking.segment_size, is_causal);
 }
 
+// Permuted keys that any query block may select: those of the last one.
+constexpr int64_t num_candidate_rows(const Problem& problem, const Blocking& blocking,
+                                     bool is_causal) {
+  const int64_t num_blocks = num_query_blocks(problem, blocking);
+  if (num_blocks == 0) return 0;
+  return query_block(num_blocks - 1, problem, blocking, is_causal).num_candidates *
+         blocking.kv_block_size;
+}
+
 // The last query rows, whose attention says how important a key is.
 constexpr int64_t num_score_rows(const Problem& problem, const Blocking& blocking) {
   return problem.num_q < blocking.block_size ? problem.num_q : blocking.block_size;
@@ -152,13 +161,19 @@ PBS_HOST_DEVICE constexpr int64_t heads_per_selection(const Problem& problem,
   return rule.shares_heads ? heads_per_perm(problem) : 1;
 }
 
+// Whether a query block holds one of the last queries, which visit every key.
+PBS_HOST_DEVICE constexpr bool is_in_dense_tail(const QueryBlock& block, const Problem& problem,
+                                                const SelectRule& rule, bool is_causal) {
+  return is_causal && block.first_row + block.num_rows > problem.num_q - rule.dense_tail;
+}
+
 // The candidates of a query block before this one are chosen by their score, the others are visited
 // whatever it is.
 PBS_HOST_DEVICE constexpr int64_t num_scored_blocks(const QueryBlock& block, const Problem& problem,
                                                     const Blocking& blocking,
                                                     const SelectRule& rule, bool is_causal) {
   if (!is_causal) return block.num_candidates;
-  if (block.first_row + block.num_rows > problem.num_q - rule.dense_tail) return 0;
+  if (is_in_dense_tail(block, problem, rule, is_causal)) return 0;
   const int64_t window_begin = larger(0, block.first_position - rule.window);
   return smaller(block.num_candidates, round_down(window_begin, blocking.segment_size) /
                                            blocking.kv_block_size);

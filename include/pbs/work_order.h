@@ -1,7 +1,7 @@
 // In which order query blocks are worked on. Host and device.
 //
 // Heads go in groups whose keys and values fit in L2 together. The heaviest group comes first, and
-// inside a group the heaviest query blocks; a group's blocks are numbered with the last query
+// inside a group the heaviest query blocks, but see drawn_place; a group's blocks are numbered with the last query
 // blocks first and the query heads of one KV head side by side.
 #pragma once
 
@@ -58,6 +58,25 @@ PBS_HOST_DEVICE constexpr int32_t order_bin(int32_t num_keys, int32_t most_keys,
                                             float bins_per_key) {
   const auto bin = static_cast<int32_t>(static_cast<float>(most_keys - num_keys) * bins_per_key);
   return bin < kOrderBins - 1 ? bin : kOrderBins - 1;
+}
+
+// Which one of the sorted query blocks is drawn as number draw_idx.
+struct DrawnPlace {
+  int32_t rank;   // of its group; num_groups where all are drawn
+  int32_t place;  // in the group
+};
+
+// The two heaviest blocks of each head are drawn before all others: where they see a whole prompt
+// and the others little of it, they would take longer than the rest of the last group.
+PBS_HOST_DEVICE constexpr DrawnPlace drawn_place(const WorkGroups& groups, int32_t draw_idx) {
+  const int32_t num_blocks = groups.blocks_per_group();
+  const auto num_first = static_cast<int32_t>(smaller(num_blocks, 2 * groups.heads_per_group));
+  const int32_t num_drawn_first = groups.num_groups() * num_first;
+  if (draw_idx < num_drawn_first) return DrawnPlace{draw_idx / num_first, draw_idx % num_first};
+  const int32_t num_rest = num_blocks - num_first;
+  if (num_rest == 0) return DrawnPlace{groups.num_groups(), 0};
+  const int32_t rest_idx = draw_idx - num_drawn_first;
+  return DrawnPlace{rest_idx / num_rest, num_first + rest_idx % num_rest};
 }
 
 // A query block of a group, in order.

@@ -1,9 +1,10 @@
 // How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes. Host
 // and device.
 //
-// A pair is a query block of a head. The pairs of the heads that share a permutation follow each
-// other by query block, then by head, so that neighbours see the same keys; the sampled queries of
-// some of them are stacked to the rows of one product. A CTA works on one unit after the other: as
+// A pair is a query block and a selection: that of a query head, or of all that share a
+// permutation. The pairs of a permutation follow each other by query block, then by head, so that
+// neighbours see the same keys. The sampled queries of some pairs are stacked to the rows of one
+// product, a tile of summarised keys is its columns. A CTA works on one unit after the other: as
 // many stacks as it has warpgroups to multiply.
 #pragma once
 
@@ -14,42 +15,57 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kStackRows = 64;         // sampled queries of a stack, one warpgroup's rows
-constexpr int kSampledTileKeys = 128;  // of one product
-constexpr int kSumKeys = 32;           // of one sum of weights
-constexpr int kSumsPerTile = kSampledTileKeys / kSumKeys;
+constexpr int kStackRows = 64;  // sampled queries of a stack, one warpgroup's rows
+constexpr int kSumKeys = 32;    // of one sum of weights
+constexpr int kSumsPerTile = kSummaryKeys / kSumKeys;
+constexpr int kPooledPerSum = kSumKeys / kPoolSize;
+constexpr int kTileColumns = kExactKeys + (kSummaryKeys - kExactKeys) / kPoolSize;
+static_assert(kExactKeys == kSumKeys, "the first sum of a tile is that of single keys");
+static_assert(kPooledPerSum == 8, "a sum of means is one column group of a product");
+
 constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-constexpr int kSelectWarps = 7;    // choose blocks; beside them one warp loads keys
+// Warpgroups that multiply. Four hide each other's waits; but on short prompts the longest unit of
+// four stacks takes longer than all others together.
+constexpr int kFewWarpgroups = 2;
+constexpr int kManyWarpgroups = 4;
 
-constexpr int kSampledWarpgroups = 2;  // multiply
-
-// Tiles of keys in flight, as shared memory allows.
+// Tiles of keys in flight.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
   return head_dim_tiles(head_dim).sampled_stages;
 }
 
-constexpr int64_t kGroupBytes = 32 << 20;  // of keys that are read at about the same time
+// A tile in device memory is the image of what shared memory holds: its elements of one byte,
+// swizzled, and a float behind them that they are multiples of. Bulk copies move 16 bytes at least.
+PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kTileColumns * head_dim + 16; }
+PBS_HOST_DEVICE constexpr int stack_bytes(int head_dim) { return kStackRows * head_dim; }
+
+// What the rows of a stack know before they meet a candidate. Scores times `factor` are powers of
+// two; `shift` is the logarithm of the weights of the keys of the own segment.
+struct alignas(16) SampledRow {
+  float factor;
+  float shift;
+  int32_t candidate_end;  // keys before it are candidates
+};
+
+constexpr int64_t kManyFrom = 3;  // units a CTA: then their lengths even out
+
+constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the same time
 
 struct SampledPlan {
   int32_t rows_per_pair;  // of a stack: num_samples, filled up to a power of two
   int32_t pairs_per_stack;
-  int32_t heads_per_perm;
+  int32_t num_warpgroups;  // kFewWarpgroups or kManyWarpgroups
+  int32_t selections_per_perm;
   int32_t pairs_per_perm;
+  int32_t stacks_per_perm;
   int32_t units_per_perm;
   int32_t num_perm_heads;   // of all batches
   int32_t heads_per_group;  // whose units are dealt out together
   int32_t num_ctas;
-  int32_t own_tiles;        // of keys in their own order, in a unit at most
-  int32_t candidate_tiles;  // of permuted keys, likewise
-  int64_t mass_stride;      // floats from one row of block masses to the next
+  int32_t num_tiles;        // of the candidates of a permutation
+  int32_t head_dim;
 };
-
-// A table holds one stack's sums: (own_tiles + candidate_tiles, kStackRows, kSumsPerTile) bfloat16.
-PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
-  return static_cast<int64_t>(plan.own_tiles + plan.candidate_tiles) * kStackRows * kSumsPerTile *
-         2;
-}
 
 constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num_sms) {
   const Problem& problem = params.problem;
@@ -57,38 +73,61 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   const int64_t num_q_blocks = num_query_blocks(problem, blocking);
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
   SampledPlan plan{};
+  plan.head_dim = narrow(problem.head_dim);
   plan.rows_per_pair = 1;
   while (plan.rows_per_pair < params.rule.num_samples) plan.rows_per_pair *= 2;
   plan.pairs_per_stack = kStackRows / plan.rows_per_pair;
-  plan.heads_per_perm = narrow(heads_per_perm(problem));
-  plan.pairs_per_perm = narrow(num_q_blocks * plan.heads_per_perm);
-  const int64_t pairs_per_unit = kSampledWarpgroups * plan.pairs_per_stack;
-  plan.units_per_perm = narrow(ceil_div(plan.pairs_per_perm, pairs_per_unit));
+  plan.selections_per_perm =
+      narrow(heads_per_perm(problem) / heads_per_selection(problem, params.rule));
+  plan.pairs_per_perm = narrow(num_q_blocks * plan.selections_per_perm);
+  plan.stacks_per_perm = narrow(ceil_div(plan.pairs_per_perm, plan.pairs_per_stack));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
-  const int64_t bytes_per_head = 2 * problem.num_kv * problem.head_dim;
+  const int64_t num_units_of_many =
+      ceil_div(plan.stacks_per_perm, kManyWarpgroups) * plan.num_perm_heads;
+  plan.num_warpgroups =
+      num_units_of_many < kManyFrom * num_sms ? kFewWarpgroups : kManyWarpgroups;
+  plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.num_warpgroups));
+  plan.num_tiles =
+      narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSummaryKeys));
+  const int64_t bytes_per_head =
+      static_cast<int64_t>(plan.num_tiles) * key_tile_bytes(plan.head_dim);
   plan.heads_per_group =
       narrow(larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
   plan.num_ctas =
       narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
-  // The first and the last query block of a unit may have some of their heads in others. Their own
-  // segments begin less than a segment before them.
-  const int64_t blocks_per_unit =
-      smaller(num_q_blocks, ceil_div(pairs_per_unit - 1, plan.heads_per_perm) + 1);
-  const int64_t own_keys =
-      params.is_causal
-          ? smaller(problem.num_kv, blocks_per_unit * blocking.block_size + blocking.segment_size)
-          : problem.num_kv % blocking.segment_size;
-  plan.own_tiles = counts_own_mass(params.rule) ? narrow(ceil_div(own_keys, kSampledTileKeys)) : 0;
-  plan.candidate_tiles = narrow(ceil_div(problem.num_kv, kSampledTileKeys));
-  plan.mass_stride = ceil_div(num_key_blocks(problem, blocking), 4) * 4;
   return plan;
 }
 
-// The workspace holds the tables of all CTAs, then their rows of block masses, then one counter.
-constexpr int64_t sampled_workspace_bytes(const SampledPlan& plan) {
-  return plan.num_ctas * (kSampledTables * kSampledWarpgroups * table_bytes(plan) +
-                          kSelectWarps * plan.mass_stride * 4) +
-         4;
+// Parts of the workspace, in this order, each at a multiple of 128 bytes.
+struct SampledWorkspace {
+  int64_t key_tiles = 0;  // (perm heads, num_tiles) of key_tile_bytes
+  int64_t stacks;         // (perm heads, stacks_per_perm) of stack_bytes
+  int64_t rows;           // (perm heads, stacks_per_perm, kStackRows) SampledRow
+  int64_t tables;         // (num_ctas, kSampledTables, num_warpgroups) of table_bytes
+  int64_t counter;        // one int32: units drawn
+  int64_t end;
+};
+
+// A table holds one stack's sums: (num_tiles, kStackRows, kSumsPerTile) bfloat16.
+PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
+  return static_cast<int64_t>(plan.num_tiles) * kStackRows * kSumsPerTile * 2;
+}
+
+constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan) {
+  constexpr int64_t kAlignment = 128;
+  const auto behind = [](int64_t begin, int64_t bytes) {
+    return ceil_div(begin + bytes, kAlignment) * kAlignment;
+  };
+  const int64_t heads = plan.num_perm_heads;
+  const int64_t stacks = heads * plan.stacks_per_perm;
+  SampledWorkspace at{};
+  at.stacks = behind(at.key_tiles, heads * plan.num_tiles * key_tile_bytes(plan.head_dim));
+  at.rows = behind(at.stacks, stacks * stack_bytes(plan.head_dim));
+  at.tables = behind(at.rows, stacks * kStackRows * static_cast<int64_t>(sizeof(SampledRow)));
+  at.counter = behind(at.tables, static_cast<int64_t>(plan.num_ctas) * kSampledTables *
+                                     plan.num_warpgroups * table_bytes(plan));
+  at.end = behind(at.counter, sizeof(int32_t));
+  return at;
 }
 
 }  // namespace pbs::cuda::sm90

@@ -31,13 +31,13 @@ struct HeadDimTiles {
 PBS_HOST_DEVICE constexpr HeadDimTiles head_dim_tiles(int head_dim) {
   switch (head_dim) {
     case 64:
-      return {128, 2, 4, 4, 64, 6};
+      return {128, 2, 4, 4, 64, 8};
     case 96:
-      return {128, 2, 3, 3, 96, 6};
+      return {128, 2, 3, 3, 96, 8};
     case 128:
-      return {128, 2, 2, 3, 128, 5};
+      return {128, 2, 2, 3, 128, 8};
     case 256:
-      return {64, 1, 2, 3, 128, 2};
+      return {64, 1, 2, 3, 128, 6};
   }
   return {};
 }

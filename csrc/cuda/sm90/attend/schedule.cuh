@@ -48,20 +48,19 @@ class Scheduler {
 
   // The query block that was drawn as number draw_idx, by one lane.
   __device__ void fill_work(int draw_idx, Work& work) {
-    const int blocks_per_group = args_.groups.blocks_per_group();
-    const int rank = draw_idx / blocks_per_group;
+    const DrawnPlace drawn = drawn_place(args_.groups, draw_idx);
     if (lane_ != 0) return;
-    if (rank >= args_.groups.num_groups()) {
+    if (drawn.rank >= args_.groups.num_groups()) {
       work.tiles.total = -1;
       return;
     }
-    if (rank != rank_) {
-      rank_ = rank;
-      group_idx_ = args_.workspace[args_.layout.group_at + rank];
+    if (drawn.rank != rank_) {
+      rank_ = drawn.rank;
+      group_idx_ = args_.workspace[args_.layout.group_at + rank_];
     }
     const auto* sorted = reinterpret_cast<const int2*>(args_.workspace + args_.layout.sorted);
-    const int2 ordered = sorted[static_cast<int64_t>(group_idx_) * blocks_per_group + draw_idx -
-                                rank * blocks_per_group];
+    const int2 ordered =
+        sorted[static_cast<int64_t>(group_idx_) * args_.groups.blocks_per_group() + drawn.place];
     const WorkTile tile = work_tile(args_.groups, group_idx_, ordered.x);
     if (tile.head >= args_.groups.num_heads) {  // of a short group
       work.tiles.total = 0;

@@ -1,7 +1,10 @@
-// select_blocks with score="sampled": the attention of some queries of each block to every
-// key they may see, summed by key block, and the blocks that matter most to any of them, in one
-// kernel. A warp loads keys, warpgroups multiply and sum, other warps choose blocks of the unit
-// before.
+// select_blocks with score="sampled": the attention of some queries of each block to a summary of
+// the keys they may see, summed by key block, and the blocks that matter most to any of them. Two
+// small kernels prepare the operands: the keys' summary, the sampled queries and what they know of
+// their own segments. In the third a warp loads keys, warpgroups multiply and sum, other warps
+// choose blocks of the unit before.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // a tile has 88 columns
+
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -12,8 +15,9 @@
 #include "device.h"
 #include "mask_rows.cuh"
 #include "pbs/dispatch.h"
+#include "sample_queries.cuh"
 #include "sm90/launch.h"
-#include "sm90/tma.h"
+#include "summarize_keys.cuh"
 
 namespace pbs::cuda::sm90 {
 namespace {
@@ -34,7 +38,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int table = 0; table < kSampledTables; ++table) {
       shared.table_full[table].init(Traits::kConsumers);
-      shared.table_empty[table].init(32 * kSelectWarps);
+      shared.table_empty[table].init(32 * Traits::kSelectWarps);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -53,11 +57,30 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <class Element, int kHeadDim>
-cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
-  using Traits = SampledTraits<Element, kHeadDim>;
+template <int kHeadDim, int kWarpgroups>
+cudaError_t launch_scores(const SampledArgs& args, cudaStream_t stream) {
+  using Traits = SampledTraits<kHeadDim, kWarpgroups>;
   return launch_kernel(select_blocks_sampled_kernel<Traits>, args, args.plan.num_ctas,
                        Traits::kThreads, Traits::kSharedBytes, stream);
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
+  const SampledPlan& plan = args.plan;
+  const int64_t num_heads = plan.num_perm_heads;
+  cudaError_t error =
+      launch_kernel(sample_queries_kernel<Element, kHeadDim>, args,
+                    num_heads * plan.stacks_per_perm, kSampleThreads, 0, stream);
+  if (error != cudaSuccess) return error;
+  if (plan.num_tiles > 0) {
+    error = launch_kernel(summarize_keys_kernel<Element, kHeadDim>, args,
+                          num_heads * plan.num_tiles, kSummarizeThreads<kHeadDim>, 0, stream,
+                          /*starts_early=*/true);
+    if (error != cudaSuccess) return error;
+  }
+  return plan.num_warpgroups == kFewWarpgroups
+             ? launch_scores<kHeadDim, kFewWarpgroups>(args, stream)
+             : launch_scores<kHeadDim, kManyWarpgroups>(args, stream);
 }
 
 SampledPlan plan_of(const SelectBlocksParams& params) {
@@ -66,43 +89,48 @@ SampledPlan plan_of(const SelectBlocksParams& params) {
   return sampled_plan(params, num_sms);
 }
 
-}  // namespace
-
-int64_t select_sampled_workspace(const SelectBlocksParams& params) {
-  return sampled_workspace_bytes(plan_of(params));
-}
-
-const char* launch_select_sampled(const SelectBlocksParams& params, void* workspace, void* stream) {
+SampledArgs args_of(const SelectBlocksParams& params, void* workspace) {
   const Problem& problem = params.problem;
+  const Blocking& blocking = params.blocking;
   SampledArgs args{};
   args.params = params;
   args.plan = plan_of(params);
-  args.num_q_blocks = static_cast<int>(num_query_blocks(problem, params.blocking));
-  args.num_words = static_cast<int>(num_mask_words(num_key_blocks(problem, params.blocking)));
-  if (args.plan.num_ctas == 0) return nullptr;
-  if (static_cast<int64_t>(args.plan.units_per_perm) * args.plan.num_perm_heads >
-      std::numeric_limits<int32_t>::max()) {
+  const SampledWorkspace at = sampled_workspace(args.plan);
+  char* memory = static_cast<char*>(workspace);
+  args.key_tiles = memory + at.key_tiles;
+  args.stacks = memory + at.stacks;
+  args.rows = reinterpret_cast<SampledRow*>(memory + at.rows);
+  args.tables = memory + at.tables;
+  args.counter = reinterpret_cast<int*>(memory + at.counter);
+  args.num_kv = static_cast<int>(problem.num_kv);
+  args.num_candidate_rows =
+      static_cast<int>(num_candidate_rows(problem, blocking, params.is_causal));
+  args.num_q_blocks = static_cast<int>(num_query_blocks(problem, blocking));
+  args.num_words = static_cast<int>(num_mask_words(num_key_blocks(problem, blocking)));
+  const bool has_own = params.is_causal || problem.num_kv % blocking.segment_size != 0;
+  args.total_of_own = has_own ? 1.0f : 0.0f;
+  return args;
+}
+
+}  // namespace
+
+int64_t select_sampled_workspace(const SelectBlocksParams& params) {
+  return sampled_workspace(plan_of(params)).end;
+}
+
+const char* launch_select_sampled(const SelectBlocksParams& params, void* workspace, void* stream) {
+  const SampledArgs args = args_of(params, workspace);
+  const SampledPlan& plan = args.plan;
+  if (plan.num_ctas == 0) return nullptr;
+  if (static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads >
+          std::numeric_limits<int32_t>::max() ||
+      static_cast<int64_t>(plan.num_tiles) * plan.num_perm_heads >
+          std::numeric_limits<int32_t>::max()) {
     return "too many query blocks for one grid";
   }
-  const int64_t num_tables =
-      static_cast<int64_t>(args.plan.num_ctas) * kSampledTables * kSampledWarpgroups;
-  args.tables = static_cast<char*>(workspace);
-  args.masses = reinterpret_cast<float*>(args.tables + num_tables * table_bytes(args.plan));
-  args.counter = reinterpret_cast<int*>(args.masses + static_cast<int64_t>(args.plan.num_ctas) *
-                                                          kSelectWarps * args.plan.mass_stride);
-  if (const char* error = encode_rows(&args.k, params.k, problem, problem.num_kv_heads,
-                                      problem.num_kv, kSampledTileKeys, problem.head_dim)) {
-    return error;
-  }
-  if (const char* error = encode_rows(&args.k_perm, params.k_perm, problem, problem.num_perm_heads,
-                                      problem.num_kv, kSampledTileKeys, problem.head_dim)) {
-    return error;
-  }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaMemsetAsync(args.counter, 0, sizeof(int), cuda_stream);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  error = dispatch_half(problem.dtype, [&](auto element) {
-    return dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
+  const cudaError_t error = dispatch_half(params.problem.dtype, [&](auto element) {
+    return dispatch_head_dim(params.problem.head_dim, [&](auto head_dim) {
       return launch<decltype(element), head_dim>(args, cuda_stream);
     });
   });

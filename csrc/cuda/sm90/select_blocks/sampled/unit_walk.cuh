@@ -1,16 +1,11 @@
-// What the CTAs of select_blocks with score="sampled" work on, in which order, and their shared
-// memory.
+// What CTAs work on, in which order, and their shared memory.
 #pragma once
 
-#include <cuda.h>
 #include <cutlass/arch/barrier.h>
-#include <cutlass/gemm/collective/builders/sm90_common.inl>
 
+#include "layout.cuh"
 #include "pbs/params.h"
-#include "pbs/sm90/sampled_plan.h"
-#include "pbs/sm90/select_tiles.h"
 #include "sm90/ring.cuh"
-#include "sm90/tma.cuh"
 #include "sm90/warpgroup.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -18,46 +13,44 @@ namespace pbs::cuda::sm90 {
 struct SampledArgs {
   SelectBlocksParams params;
   SampledPlan plan;
-  char* tables;   // (num_ctas, kSampledTables, warpgroups) of table_bytes
-  float* masses;  // (num_ctas, kSelectWarps, mass_stride)
-  int* counter;   // of drawn units, without the first of each CTA
+  // Parts of the workspace (SampledWorkspace).
+  char* key_tiles;
+  char* stacks;
+  SampledRow* rows;
+  char* tables;
+  int* counter;  // of drawn units, without the first of each CTA
+  int num_kv;
+  int num_candidate_rows;
   int num_q_blocks;
   int num_words;
-  CUtensorMap k;
-  CUtensorMap k_perm;
+  float total_of_own;  // the weights of the keys of an own segment, 0 where there are none
 };
 
-template <class Element_, int kHeadDim_>
+template <int kHeadDim_, int kWarpgroups_>
 struct SampledTraits {
-  using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kStages = sampled_key_stages(kHeadDim);
-  static constexpr int kConsumers = 128 * kSampledWarpgroups;
-  static constexpr int kThreads = kConsumers + 32 * (1 + kSelectWarps);  // one loads
-  // 128 a thread are there at launch (65536 / 512).
-  static constexpr int kOtherRegisters = 88;
-  static constexpr int kConsumerRegisters = 168;
-  static_assert(kThreads == 512 && kOtherRegisters + kConsumerRegisters == 256);
-  static constexpr int kGroupColumns = group_columns(kHeadDim);
-  using Rows = cute::Int<kStackRows>;
-  using Keys = cute::Int<kSampledTileKeys>;
-  using Mma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<Rows, Keys, cute::Int<kHeadDim>>>()));
-  template <class NumRows>
-  using Atom =
-      decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Element,
-                                                                   NumRows, cute::Int<kHeadDim>>());
-  using LayoutQ = decltype(cute::tile_to_shape(
-      Atom<Rows>{}, cute::Shape<Rows, cute::Int<kHeadDim>, cute::Int<kSampledWarpgroups>>{}));
-  using LayoutK = decltype(cute::tile_to_shape(
-      Atom<Keys>{}, cute::Shape<Keys, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kOthers = kWarpgroups == kFewWarpgroups ? 256 : 128;
+  static constexpr int kSelectWarps = kOthers / 32 - 1;  // and one that loads
+  static constexpr int kThreads = kConsumers + kOthers;
+  static constexpr int kOtherRegisters = kWarpgroups == kFewWarpgroups ? 88 : 64;
+  static constexpr int kConsumerRegisters = kWarpgroups == kFewWarpgroups ? 168 : 104;
+  static constexpr int kRegistersAtLaunch = 65536 / kThreads / 8 * 8;
+  static_assert(kConsumers * kConsumerRegisters + kOthers * kOtherRegisters <=
+                kThreads * kRegistersAtLaunch);
+  using Layouts = SampledLayouts<kHeadDim>;
+  using Mma = typename Layouts::Mma;
+  static constexpr int kTileBytes = key_tile_bytes(kHeadDim);
+  static constexpr int kStageBytes = static_cast<int>(ceil_div(kTileBytes, kSwizzleBytes)) *
+                                     kSwizzleBytes;
 
   struct Shared {
-    alignas(kSwizzleBytes) Element q[kSampledWarpgroups * kStackRows * kHeadDim];
-    alignas(kSwizzleBytes) Element k[kStages * kSampledTileKeys * kHeadDim];
-    float weights[kSampledTables][kSampledWarpgroups][kStackRows];  // 1 / (sum of a row)
-    uint32_t scratch[kSelectWarps][kCutScratch];
+    alignas(kSwizzleBytes) char q[kWarpgroups][stack_bytes(kHeadDim)];
+    alignas(kSwizzleBytes) char k[kStages][kStageBytes];
+    // 1 / (sum of a row), as two equal bfloat16.
+    uint32_t weights[kSampledTables][kWarpgroups][kStackRows];
     int units[kDrawnUnits];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_empty[kStages];
@@ -74,22 +67,14 @@ struct SampledTraits {
 struct KeyRange {
   int begin = 0;
   int end = 0;
-
-  __device__ bool is_empty() const { return begin >= end; }
 };
 
-// Which of the tiles that follow each other from `begin` on a range lies in.
-struct TileRange {
-  int first;
-  int end;
+// The first of a tile's keys that a column stands for.
+__device__ inline int first_key_of(int column) {
+  return column < kExactKeys ? column : kExactKeys + (column - kExactKeys) * kPoolSize;
+}
 
-  __device__ TileRange(const KeyRange& keys, int begin)
-      : first((keys.begin - begin) / kSampledTileKeys),
-        end(keys.is_empty() ? first
-                            : (keys.end - begin + kSampledTileKeys - 1) / kSampledTileKeys) {}
-};
-
-// A query block of a head.
+// A query block of a selection; its first head.
 struct SampledPair {
   int hq;
   int block_idx;
@@ -98,10 +83,9 @@ struct SampledPair {
 // Sampled queries of some pairs.
 struct SampledStack {
   int first_pair;
-  int num_pairs;         // 0: there is none
-  KeyRange own;          // of all its rows
-  int lowest_candidate;  // the first key that is no candidate of some row
-  int candidate_end;
+  int num_pairs;      // 0: there is none
+  int end_of_whole;   // keys before it are candidates of every pair
+  int candidate_end;  // keys from it on are candidates of none; 0 where no scores are needed
 };
 
 __device__ inline int num_units(const SampledArgs& args) {
@@ -112,62 +96,92 @@ __device__ inline QueryBlock block_of(const SampledArgs& args, int block_idx) {
   return query_block(block_idx, args.params.problem, args.params.blocking, args.params.is_causal);
 }
 
+__device__ inline int num_scored_blocks(const SampledArgs& args, const QueryBlock& block) {
+  const SelectBlocksParams& params = args.params;
+  return static_cast<int>(num_scored_blocks(block, params.problem, params.blocking, params.rule,
+                                            params.is_causal));
+}
+
+__device__ inline int64_t stack_idx(const SampledArgs& args, int perm_head, int stack) {
+  return static_cast<int64_t>(perm_head) * args.plan.stacks_per_perm + stack;
+}
+
 // One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
   __device__ SampledUnit(const SampledArgs& args, int perm_head, int nth)
-      : args_(args), first_pair_(nth * kSampledWarpgroups * args.plan.pairs_per_stack) {
+      : args_(args), perm_head(perm_head), first_stack(nth * args.plan.num_warpgroups) {
     const Problem& problem = args.params.problem;
     const auto num_perm = static_cast<int>(problem.num_perm_heads);
     b = perm_head / num_perm;
     hp = perm_head % num_perm;
     hkv = hp / (num_perm / static_cast<int>(problem.num_kv_heads));
-    const SampledStack all = stack_of(first_pair_, kSampledWarpgroups * args.plan.pairs_per_stack);
-    own = all.own;
-    candidate_end = all.candidate_end;
   }
 
   __device__ SampledStack stack(int nth) const {
-    const int pairs_per_stack = args_.plan.pairs_per_stack;
-    return stack_of(first_pair_ + nth * pairs_per_stack, pairs_per_stack);
+    const int per_stack = args_.plan.pairs_per_stack;
+    SampledStack stack{};
+    stack.first_pair = (first_stack + nth) * per_stack;
+    stack.num_pairs = max(0, min(per_stack, args_.plan.pairs_per_perm - stack.first_pair));
+    if (stack.num_pairs == 0) return stack;
+    const QueryBlock first = block_of(args_, pair(stack.first_pair).block_idx);
+    const QueryBlock last =
+        block_of(args_, pair(stack.first_pair + stack.num_pairs - 1).block_idx);
+    const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
+    stack.end_of_whole = static_cast<int>(first.num_candidates) * kv_block_size;
+    if (!is_in_dense_tail(first, args_.params.problem, args_.params.rule, args_.params.is_causal)) {
+      stack.candidate_end = static_cast<int>(last.num_candidates) * kv_block_size;
+    }
+    return stack;
   }
   __device__ SampledPair pair(int idx) const {
-    const int heads = args_.plan.heads_per_perm;
-    return SampledPair{hp * heads + idx % heads, idx / heads};
+    const int selections = args_.plan.selections_per_perm;
+    const int heads = static_cast<int>(heads_per_perm(args_.params.problem));
+    return SampledPair{hp * heads + idx % selections * (heads / selections), idx / selections};
   }
 
+  __device__ int num_tiles() const {
+    int end = 0;
+    for (int nth = 0; nth < args_.plan.num_warpgroups; ++nth) end = max(end, stack(nth).candidate_end);
+    return (end + kSummaryKeys - 1) / kSummaryKeys;
+  }
+
+ private:
+  const SampledArgs& args_;
+
+ public:
+  int perm_head;
+  int first_stack;
   int b;
   int hp;
   int hkv;
-  KeyRange own;  // of all its rows
-  int candidate_end;
-
-  __device__ int num_own_tiles() const { return TileRange(own, own.begin).end; }
-  __device__ int num_candidate_tiles() const {
-    return TileRange(KeyRange{0, candidate_end}, 0).end;
-  }
-  __device__ int num_tiles() const { return num_own_tiles() + num_candidate_tiles(); }
-
- private:
-  __device__ SampledStack stack_of(int first_pair, int most_pairs) const {
-    SampledStack stack{};
-    stack.first_pair = first_pair;
-    stack.num_pairs = max(0, min(most_pairs, args_.plan.pairs_per_perm - first_pair));
-    if (stack.num_pairs == 0) return stack;
-    const QueryBlock first = block_of(args_, pair(first_pair).block_idx);
-    const QueryBlock last = block_of(args_, pair(first_pair + stack.num_pairs - 1).block_idx);
-    if (counts_own_mass(args_.params.rule)) {
-      stack.own = KeyRange{static_cast<int>(first.own_begin), static_cast<int>(last.own_end)};
-    }
-    const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
-    stack.lowest_candidate = static_cast<int>(first.num_candidates) * kv_block_size;
-    stack.candidate_end = static_cast<int>(last.num_candidates) * kv_block_size;
-    return stack;
-  }
-
-  const SampledArgs& args_;
-  int first_pair_;
 };
+
+// The sampled query of a row of a stack.
+struct Sample {
+  QueryBlock block;
+  int hq;
+  int row;  // in the block
+  bool exists;
+};
+
+__device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& unit,
+                                   const SampledStack& stack, int row) {
+  const int nth_pair = row / args.plan.rows_per_pair;
+  const int nth = row % args.plan.rows_per_pair;
+  Sample sample{};
+  if (nth_pair >= stack.num_pairs) return sample;
+  const SampledPair pair = unit.pair(stack.first_pair + nth_pair);
+  sample.block = block_of(args, pair.block_idx);
+  const auto num_heads = static_cast<int>(
+      heads_per_selection(args.params.problem, args.params.rule));
+  sample.hq = pair.hq + nth % num_heads;
+  const auto num_rows = static_cast<int>(sample.block.num_rows);
+  const int count = num_samples_of(num_rows, args.params.rule.num_samples);
+  sample.exists = nth < count;
+  sample.row = sample.exists ? sample_row(num_rows, count, nth) : 0;
+  return sample;
+}
 
 // Units are numbered by groups of heads, so that all CTAs read keys that stay in L2, and in a group
 // from the longest to the shortest.
@@ -211,15 +225,16 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// The sums of a stack: its own keys' tiles, and behind them its candidates'.
+// The sums of a stack.
 __device__ inline char* table_of(const SampledArgs& args, int table, int warpgroup) {
   const int64_t idx =
-      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * kSampledWarpgroups + warpgroup;
+      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) *
+                          args.plan.num_warpgroups +
+                      warpgroup;
   return args.tables + idx * table_bytes(args.plan);
 }
 
-// Draws units from the counter of the grid and loads their keys, in the order in which they are
-// multiplied. By one warp.
+// Draws units from the counter of the grid and loads their keys. By one warp.
 template <class Traits>
 class SampledLoader {
  public:
@@ -233,12 +248,11 @@ class SampledLoader {
       publish(idx);
       if (idx >= num_units(args_)) return;
       const SampledUnit unit = unit_of(args_, idx);
-      for (int i = 0; i < unit.num_own_tiles(); ++i) {
-        load(args_.k, unit.own.begin + i * kSampledTileKeys, unit.hkv, unit.b);
-      }
-      for (int i = 0; i < unit.num_candidate_tiles(); ++i) {
-        load(args_.k_perm, i * kSampledTileKeys, unit.hp, unit.b);
-      }
+      const char* from =
+          args_.key_tiles + static_cast<int64_t>(unit.perm_head) * args_.plan.num_tiles *
+                                Traits::kTileBytes;
+      const int num_tiles = unit.num_tiles();
+      for (int i = 0; i < num_tiles; ++i) load(from + static_cast<int64_t>(i) * Traits::kTileBytes);
     }
   }
 
@@ -260,13 +274,13 @@ class SampledLoader {
     unit_.advance();
   }
 
-  __device__ void load(const CUtensorMap& map, int row, int head, int b) {
-    constexpr int kTileSize = kSampledTileKeys * Traits::kHeadDim;
+  __device__ void load(const char* from) {
     shared_.k_empty[key_.stage()].wait(key_.parity() ^ 1);
     if (cute::elect_one_sync()) {
       auto& full = shared_.k_full[key_.stage()];
-      full.arrive_and_expect_tx(2 * kTileSize);
-      copy_box(map, full, shared_.k + key_.stage() * kTileSize, row, 0, head, b);
+      full.arrive_and_expect_tx(Traits::kTileBytes);
+      cute::SM90_BULK_COPY_G2S::copy(from, reinterpret_cast<uint64_t*>(&full),
+                                     shared_.k[key_.stage()], Traits::kTileBytes);
     }
     __syncwarp();
     key_.advance();
