@@ -48,7 +48,7 @@ struct alignas(16) SampledRow {
   int32_t candidate_end;  // keys before it are candidates
 };
 
-constexpr int64_t kManyFrom = 3;  // units a CTA: then their lengths even out
+constexpr int64_t kManyFrom = 6;  // stacks a CTA: then the lengths of units even out
 
 constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the same time
 
@@ -82,10 +82,8 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   plan.pairs_per_perm = narrow(num_q_blocks * plan.selections_per_perm);
   plan.stacks_per_perm = narrow(ceil_div(plan.pairs_per_perm, plan.pairs_per_stack));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
-  const int64_t num_units_of_many =
-      ceil_div(plan.stacks_per_perm, kManyWarpgroups) * plan.num_perm_heads;
-  plan.num_warpgroups =
-      num_units_of_many < kManyFrom * num_sms ? kFewWarpgroups : kManyWarpgroups;
+  const int64_t num_stacks = static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads;
+  plan.num_warpgroups = num_stacks < kManyFrom * num_sms ? kFewWarpgroups : kManyWarpgroups;
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.num_warpgroups));
   plan.num_tiles =
       narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSummaryKeys));

@@ -82,7 +82,9 @@ class SampledRowsMask {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
-      while (!shared_.table_full[walk.table()].try_wait(walk.parity())) __nanosleep(256);
+      while (!shared_.table_full[walk.table()].try_wait(walk.parity())) {
+        __nanosleep(Traits::kWarpgroups == kFewWarpgroups ? 256 : 2000);
+      }
       for (int i = warp_; i < Traits::kWarpgroups * pairs_per_stack; i += Traits::kSelectWarps) {
         const int warpgroup = i / pairs_per_stack;
         const SampledStack stack = unit.stack(warpgroup);

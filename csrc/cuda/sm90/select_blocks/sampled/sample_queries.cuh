@@ -49,12 +49,11 @@ class SampledQueries {
         row_(row_of_thread(static_cast<int>(threadIdx.x))) {}
 
   __device__ void run() {
+    find_rows();
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      samples_[r] = sample_of(args_, unit_, stack_, row_ + 8 * r);
-      load(r);
-      write(r);
-    }
+    for (int r = 0; r < kThreadRows; ++r) load(r);
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) write(r);
     add_keys();
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) write_state(r);
@@ -70,36 +69,58 @@ class SampledQueries {
     Words pieces[kGroups][kChunks];
   };
 
-  // The keys that tell the shift of a row: those of its own segment, or, where there are none, the
-  // first candidates.
-  struct OwnKeys {
-    const Element* rows;
-    int64_t row_stride;
+  // A row of the stack: its query, the keys that tell its shift, and how many are candidates.
+  struct Row {
+    int hq;
+    int query;  // negative where the row does not exist
     int begin;
     int end;
+    int candidate_end;
   };
-  __device__ OwnKeys own_keys(const QueryBlock& block) const {
-    const SelectBlocksParams& params = args_.params;
-    const bool has_own = block.own_end > block.own_begin;
-    const ConstRows& from = has_own ? params.k : params.k_perm;
-    const int head = has_own ? unit_.hkv : unit_.hp;
-    return OwnKeys{static_cast<const Element*>(from.data) + unit_.b * from.batch_stride +
-                       head * from.head_stride,
-                   from.row_stride, has_own ? static_cast<int>(block.own_begin) : 0,
-                   has_own ? static_cast<int>(block.own_end)
-                           : min(kExactKeys, args_.num_candidate_rows)};
+
+  // Each lane finds one of the 16 rows, and asks the others for the two that it works on.
+  __device__ void find_rows() {
+    const int first = row_of_thread(static_cast<int>(threadIdx.x) / 32 * 32);
+    const Row own = find_row(first + lane_ % 16);
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int from = lane_ / 4 + 8 * r;
+      rows_[r] = Row{__shfl_sync(~0u, own.hq, from), __shfl_sync(~0u, own.query, from),
+                     __shfl_sync(~0u, own.begin, from), __shfl_sync(~0u, own.end, from),
+                     __shfl_sync(~0u, own.candidate_end, from)};
+    }
   }
 
+  __device__ Row find_row(int row) const {
+    const Sample sample = sample_of(args_, unit_, stack_, row);
+    if (!sample.exists) return Row{0, -1, args_.num_kv, 0, 0};
+    const QueryBlock& block = sample.block;
+    Row found{sample.hq, static_cast<int>(block.first_row) + sample.row, 0, 0, 0};
+    found.candidate_end =
+        static_cast<int>(block.num_candidates * args_.params.blocking.kv_block_size);
+    if (!has_own()) {
+      found.end = min(kExactKeys, args_.num_candidate_rows);
+      return found;
+    }
+    found.begin = static_cast<int>(block.own_begin);
+    found.end = args_.params.is_causal
+                    ? static_cast<int>(block.first_position) + sample.row + 1
+                    : static_cast<int>(block.own_end);
+    return found;
+  }
+
+  // Otherwise the first candidates tell the shifts.
+  __device__ bool has_own() const { return args_.total_of_own > 0.0f; }
+
   __device__ void load(int r) {
-    const Sample& sample = samples_[r];
+    const Row& row = rows_[r];
     const ConstRows& q = args_.params.q;
     const Element* from = static_cast<const Element*>(q.data) + unit_.b * q.batch_stride +
-                          sample.hq * q.head_stride +
-                          (sample.block.first_row + sample.row) * q.row_stride;
+                          row.hq * q.head_stride + max(row.query, 0) * q.row_stride;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       queries_[r][i].whole =
-          sample.exists ? *reinterpret_cast<const uint4*>(from + 32 * i + lane_ % 4 * 8) : uint4{};
+          row.query >= 0 ? *reinterpret_cast<const uint4*>(from + 32 * i + lane_ % 4 * 8) : uint4{};
     }
   }
 
@@ -130,47 +151,22 @@ class SampledQueries {
     }
   }
 
-  // The largest score of a row's own keys and the sum of their weights, of all its lanes.
+  // The largest score of a row's keys and the sum of their weights, a lane's share of them.
   __device__ void add_keys() {
-    int begin = args_.num_kv;
-    int end = 0;
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      seen_[r] = KeyRange{};
-      if (!samples_[r].exists) continue;
-      const OwnKeys own = own_keys(samples_[r].block);
-      const int position = static_cast<int>(samples_[r].block.first_position) + samples_[r].row;
-      const bool is_cut = args_.params.is_causal;
-      seen_[r] = KeyRange{own.begin, is_cut ? min(own.end, position + 1) : own.end};
-      keys_ = own.rows;
-      row_stride_ = own.row_stride;
-      begin = min(begin, seen_[r].begin);
-      end = max(end, seen_[r].end);
-    }
-    begin = __reduce_min_sync(~0u, begin);
-    end = __reduce_max_sync(~0u, end);
-    // A lane without a query helps to load.
-    const uint32_t has_keys = __ballot_sync(~0u, keys_ != nullptr);
-    if (has_keys == 0) return;
-    const int from = __ffs(static_cast<int>(has_keys)) - 1;
-    keys_ = reinterpret_cast<const Element*>(
-        __shfl_sync(~0u, reinterpret_cast<uint64_t>(keys_), from));
-    row_stride_ = __shfl_sync(~0u, row_stride_, from);
-    keys_ += lane_ % 4 * 8;
-    const int begin_of_all =
-        __reduce_max_sync(~0u, max(seen_[0].begin, seen_[1].begin));
-    const int end_of_all = __reduce_min_sync(~0u, min(seen_[0].end, seen_[1].end));
+    const ConstRows& from = has_own() ? args_.params.k : args_.params.k_perm;
+    keys_ = static_cast<const Element*>(from.data) + unit_.b * from.batch_stride +
+            (has_own() ? unit_.hkv : unit_.hp) * from.head_stride + lane_ % 4 * 8;
+    row_stride_ = from.row_stride;
+    const int begin = __reduce_min_sync(~0u, min(rows_[0].begin, rows_[1].begin));
+    const int end = __reduce_max_sync(~0u, max(rows_[0].end, rows_[1].end));
+    if (begin >= end) return;
     Keys next = load_keys(begin, end);
     for (int key = begin; key < end; key += kStep) {
       const Keys keys = next;
-      if (key + kStep < end) next = load_keys(key + kStep, end);
+      next = load_keys(key + kStep, end);
       float scores[kGroups][4];
       multiply(keys, scores);
-      if (key >= begin_of_all && key + kStep <= end_of_all) {
-        add_scores<false>(scores, key);
-      } else {
-        add_scores<true>(scores, key);
-      }
+      add_scores(scores, key);
     }
   }
 
@@ -187,25 +183,35 @@ class SampledQueries {
     return keys;
   }
 
+  // Two sums a group, so that fewer products wait for each other.
   __device__ void multiply(const Keys& keys, float (&scores)[kGroups][4]) const {
+    float odd[kGroups][4] = {};
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (float& score : scores[g]) score = 0.0f;
+    }
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
+    for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
           multiply_16x8x16<Element>(
-              scores[g], queries_[0][i].word[2 * half], queries_[1][i].word[2 * half],
-              queries_[0][i].word[2 * half + 1], queries_[1][i].word[2 * half + 1],
-              keys.pieces[g][i].word[2 * half], keys.pieces[g][i].word[2 * half + 1]);
+              half == 0 ? scores[g] : odd[g], queries_[0][i].word[2 * half],
+              queries_[1][i].word[2 * half], queries_[0][i].word[2 * half + 1],
+              queries_[1][i].word[2 * half + 1], keys.pieces[g][i].word[2 * half],
+              keys.pieces[g][i].word[2 * half + 1]);
         }
       }
     }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[g][i] += odd[g][i];
+    }
   }
 
-  template <bool kHides>
   __device__ void add_scores(const float (&scores)[kGroups][4], int first) {
     const float factor = args_.params.scale * kLog2e;
 #pragma unroll
@@ -214,11 +220,9 @@ class SampledQueries {
       float logits[2 * kGroups];
 #pragma unroll
       for (int i = 0; i < 2 * kGroups; ++i) {
-        logits[i] = scores[i / 2][2 * r + i % 2] * factor;
-        if (kHides) {
-          const int key = first + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
-          if (key < seen_[r].begin || key >= seen_[r].end) logits[i] = -INFINITY;
-        }
+        const int key = first + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
+        const bool is_seen = key >= rows_[r].begin && key < rows_[r].end;
+        logits[i] = is_seen ? scores[i / 2][2 * r + i % 2] * factor : -INFINITY;
         top = fmaxf(top, logits[i]);  // a NaN stays one in the sum
       }
       const float base = top == -INFINITY ? 0.0f : top;
@@ -236,10 +240,9 @@ class SampledQueries {
     const float base = top == -INFINITY ? 0.0f : top;
     const float sum = quad_sum(sums_[r] * exp2_approx(tops_[r] - base));
     SampledRow state{0.0f, INFINITY, 0};
-    if (samples_[r].exists) {
+    if (rows_[r].query >= 0) {
       state = SampledRow{scales_[r] * args_.params.scale * kLog2e, base + log2f(sum),
-                         static_cast<int>(samples_[r].block.num_candidates *
-                                          args_.params.blocking.kv_block_size)};
+                         rows_[r].candidate_end};
     }
     if (lane_ % 4 == 0) states_[row_ + 8 * r] = state;
   }
@@ -251,11 +254,10 @@ class SampledQueries {
   SampledRow* states_;
   int lane_;
   int row_;
-  Sample samples_[kThreadRows];
+  Row rows_[kThreadRows];
   Words queries_[kThreadRows][kChunks];
   float scales_[kThreadRows];
-  KeyRange seen_[kThreadRows];
-  const Element* keys_ = nullptr;
+  const Element* keys_ = nullptr;  // the lane's columns
   int64_t row_stride_ = 0;
   float tops_[kThreadRows] = {-INFINITY, -INFINITY};
   float sums_[kThreadRows] = {};
@@ -263,7 +265,7 @@ class SampledQueries {
 
 // One CTA a stack.
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kSampleThreads)
+__global__ void __launch_bounds__(kSampleThreads, kHeadDim <= 128 ? 4 : 2)
     sample_queries_kernel(const __grid_constant__ SampledArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // the summary of the keys is another matter
   const auto idx = static_cast<int>(blockIdx.x);

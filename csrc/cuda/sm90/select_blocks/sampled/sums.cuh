@@ -30,12 +30,11 @@ __device__ inline BFloat16Pair shuffled(BFloat16Pair pair, int mask) {
 }
 
 // The sums of a quad's lanes, added up. Each lane gets four of the sixteen: of row lane % 2, and of
-// the first or the second half of the tile, as lane / 2 % 2 says. Two at a time, in bfloat16: they
+// the first or the second half of the tile, as lane / 2 % 2 says; the arguments say which. Two at a time, in bfloat16: they
 // are kept like that anyhow.
-__device__ __forceinline__ uint2 share_quad(const TileSums& sums, int lane) {
+__device__ __forceinline__ uint2 share_quad(const TileSums& sums, bool is_second_half,
+                                            bool is_second_row) {
   constexpr int kHalf = kSumsPerTile / 2;
-  const bool is_second_half = lane & 2;
-  const bool is_second_row = lane & 1;
   BFloat16Pair both_rows[kHalf];
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
@@ -77,7 +76,9 @@ class SampledSums {
         shared_(shared),
         lane_(static_cast<int>(threadIdx.x) % 32),
         warpgroup_(uniform(static_cast<int>(threadIdx.x) / 128)),
-        row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)) {}
+        row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)),
+        is_second_half_(lane_ & 2),
+        is_second_row_(lane_ & 1) {}
 
   __device__ void run() {
     DrawnUnits<Traits> walk(args_, shared_);
@@ -144,11 +145,12 @@ class SampledSums {
     Scores scores = cute::partition_fragment_C(
         typename Traits::Mma{},
         cute::Shape<typename Traits::Layouts::Rows, typename Traits::Layouts::Columns>{});
+    shared_.k_full[ring_.stage()].wait(ring_.parity());
+    const float scale = *reinterpret_cast<const float*>(
+        shared_.k[ring_.stage()] + kTileColumns * Traits::kHeadDim);
     multiply(scores);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    const float scale = *reinterpret_cast<const float*>(
-        shared_.k[ring_.stage()] + kTileColumns * Traits::kHeadDim);
     release(shared_.k_empty[ring_.stage()]);
     ring_.advance();
     if (kHides) hide(scores, tile * kSummaryKeys);
@@ -161,13 +163,12 @@ class SampledSums {
     }
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) total_[r] += total[r];
-    *reinterpret_cast<uint2*>(place_ + static_cast<int64_t>(tile) * kStackRows * kSumsPerTile * 2) =
-        share_quad(sums, lane_);
+    *reinterpret_cast<uint2*>(place_) = share_quad(sums, is_second_half_, is_second_row_);
+    place_ += kStackRows * kSumsPerTile * 2;
   }
 
-  // Starts the product with the tile of keys that comes next.
+  // Starts the product with the tile of keys that is there.
   __device__ __forceinline__ void multiply(Scores& scores) {
-    shared_.k_full[ring_.stage()].wait(ring_.parity());
     typename Traits::Mma mma;
     auto thread = mma.get_thread_slice(0);
     const auto as_narrow = [](char* data) {
@@ -241,7 +242,9 @@ class SampledSums {
   int lane_;
   int warpgroup_;
   int row_;
-  char* place_ = nullptr;  // of the lane, in the table's first tile
+  bool is_second_half_;
+  bool is_second_row_;
+  char* place_ = nullptr;  // of the lane, in the table's next tile
   float factor_[kThreadRows];
   float shift_[kThreadRows];
   float total_[kThreadRows];

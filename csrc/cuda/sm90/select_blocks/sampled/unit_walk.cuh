@@ -32,11 +32,11 @@ struct SampledTraits {
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kStages = sampled_key_stages(kHeadDim);
   static constexpr int kConsumers = 128 * kWarpgroups;
-  static constexpr int kOthers = kWarpgroups == kFewWarpgroups ? 256 : 128;
+  static constexpr int kOthers = 256;
   static constexpr int kSelectWarps = kOthers / 32 - 1;  // and one that loads
   static constexpr int kThreads = kConsumers + kOthers;
   static constexpr int kOtherRegisters = kWarpgroups == kFewWarpgroups ? 88 : 64;
-  static constexpr int kConsumerRegisters = kWarpgroups == kFewWarpgroups ? 168 : 104;
+  static constexpr int kConsumerRegisters = kWarpgroups == kFewWarpgroups ? 168 : 88;
   static constexpr int kRegistersAtLaunch = 65536 / kThreads / 8 * 8;
   static_assert(kConsumers * kConsumerRegisters + kOthers * kOtherRegisters <=
                 kThreads * kRegistersAtLaunch);
@@ -61,12 +61,6 @@ struct SampledTraits {
   };
   static constexpr int kSharedBytes = sizeof(Shared) + kSwizzleBytes;
   static_assert(kSharedBytes <= kSharedBytesPerCta);
-};
-
-// Keys, from `begin` on.
-struct KeyRange {
-  int begin = 0;
-  int end = 0;
 };
 
 // The first of a tile's keys that a column stands for.
