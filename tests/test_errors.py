@@ -158,7 +158,7 @@ def test_last_dim_must_be_contiguous(position):
         ),
         *(
             (
-                {"threshold": threshold, "mass": mass},
+                {"threshold": threshold, "mass": mass, "score": "mean"},
                 rf"threshold must lie in \(0, 1\], got {threshold:g}",
             )
             for threshold in (0.0, 1.01, 2.0, float("nan"))
@@ -177,8 +177,23 @@ def test_last_dim_must_be_contiguous(position):
         ({"num_heavy": -1}, "num_heavy must not be negative, got -1"),
         ({"mass": "all"}, "mass must be .*got .all."),
         ({"mass": "block", "score": "mean"}, "mass must be .* with score .mean., got .block."),
+        *(
+            ({"mass": mass}, f'mass must be "block" with score "sampled", got "{mass}"')
+            for mass in ("earlier", "causal")
+        ),
         ({"permute_per": "head"}, "permute_per must be .*got .head."),
         ({"score": "max"}, "score must be .*got .max."),
+        ({"window": -1}, "window must not be negative, got -1"),
+        ({"dense_tail": -2}, "dense_tail must not be negative, got -2"),
+        ({"select_per": "head"}, "select_per must be .*got .head."),
+        (
+            {"select_per": "kv_head", "score": "mean", "mass": "causal"},
+            'select_per must be "query_head" with score "mean", got "kv_head"',
+        ),
+        (
+            {"select_per": "kv_head", "permute_per": "query_head"},
+            'select_per must be "query_head" with an order per query head, got "kv_head"',
+        ),
         ({"num_samples": 0}, r"num_samples must lie in \[1, .*128.*\], got 0"),
         ({"num_samples": 129}, r"num_samples must lie in \[1, .*128.*\], got 129"),
     ],

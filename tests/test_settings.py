@@ -134,12 +134,13 @@ def test_every_mass_has_a_threshold():
 def test_thresholds_have_a_default_by_mass(mass):
     """The operator's are the config's, and they tell."""
     q = torch.randn(1, 2, 4000, 64, generator=torch.manual_seed(0)) / 2
-    config = PBSConfig(mass=mass)
+    score = "sampled" if mass == "block" else "mean"
+    config = PBSConfig(score=score, mass=mass)
     assert config.threshold is None
     assert config.resolved_threshold == THRESHOLDS[mass]
 
     def out(threshold):
-        return torch.ops.pbs.attention(q, q, q, mass=mass, threshold=threshold)
+        return torch.ops.pbs.attention(q, q, q, score=score, mass=mass, threshold=threshold)
 
     assert torch.equal(out(None), out(THRESHOLDS[mass]))
     for factor in (0.95, 1.05):
