@@ -46,8 +46,8 @@ def add_config(group, is_swept=False):
     words = "keys that move to the front of their segment, or all to sort them"
     add("num_heavy", words, metavar="N", type=number_or_all)
     words = (
-        "what the threshold is a share of; block, with sampled scores alone: of all causal mass, by "
-        "each block itself"
+        "what the threshold is a share of; block, which --score sampled takes alone: of all causal "
+        "mass, by each block itself"
     )
     add("mass", words, choices=CHOICES["mass"])
     add("score", "how blocks are scored", choices=CHOICES["score"])

@@ -184,9 +184,9 @@ def block_roles(layout):
 
 
 def always_visited(layout, window, dense_tail):
-    """Blocks that a query block visits whatever their score, bool (num_q_blocks, num_kv_blocks), some
-    of them no candidates. Causal: those of segments that hold one of the `window` keys before its
-    first row; and all, if it holds one of the last `dense_tail` queries."""
+    """Blocks that a query block visits whatever their score, bool (num_q_blocks, num_kv_blocks),
+    some of them no candidates. Causal: those of segments that hold one of the `window` keys before
+    its first row; and all, if it holds one of the last `dense_tail` queries."""
     num_queries, num_keys, block_size, kv_block_size, segment_size, is_causal = layout
     first_row = torch.arange(0, num_queries, block_size)[:, None]
     last_row = (first_row + block_size).clamp(max=num_queries) - 1

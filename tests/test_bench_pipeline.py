@@ -80,7 +80,7 @@ def test_floors_by_hand():
     assert list(expected) == list(STAGES) == [stage.__name__ for stage in floors.STAGES]
     for stage in floors.STAGES:
         assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
-    sampling = {"score": "sampled", "mass": "block", "num_samples": 16}
+    sampling = {"score": "sampled", "mass": "block", "num_samples": 16, "permute_per": "kv_head"}
     sampled = dataclasses.replace(config, threshold=None, **sampling)
     longer = problem._replace(num_tokens=512, config=sampled)
     # 16 of 128 queries; 88 for the first segment's keys, by those of the last two query blocks; fp8

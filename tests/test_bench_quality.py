@@ -280,7 +280,10 @@ def test_permutation_keeps_its_worth():
             ["--thresholds", "2"],
             '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
         ),
-        (["--mass", "causal", "--thresholds", "2"], "--thresholds must lie in (0, 1], got 2.0"),
+        (
+            ["--score", "mean", "--mass", "causal", "--thresholds", "2"],
+            "--thresholds must lie in (0, 1], got 2.0",
+        ),
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],

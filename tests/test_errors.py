@@ -306,11 +306,12 @@ def test_later_values_that_are_not_finite_leave_earlier_rows_alone(bad):
     want, dense = (
         attention(q, k, v, config=c) for c in (PBSConfig.paper(), PBSConfig(threshold=1.0))
     )
-    earlier = attention(q, k, v)[:, :, :256]
+    by_score = PBSConfig(window=0, dense_tail=0)
+    earlier = attention(q, k, v, config=by_score)[:, :, :256]
     k[:, :, 290:] = bad
     v[:, :, 290:] = bad
     assert torch.equal(attention(q, k, v, config=PBSConfig.paper())[:, :, own], want[:, :, own])
-    found = attention(q, k, v)
+    found = attention(q, k, v, config=by_score)
     assert torch.equal(found[:, :, :256], earlier)
     torch.testing.assert_close(found[:, :, own], dense[:, :, own])
 
@@ -371,7 +372,7 @@ def far_apart(tensor, dim):
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 def test_strides_past_31_bits(dim):
     q, k, v = torch.randn(3, 2, 2, 140, 64).bfloat16()
-    config = PBSConfig(block_size=32, segment_size=64)
+    config = PBSConfig(block_size=32, segment_size=64, window=0, dense_tail=0)
     try:
         far = [far_apart(tensor, dim) for tensor in (q[:, :, 40:].contiguous(), k, v)]
     except OSError:

@@ -291,9 +291,10 @@ def test_stages_give_the_same_bits_twice(case, seed, dtype):
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_narrower_instruction_sets(capability):
     """The kernels for CPUs with shorter vectors, on lengths that leave remainders."""
+    lengths = "200of331 or 331of331 or 333of333 or 7of7"
     pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*pytest_quietly, TESTS / "test_stages.py", "-k", "200of331 or 331of331 or 333of333 or 7of7"],
+        [*pytest_quietly, TESTS / "test_stages.py", "-k", lengths],
         env={**os.environ, "PBS_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

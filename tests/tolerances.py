@@ -59,8 +59,8 @@ def assert_smallest_set(
     mask, candidate_mass, own_mass, candidate, sink, threshold, *, always=NEVER, eps=1e-5
 ):
     """Every row of `mask` keeps the fewest, heaviest candidates whose mass reaches `threshold`, and
-    the blocks `sink` (B, Hq) and `always` (query blocks, key blocks) besides. `eps` is what rounding
-    may move a sum or a mass."""
+    the blocks `sink` (B, Hq) and `always` (query blocks, key blocks) besides. `eps` is what
+    rounding may move a sum or a mass."""
     is_sink = assert_takes_sink(mask, candidate, sink)
     masses = candidate_mass, own_mass
     # What is visited anyhow shows nothing about the set: it is as float64 says there.

@@ -49,8 +49,8 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 
 def with_means(config: PBSConfig) -> PBSConfig:
-    """The same with mean scores: by a sum of masses, with its own threshold, and for each query head
-    by itself."""
+    """The same with mean scores: by a sum of masses, with its own threshold, for each query head by
+    itself."""
     if config.score == "mean":
         return config
     return dataclasses.replace(
