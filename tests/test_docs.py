@@ -89,7 +89,7 @@ def test_commands_have_these_options(path, capsys):
 
 
 THRESHOLDS = {
-    "block": (0.002, 0.005, 0.01),
+    "block": (0.0005, 0.001, 0.003),
     "causal": (0.8, 0.9, 0.97),
     "earlier": (0.5, 0.8, 0.95),
 }
