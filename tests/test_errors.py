@@ -280,7 +280,8 @@ def test_empty(shape):
     batch, num_heads, num_q = shape
     q = torch.randn(batch, num_heads, num_q, 64)
     k, v = torch.randn(2, batch, 2, 300, 64)
-    assert attention(q, k, v).shape == q.shape
+    for config in (PBSConfig(), PBSConfig.fast(), PBSConfig.paper()):
+        assert attention(q, k, v, config=config).shape == q.shape
     chosen = pbs_attn.select(q, k, v)
     assert torch.equal(chosen.perm.sort(-1).values, torch.arange(300).expand_as(chosen.perm))
 

@@ -40,9 +40,10 @@ struct SelectItem {
 };
 
 constexpr int64_t num_select_items(const SelectBlocksParams& params) {
-  return params.problem.batch * params.problem.num_q_heads /
-         heads_per_selection(params.problem, params.rule) *
-         num_query_blocks(params.problem, params.blocking);
+  const Problem& problem = params.problem;
+  if (problem.num_q_heads == 0) return 0;
+  return problem.batch * problem.num_q_heads / heads_per_selection(problem, params.rule) *
+         num_query_blocks(problem, params.blocking);
 }
 
 constexpr SelectItem select_item(const SelectBlocksParams& params, int64_t item) {
