@@ -156,9 +156,8 @@ struct StageOps {
       if (perm.has_value()) fail("k_perm must be given with perm where score is \"sampled\"");
       problem.num_perm_heads = problem.num_kv_heads;  // of the keys as they are
     }
-    const SelectRule rule =
-        check_rule({score, mass, threshold, num_samples, select_per, window, dense_tail}, problem,
-                   blocking);
+    const SelectRule rule = check_rule(
+        {score, mass, threshold, num_samples, select_per, window, dense_tail}, problem, blocking);
     SelectBlocksParams params =
         select_blocks_params(q, k, k_perm.value_or(k), problem, blocking, factor, is_causal, rule);
     params.k_mean = k_mean.const_data_ptr<float>();
@@ -241,9 +240,8 @@ struct StageOps {
     const int64_t heavy = check_num_heavy(num_heavy);
     const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
     problem.num_perm_heads = check_permute_per(permute_per, problem);
-    const SelectRule rule =
-        check_rule({score, mass, threshold, num_samples, select_per, window, dense_tail}, problem,
-                   blocking);
+    const SelectRule rule = check_rule(
+        {score, mass, threshold, num_samples, select_per, window, dense_tail}, problem, blocking);
     const float factor = check_scale(scale, problem.head_dim);
     backend.check_attention(const_rows(q), const_rows(k), const_rows(v), problem, blocking, factor,
                             rule);

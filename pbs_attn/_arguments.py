@@ -45,11 +45,20 @@ def add_config(group, is_swept=False):
     add("permute_per", words, choices=CHOICES["permute_per"])
     words = "keys that move to the front of their segment, or all to sort them"
     add("num_heavy", words, metavar="N", type=number_or_all)
-    words = "what the threshold is a share of; block: of all causal mass, by each block itself"
+    words = (
+        "what the threshold is a share of; block, which --score sampled takes alone: of all causal "
+        "mass, by each block itself"
+    )
     add("mass", words, choices=CHOICES["mass"])
     add("score", "how blocks are scored", choices=CHOICES["score"])
     words = "queries of a block that --score sampled takes"
     add("num_samples", words, metavar="N", type=int)
+    words = "which heads select blocks of their own; kv_head: its query heads share the samples"
+    add("select_per", words, choices=CHOICES["select_per"])
+    words = "keys before a query block whose segments it visits whatever their score"
+    add("window", words, metavar="N", type=int)
+    words = "last queries whose blocks visit every key"
+    add("dense_tail", words, metavar="N", type=int)
 
 
 def _add_threshold(group):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 BLOCK_SIZES = (32, 64, 128)
-THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.01}  # by mass
+THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.005}  # by mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +24,31 @@ class PBSConfig:
         threshold: share of the mass, estimated per query block, that the selected key blocks must
             reach, in (0, 1]. 1 visits everything. With ``mass="block"`` a much smaller number, at
             most 0.5, or 1: the least share of a single block. Shares of different masses and scores
-            mean different things. None takes 0.01 with ``mass="block"``, 0.95 with ``"causal"``,
+            mean different things. None takes 0.005 with ``mass="block"``, 0.95 with ``"causal"``,
             0.9 with ``"earlier"``.
         permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
             heads) or ``"query_head"`` (the paper's).
         num_heavy: None sorts each segment by importance (the paper); h moves the h most important
             keys of each segment to its front and keeps the original order on both sides.
-        mass: what ``threshold`` is a share of: with ``"block"``, for sampled scores, nothing is
-            summed, and a block is visited if a sampled query gives it that share of its causal
-            mass; ``"causal"``, all causal mass, the own segment's counted first; or ``"earlier"``,
-            the mass of the segments before the query block's own (the paper).
+        mass: what ``threshold`` is a share of. ``"block"`` goes with sampled scores, and they with
+            nothing else: nothing is summed, and a block is visited if a sampled query gives it that
+            share of its causal mass. Mean scores take ``"causal"``, all causal mass, the own
+            segment's counted first; or ``"earlier"``, the mass of the segments before the query
+            block's own (the paper).
         score: how blocks are scored: ``"sampled"``, by the largest share of its attention that any
             of a few queries of the block gives to the key block; or ``"mean"``, by the product of
             mean query and mean key (the paper).
         num_samples: queries of a block that ``"sampled"`` takes, evenly spaced; up to
             ``block_size``, and to 64 on CUDA.
+        select_per: ``"query_head"`` (each query head samples queries and selects blocks of its own)
+            or ``"kv_head"``: the query heads of a KV head select together, from ``num_samples``
+            queries in all, which are taken from them in turn. Needs sampled scores and an order
+            per KV head.
+        window: keys before a query block that it visits whatever their score: the whole segments
+            that hold one of so many keys before its first row. Of causal attention only; 0 adds
+            none (the paper).
+        dense_tail: query blocks that hold one of so many last queries visit every key. Of causal
+            attention only; 0 leaves them to their scores (the paper).
 
     Raises:
         ValueError: if a value is outside its range.
@@ -53,6 +63,9 @@ class PBSConfig:
     mass: Literal["earlier", "causal", "block"] = "block"
     score: Literal["mean", "sampled"] = "sampled"
     num_samples: int = 16
+    select_per: Literal["query_head", "kv_head"] = "query_head"
+    window: int = 128
+    dense_tail: int = 256
 
     def __post_init__(self) -> None:
         _check_choice("block_size", self.block_size, BLOCK_SIZES)
@@ -64,12 +77,13 @@ class PBSConfig:
                     f"segment_size must be a positive multiple of {name} ({size}), "
                     f"got {self.segment_size}"
                 )
-        if self.num_heavy is not None and self.num_heavy < 0:
-            raise ValueError(f"num_heavy must not be negative, got {self.num_heavy}")
+        for name in ("num_heavy", "window", "dense_tail"):
+            rows = getattr(self, name)
+            if rows is not None and rows < 0:
+                raise ValueError(f"{name} must not be negative, got {rows}")
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        if self.mass == "block" and self.score == "mean":
-            raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
+        self._check_selection()
         check_threshold("threshold", self.resolved_threshold, self.mass)
         if not 1 <= self.num_samples <= self.block_size:
             raise ValueError(
@@ -77,12 +91,31 @@ class PBSConfig:
                 f"got {self.num_samples}"
             )
 
+    def _check_selection(self) -> None:
+        """That score, mass and heads go together."""
+        if self.score == "mean" and self.mass == "block":
+            raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
+        if self.score == "sampled" and self.mass != "block":
+            raise ValueError(f'mass must be "block" with score "sampled", got "{self.mass}"')
+        if self.select_per == "query_head":
+            return
+        if self.score == "mean":
+            raise ValueError('select_per must be "query_head" with score "mean", got "kv_head"')
+        if self.permute_per == "query_head":
+            raise ValueError(
+                'select_per must be "query_head" with an order per query head, got "kv_head"'
+            )
+
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:
         """The paper's own choices: an order per query head, a full sort, key blocks as long as
-        query blocks, mean scores, and a threshold on the mass of earlier segments.
+        query blocks, mean scores, a threshold on the mass of earlier segments, and no block but
+        that of token 0 is visited whatever its score.
 
-        Measured as :meth:`balanced`: density 0.335, loss 0.081, keys 0.83.
+        Measured with SmolLM2-135M at 8192 tokens of three texts: density 0.335, loss 0.081, keys
+        0.83. These are the visited share of the causal block pairs, the loss above dense in nats a
+        token, and the share of 6 pass keys read back (dense 1.00). Source:
+        benchmarks/results/quality_tuning_smollm2_h100.csv.
         """
         return cls(
             kv_block_size=None,
@@ -91,39 +124,28 @@ class PBSConfig:
             num_heavy=None,
             mass="earlier",
             score="mean",
+            window=0,
+            dense_tail=0,
         )
 
     @classmethod
     def fast(cls) -> PBSConfig:
-        """Fewer samples, and a lower threshold for it: less time on long prompts of models with a
-        billion parameters and more.
-
-        Measured as :meth:`balanced`: density 0.164, loss 0.034, keys 0.67. So a small model loses
-        keys. Qwen2.5-Coder-1.5B at 16384 tokens does not from threshold 0.025 down, and at 32768
-        tokens of five texts that nothing was chosen by it visits 0.062, loses 0.008, and takes
-        0.82 ms a layer instead of 5.49 dense (benchmarks/results/quality_qwen_keys_h100.csv and
-        quality_qwen_32768_h100.csv).
+        """One selection for all query heads of a KV head, and a higher threshold: less time on long
+        prompts, and less of the attention's mass.
         """
-        return cls(threshold=0.008, num_samples=8)
+        return cls(select_per="kv_head", threshold=0.01)
 
     @classmethod
     def balanced(cls) -> PBSConfig:
-        """The default: density 0.172, loss 0.016, keys 1.00.
-
-        Of SmolLM2-135M at 8192 tokens of three texts: the visited share of the causal block pairs,
-        the loss above dense in nats a token, and the share of 6 pass keys read back (dense 1.00).
-        A larger model loses less. Source: benchmarks/results/quality_tuning_smollm2_h100.csv, for
-        :meth:`fast` quality_tuning_fast_smollm2_h100.csv.
-        """
+        """The default, between :meth:`fast` and :meth:`accurate`."""
         return cls()
 
     @classmethod
     def accurate(cls) -> PBSConfig:
-        """More samples.
-
-        Measured as :meth:`balanced`: density 0.198, loss 0.005, keys 1.00.
+        """More samples, and a lower threshold: more blocks are visited, and the output lies nearer
+        to dense attention.
         """
-        return cls(num_samples=32)
+        return cls(num_samples=32, threshold=0.0025)
 
     @property
     def key_block_size(self) -> int:

@@ -46,6 +46,9 @@ class Case(NamedTuple):
     strides: str = "contiguous"
     score: str = "mean"
     num_samples: int = 8
+    select_per: str = "query_head"
+    window: int = 0
+    dense_tail: int = 0
 
     @staticmethod
     def threshold_for(mass, share):

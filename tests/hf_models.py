@@ -11,7 +11,7 @@ import pbs_attn.transformers as integration
 from pbs_attn import PBSConfig
 
 EXACT = PBSConfig(block_size=64, segment_size=128, threshold=1.0)
-SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.1)
+SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.1, window=0, dense_tail=0)
 MIN_TOKENS = 128
 NUM_TOKENS = 401  # several segments and an incomplete one
 WINDOW = 96

@@ -20,6 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+# Sampled scores look at a summary of the permuted keys: of so many keys the first ones one by one,
+# the others as means of so many.
+SUMMARY_KEYS, EXACT_KEYS, POOL_SIZE = 256, 32, 4
+
 
 class Layout(NamedTuple):
     """Everything that says where blocks and segments lie. `kv_block_size=None` is `block_size`."""
@@ -87,23 +91,24 @@ def select_blocks(
     mass="earlier",
     score="mean",
     num_samples=8,
+    select_per="query_head",
+    window=0,
+    dense_tail=0,
 ):
-    """Algorithm 2 (Appendix D.1): bool mask (B, Hq, num_q_blocks, num_kv_blocks) and its counts."""
+    """Algorithm 2 (Appendix D.1): bool mask (B, Hq, num_q_blocks, num_kv_blocks) and its counts.
+    Blocks of `window` and `dense_tail` are visited besides."""
     layout = Layout(q.shape[2], k.shape[2], block_size, kv_block_size, segment_size, is_causal)
     candidate, _ = block_roles(layout)
     options = {"scale": scale, "mass": mass, "score": score, "num_samples": num_samples}
-    candidate_mass, own_mass = mass_by_score(q, k, k_mean, perm, layout, **options)
+    options["select_per"] = select_per
+    masses = mass_by_score(q, k, k_mean, perm, layout, **options)
 
-    if mass == "block":
-        mask = (candidate_mass >= threshold) | (candidate & (threshold == 1))
-    else:
-        largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
-        reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
-        needed = (reached_before < threshold) | (threshold == 1)
-        mask = torch.zeros_like(needed).scatter(-1, order, needed)
-
+    mask = masses[0] >= threshold if mass == "block" else smallest_set(*masses, threshold)
+    if threshold == 1:
+        mask = candidate.expand_as(mask).clone()
     sink = sink_block(perm, k_mean, q.shape[1], kv_block_size or block_size)
     mask |= torch.arange(mask.shape[-1]) == sink[..., None, None]
+    mask |= always_visited(layout, window, dense_tail)
     mask &= candidate
     return mask, mask.sum(-1)
 
@@ -142,6 +147,9 @@ def attention(
     mass="earlier",
     score="mean",
     num_samples=8,
+    select_per="query_head",
+    window=0,
+    dense_tail=0,
 ):
     """The five stages in a row (Algorithm 1 with the queries left in place), like q."""
     scoring = {"scale": scale, "block_size": block_size, "segment_size": segment_size}
@@ -150,6 +158,8 @@ def attention(
     perm = sort_segments(scores, segment_size=segment_size, num_heavy=num_heavy)
     k_mean = permute_kv(k, v, perm, kv_block_size=kv_block_size or block_size)[2]
     selection = {"threshold": threshold, "mass": mass, "score": score, "num_samples": num_samples}
+    always = {"window": window, "dense_tail": dense_tail}
+    selection |= {"select_per": select_per, **always}
     mask, _ = select_blocks(q, k, k_mean, perm, **selection, **common)
     return attend(q, k, v, perm, mask, **common)[0]
 
@@ -173,6 +183,27 @@ def block_roles(layout):
     return candidate, own
 
 
+def always_visited(layout, window, dense_tail):
+    """Blocks that a query block visits whatever their score, bool (num_q_blocks, num_kv_blocks),
+    some of them no candidates. Causal: those of segments that hold one of the `window` keys before
+    its first row; and all, if it holds one of the last `dense_tail` queries."""
+    num_queries, num_keys, block_size, kv_block_size, segment_size, is_causal = layout
+    first_row = torch.arange(0, num_queries, block_size)[:, None]
+    last_row = (first_row + block_size).clamp(max=num_queries) - 1
+    first_segment = (num_keys - num_queries + first_row - window).clamp(min=0) // segment_size
+    segment = torch.arange(0, num_keys, kv_block_size or block_size) // segment_size
+    always = (segment >= first_segment) | (last_row >= num_queries - dense_tail)
+    return always & is_causal
+
+
+def smallest_set(candidate_mass, own_mass, threshold):
+    """The fewest, heaviest candidates whose mass, with that of the own blocks, reaches it."""
+    largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
+    reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
+    needed = reached_before < threshold
+    return torch.zeros_like(needed).scatter(-1, order, needed)
+
+
 def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
     """Algorithm 2, line 5: each candidate's share of the softmax over blocks, (B, Hq, num_q_blocks,
     num_kv_blocks), and the share of the own blocks together, (B, Hq, num_q_blocks). Own blocks take
@@ -191,57 +222,69 @@ def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
     return candidate_share, own_share.sum(-1)
 
 
-def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, mass="earlier"):
-    """As `block_mass`, from single queries: of each block num_samples, or all if it has fewer, the
-    i-th at the end of the i-th of so many equal parts. Each weighs every key it may see, one by
-    one, and a block by the sum over its keys; a block's mass is the largest that a sample gives it,
-    as a share of the sum over all blocks unless mass="block"."""
+def summarize(k_perm):
+    """The permuted keys as sampled scores see them, (B, H, num_keys, D): each key of a group of
+    POOL_SIZE is their mean, which so counts once for each of them. A group that ends with the keys
+    is no candidate."""
+    means = block_mean(k_perm, POOL_SIZE).repeat_interleave(POOL_SIZE, 2)
+    is_exact = torch.arange(k_perm.shape[2]) % SUMMARY_KEYS < EXACT_KEYS
+    return torch.where(is_exact[:, None], k_perm, means[:, :, : k_perm.shape[2]])
+
+
+def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, select_per="query_head"):
+    """The largest share of its attention that any of a few queries of a block gives each candidate,
+    (B, Hq, num_q_blocks, num_kv_blocks), and the own blocks, summed to (B, Hq, num_q_blocks).
+
+    Of each query block so many are taken, or all if it has fewer, the i-th at the end of the i-th
+    of so many equal parts; with select_per="kv_head" the i-th is of head i modulo the number of
+    heads that share a KV head. A query weighs the summary of every candidate, and each own key up
+    to its own position."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, own = block_roles(layout)
-    width = kv_block_size or block_size
+    width, num_heads = kv_block_size or block_size, q.shape[1]
     if perm is None:
         perm = torch.arange(num_keys).expand(*k.shape[:3])
-    keys = repeat_heads(k, q.shape[1]).double()
-    places = repeat_heads(perm, q.shape[1]).long()
+    k_perm, _, _ = permute_kv(k, k, perm)
+    permuted_keys = repeat_heads(summarize(k_perm), num_heads)
+    original_keys = repeat_heads(k, num_heads).double()
+    group = num_heads // k.shape[1] if select_per == "kv_head" else 1
+    first_head = torch.arange(num_heads)[:, None] // group * group
     candidate_share, own_share = [], []
     for block_idx, rows in enumerate(torch.arange(num_queries).split(block_size)):
         count = min(num_samples, len(rows))
-        rows = rows[(torch.arange(count) + 1) * len(rows) // count - 1]
-        position = num_keys - num_queries + rows
-        key = torch.arange(num_keys)
+        nth = torch.arange(count)
+        rows = rows[(nth + 1) * len(rows) // count - 1]
+        samples = scale_for(q, scale) * q[:, first_head + nth % group, rows].double()
         is_candidate = candidate[block_idx].repeat_interleave(width)[:num_keys]
         is_own = own[block_idx].repeat_interleave(width)[:num_keys].expand(count, -1)
         if is_causal:
-            is_own = is_own & (key <= position[:, None])
-        if mass == "earlier":
-            is_own = torch.zeros_like(is_own)
-        logits = scale_for(q, scale) * q[:, :, rows].double() @ keys.mT
-        permuted = logits.gather(-1, places[:, :, None].expand_as(logits))
-        permuted = permuted.masked_fill(~is_candidate, -torch.inf)
-        original = logits.masked_fill(~is_own, -torch.inf)
+            position = num_keys - num_queries + rows
+            is_own = is_own & (torch.arange(num_keys) <= position[:, None])
+        permuted = (samples @ permuted_keys.mT).masked_fill(~is_candidate, -torch.inf)
+        original = (samples @ original_keys.mT).masked_fill(~is_own, -torch.inf)
         weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
         padded = F.pad(weights.unflatten(-1, (2, num_keys)), (0, -num_keys % width))
-        largest = padded.unflatten(-1, (-1, width)).sum(-1).amax(2)
-        share = largest
-        if mass != "block":
-            share = (largest / largest.sum((-2, -1), keepdim=True)).nan_to_num(0.0)
+        share = padded.unflatten(-1, (-1, width)).sum(-1).amax(2)
         candidate_share.append(share[:, :, 0])
         own_share.append(share[:, :, 1].sum(-1))
     return torch.stack(candidate_share, 2), torch.stack(own_share, 2)
 
 
-def mass_by_score(q, k, k_mean, perm, layout, *, score, num_samples, **options):
-    """`sampled_mass` or `block_mass`, with what both take as `options`."""
+def mass_by_score(
+    q, k, k_mean, perm, layout, *, score, num_samples, select_per, mass="earlier", scale=None
+):
+    """`sampled_mass`, whose `mass` is "block", or `block_mass`, each with what it takes."""
     if score == "sampled":
-        return sampled_mass(q, k, perm, layout, num_samples, **options)
-    return block_mass(q, k, k_mean, layout, **options)
+        sharing = {"scale": scale, "select_per": select_per}
+        return sampled_mass(q, k, perm, layout, num_samples, **sharing)
+    return block_mass(q, k, k_mean, layout, scale=scale, mass=mass)
 
 
 def masses_of(case, q, k, k_mean, perm):
     """As a case of the tests asks for."""
-    options = {"scale": case.scale, "mass": case.mass}
-    sampling = {"score": case.score, "num_samples": case.num_samples}
-    return mass_by_score(q, k, k_mean, perm, case.layout, **options, **sampling)
+    names = ("scale", "mass", "score", "num_samples", "select_per")
+    options = {name: getattr(case, name) for name in names}
+    return mass_by_score(q, k, k_mean, perm, case.layout, **options)
 
 
 def sink_block(perm, k_mean, num_heads, kv_block_size):

@@ -51,10 +51,10 @@ def test_prefill_rows(tiny, tmp_path, capsys):
     assert len({row["run"] for row in rows}) == 1
 
 
-@pytest.mark.parametrize("mass", ["block", "causal"])
-def test_densities_are_reached(mass):
+@pytest.mark.parametrize(("score", "mass"), [("sampled", "block"), ("mean", "causal")])
+def test_densities_are_reached(score, mass):
     tensors = [x.float() for x in heavy_hitters(2048, 4, 2, "cpu", 64)]
-    pipeline = Pipeline(*tensors, PBSConfig(mass=mass))
+    pipeline = Pipeline(*tensors, PBSConfig(score=score, mass=mass, window=0, dense_tail=0))
     for density in (0.3, 0.5):
         assert reach(pipeline, density) == pytest.approx(density, abs=0.01)
 
@@ -98,7 +98,7 @@ def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
     """Its own queries, keys and values, at its own scale, through every contestant."""
     transformers = pytest.importorskip("transformers")
     save_model(tmp_path, transformers.LlamaConfig(**SIZES))
-    ids = torch.randint(VOCABULARY, (700,), generator=torch.manual_seed(1)).tolist()
+    ids = torch.randint(VOCABULARY, (900,), generator=torch.manual_seed(1)).tolist()
     save_text(tmp_path / "text.txt", ids)
     seen = []
     right = prefill.Substitute.__call__
@@ -110,7 +110,7 @@ def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prefill.Substitute, "__call__", recorded)
     options = prefill.Options(
-        model=str(tmp_path), text=str(tmp_path / "text.txt"), tokens=(512, 700), rounds=(1,),
+        model=str(tmp_path), text=str(tmp_path / "text.txt"), tokens=(800, 900), rounds=(1,),
         threshold=0.5, device="cpu",
     )  # fmt: skip
     rows = prefill.run(options)
@@ -125,8 +125,8 @@ def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
         ]
         assert (row["weights"], row["activations"], row["layers"]) == ("given", "text.txt", "2")
         assert 0 < float(row["density"]) < 1
-    with pytest.raises(BenchError, match=r"text.txt must have 800 tokens, got 700"):
-        prefill.run(dataclasses.replace(options, tokens=(800,)))
+    with pytest.raises(BenchError, match=r"text.txt must have 1000 tokens, got 900"):
+        prefill.run(dataclasses.replace(options, tokens=(1000,)))
 
 
 def test_rows_before_a_prompt_that_does_not_fit_are_kept(tiny, monkeypatch, tmp_path):

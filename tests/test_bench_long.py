@@ -52,7 +52,9 @@ def test_scores_are_those_of_their_columns(monkeypatch):
 
         def call(self):
             if hasattr(self, "words"):  # set_threshold, which calls it first, is not timed
-                seen.append((name, self.config.score, self.config.num_samples, self.threshold))
+                config = self.config
+                sampling = config.num_samples, config.select_per
+                seen.append((name, config.score, sampling, self.threshold))
             return right(self)
 
         monkeypatch.setattr(stages.Pipeline, name, call)
@@ -63,9 +65,10 @@ def test_scores_are_those_of_their_columns(monkeypatch):
     first_round = seen[: len(scores.CONFIGS)]
     assert first_round[0][0] == "attend" and first_round[0][3] == 1
     assert [call[:3] for call in first_round[1:4]] == [
-        ("select_blocks", "sampled", num) for num in scores.SAMPLES
+        ("select_blocks", "sampled", (num, "query_head")) for num in scores.SAMPLES
     ]
-    assert first_round[4][:2] == ("select_blocks", "mean")
+    assert first_round[4][:3] == ("select_blocks", "sampled", (16, "kv_head"))
+    assert first_round[5][:2] == ("select_blocks", "mean")
 
 
 def test_rows_of_cpu(tmp_path, capsys):

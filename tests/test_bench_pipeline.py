@@ -80,10 +80,19 @@ def test_floors_by_hand():
     assert list(expected) == list(STAGES) == [stage.__name__ for stage in floors.STAGES]
     for stage in floors.STAGES:
         assert stage(problem) == pytest.approx(expected[stage.__name__]), stage.__name__
-    sampled = problem._replace(config=dataclasses.replace(config, score="sampled", num_samples=16))
-    # 16 of 128 queries; every key of the first segment, by those of the last query block.
-    bytes_moved = q // 8 + k + 4 * 3 * (1 + 1) * 4
-    assert floors.select_blocks(sampled) == (bytes_moved, 2 * 64 * 4 * 16 * 256)
+    sampling = {"score": "sampled", "mass": "block", "num_samples": 16, "permute_per": "kv_head"}
+    sampled = dataclasses.replace(config, threshold=None, **sampling)
+    longer = problem._replace(num_tokens=512, config=sampled)
+    # 16 of 128 queries; 88 for the first segment's keys, by those of the last two query blocks; fp8
+    # products count half.
+    q, k, mask_and_counts = 512 * 4 * 64 * 2, 512 * 2 * 64 * 2, 4 * 4 * (1 + 1) * 4
+    product = 64 * 16 * 88
+    assert floors.select_blocks(longer) == (q // 8 + k + mask_and_counts, 4 * 2 * product)
+    shared = dataclasses.replace(sampled, select_per="kv_head")
+    found = floors.select_blocks(longer._replace(config=shared))
+    assert found == (k // 8 + k + mask_and_counts, 2 * 2 * product)
+    tail = dataclasses.replace(sampled, dense_tail=1)
+    assert floors.select_blocks(longer._replace(config=tail)).operations == 4 * product
     assert floors.floors_ms(problem, "another card") == {}
     times = floors.floors_ms(problem, "NVIDIA H200")
     assert times["permute_kv"] == pytest.approx(1e3 * expected["permute_kv"][0] / 4.3e12)

@@ -17,7 +17,9 @@ from pbs_attn.bench.stages import heavy_hitters
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
-CONFIG = PBSConfig(block_size=32, segment_size=64, mass="causal")
+CONFIG = PBSConfig(
+    block_size=32, segment_size=64, score="mean", mass="causal", window=0, dense_tail=0
+)
 SELECTIONS = ["dense", "pbs", "unpermuted", "pooled", "window", "truncated"]
 
 
@@ -98,7 +100,7 @@ def test_rows(options, tmp_path, capsys):
 def test_settings_side_by_side(options):
     """Each with its own sweep; window and truncated, which know nothing of them, once."""
     both = dataclasses.replace(options, probes=("text",), settings=(GIVEN, "narrow"))
-    config = PBSConfig(block_size=32, segment_size=64, num_heavy=8, mass="causal")
+    config = dataclasses.replace(CONFIG, num_heavy=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(quality.SETTINGS, "narrow", config)
         rows = quality.run(both)
@@ -115,7 +117,7 @@ def test_pooled_means_have_thresholds_of_their_own(options, monkeypatch):
     """No single block of a sum has to reach anything; thresholds that are given are the others'."""
     sweeps = {"block": (0.2, 0.1, 0.05), "causal": (0.7,), "earlier": (0.6,)}
     monkeypatch.setattr(quality, "SWEEPS", sweeps)
-    config = dataclasses.replace(CONFIG, mass="block")
+    config = dataclasses.replace(CONFIG, score="sampled", mass="block")
     options = dataclasses.replace(
         options, config=config, probes=("text",), selections=("pbs", "pooled")
     )
@@ -130,13 +132,13 @@ def test_pooled_means_have_thresholds_of_their_own(options, monkeypatch):
 
 def test_settings_by_their_fields(options):
     """Changes to what is given, with what is run beside them cut down to PBS."""
-    changes = "num_heavy=8,mass=causal"
+    changes = "num_heavy=8,mass=earlier"
     cut = dataclasses.replace(
         options, probes=("text",), selections=("pbs",), thresholds=(0.5,), settings=(changes,)
     )
     rows = quality.run(cut)
     assert [curve_name(row) for row in rows] == ["dense", f"pbs, {changes}"]
-    config = dataclasses.replace(CONFIG, num_heavy=8, mass="causal")
+    config = dataclasses.replace(CONFIG, num_heavy=8, mass="earlier")
     given = quality.run(dataclasses.replace(cut, config=config, settings=(GIVEN,)))
     assert given[1]["loss"] == rows[1]["loss"]
 
@@ -278,7 +280,10 @@ def test_permutation_keeps_its_worth():
             ["--thresholds", "2"],
             '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
         ),
-        (["--mass", "causal", "--thresholds", "2"], "--thresholds must lie in (0, 1], got 2.0"),
+        (
+            ["--score", "mean", "--mass", "causal", "--thresholds", "2"],
+            "--thresholds must lie in (0, 1], got 2.0",
+        ),
         (["--selections", "window"], "--selections must hold pbs, got ['window']"),
         (
             ["--settings", "threshold"],

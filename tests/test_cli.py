@@ -2,6 +2,7 @@
 refused before a model loads."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -218,12 +219,22 @@ def test_help_names_options_that_are_there(parser):
         (("--settings", "fast"), PBSConfig.fast()),
         (("--settings", "accurate"), PBSConfig.accurate()),
         (("--settings", "paper"), PBSConfig.paper()),
-        (("--num-samples", "4", "--settings", "fast"), PBSConfig(threshold=0.008, num_samples=4)),
-        (("--settings", "fast", "--mass", "causal"), PBSConfig(mass="causal", num_samples=8)),
+        (
+            ("--num-samples", "4", "--settings", "fast"),
+            PBSConfig(select_per="kv_head", threshold=0.01, num_samples=4),
+        ),
+        (
+            ("--settings", "accurate", "--score", "mean", "--mass", "causal"),
+            PBSConfig(score="mean", mass="causal", num_samples=32),
+        ),
+        (
+            ("--select-per", "kv_head", "--window", "0", "--dense-tail", "1"),
+            PBSConfig(select_per="kv_head", window=0, dense_tail=1),
+        ),
         (("--num-heavy", "all", "--threshold", "0.05"), PBSConfig(num_heavy=None, threshold=0.05)),
         (
             ("--settings", "paper", "--kv-block-size", "64", "--threshold", "0.8"),
-            PBSConfig(64 * 2, 64, 256, 0.8, "query_head", None, "earlier", "mean"),
+            dataclasses.replace(PBSConfig.paper(), kv_block_size=64, threshold=0.8),
         ),
     ],
 )

@@ -20,8 +20,12 @@ CONFIGS = [
         threshold=0.7,
         permute_per="query_head",
         num_heavy=16,
+        score="mean",
         mass="causal",
+        window=0,
+        dense_tail=64,
     ),
+    PBSConfig(block_size=32, segment_size=64, select_per="kv_head", window=1),
 ]
 
 
@@ -31,7 +35,7 @@ def inputs(num_q=400, num_kv=400, dtype=torch.float32):
     return q, k, v
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["default", "other"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "mean", "shared"])
 @pytest.mark.parametrize("lengths", [(400, 400), (130, 513)], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name, lengths, config):
@@ -82,7 +86,7 @@ def test_compile_with_inductor():
 
 class Layer(torch.nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.ops.pbs.attention(q, k, v, threshold=0.8, num_heavy=16, mass="causal")
+        return torch.ops.pbs.attention(q, k, v, threshold=0.1, num_heavy=16, select_per="kv_head")
 
 
 def test_export_round_trip():

@@ -30,6 +30,7 @@ image = pytest.importorskip("matplotlib.image")
 
 NUM_TOKENS = 600
 BLOCKS = {"block_size": 32, "kv_block_size": 64, "segment_size": 128}
+BLOCKS |= {"window": 0, "dense_tail": 0}
 
 
 @pytest.fixture(scope="module")

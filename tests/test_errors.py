@@ -158,7 +158,7 @@ def test_last_dim_must_be_contiguous(position):
         ),
         *(
             (
-                {"threshold": threshold, "mass": mass},
+                {"threshold": threshold, "mass": mass, "score": "mean"},
                 rf"threshold must lie in \(0, 1\], got {threshold:g}",
             )
             for threshold in (0.0, 1.01, 2.0, float("nan"))
@@ -177,8 +177,23 @@ def test_last_dim_must_be_contiguous(position):
         ({"num_heavy": -1}, "num_heavy must not be negative, got -1"),
         ({"mass": "all"}, "mass must be .*got .all."),
         ({"mass": "block", "score": "mean"}, "mass must be .* with score .mean., got .block."),
+        *(
+            ({"mass": mass}, f'mass must be "block" with score "sampled", got "{mass}"')
+            for mass in ("earlier", "causal")
+        ),
         ({"permute_per": "head"}, "permute_per must be .*got .head."),
         ({"score": "max"}, "score must be .*got .max."),
+        ({"window": -1}, "window must not be negative, got -1"),
+        ({"dense_tail": -2}, "dense_tail must not be negative, got -2"),
+        ({"select_per": "head"}, "select_per must be .*got .head."),
+        (
+            {"select_per": "kv_head", "score": "mean", "mass": "causal"},
+            'select_per must be "query_head" with score "mean", got "kv_head"',
+        ),
+        (
+            {"select_per": "kv_head", "permute_per": "query_head"},
+            'select_per must be "query_head" with an order per query head, got "kv_head"',
+        ),
         ({"num_samples": 0}, r"num_samples must lie in \[1, .*128.*\], got 0"),
         ({"num_samples": 129}, r"num_samples must lie in \[1, .*128.*\], got 129"),
     ],
@@ -265,7 +280,8 @@ def test_empty(shape):
     batch, num_heads, num_q = shape
     q = torch.randn(batch, num_heads, num_q, 64)
     k, v = torch.randn(2, batch, 2, 300, 64)
-    assert attention(q, k, v).shape == q.shape
+    for config in (PBSConfig(), PBSConfig.fast(), PBSConfig.paper()):
+        assert attention(q, k, v, config=config).shape == q.shape
     chosen = pbs_attn.select(q, k, v)
     assert torch.equal(chosen.perm.sort(-1).values, torch.arange(300).expand_as(chosen.perm))
 
@@ -291,11 +307,12 @@ def test_later_values_that_are_not_finite_leave_earlier_rows_alone(bad):
     want, dense = (
         attention(q, k, v, config=c) for c in (PBSConfig.paper(), PBSConfig(threshold=1.0))
     )
-    earlier = attention(q, k, v)[:, :, :256]
+    by_score = PBSConfig(window=0, dense_tail=0)
+    earlier = attention(q, k, v, config=by_score)[:, :, :256]
     k[:, :, 290:] = bad
     v[:, :, 290:] = bad
     assert torch.equal(attention(q, k, v, config=PBSConfig.paper())[:, :, own], want[:, :, own])
-    found = attention(q, k, v)
+    found = attention(q, k, v, config=by_score)
     assert torch.equal(found[:, :, :256], earlier)
     torch.testing.assert_close(found[:, :, own], dense[:, :, own])
 
@@ -356,7 +373,7 @@ def far_apart(tensor, dim):
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 def test_strides_past_31_bits(dim):
     q, k, v = torch.randn(3, 2, 2, 140, 64).bfloat16()
-    config = PBSConfig(block_size=32, segment_size=64)
+    config = PBSConfig(block_size=32, segment_size=64, window=0, dense_tail=0)
     try:
         far = [far_apart(tensor, dim) for tensor in (q[:, :, 40:].contiguous(), k, v)]
     except OSError:

@@ -51,7 +51,8 @@ def test_errors():
 @pytest.mark.parametrize(("num_q", "num_kv"), [(1000, 1000), (300, 1111), (1, 700), (50, 50)])
 @pytest.mark.parametrize("kv_block_size", [32, 128])
 def test_density_counts_visited_pairs(num_q, num_kv, is_causal, kv_block_size):
-    config = PBSConfig(block_size=64, kv_block_size=kv_block_size, threshold=0.1)
+    always = {"window": 0, "dense_tail": 0}
+    config = PBSConfig(block_size=64, kv_block_size=kv_block_size, threshold=0.1, **always)
     q = torch.randn(1, 4, num_q, 64)
     k, v = torch.randn(2, 1, 2, num_kv, 64)
     chosen = pbs_attn.select(q, k, v, is_causal=is_causal, config=config)

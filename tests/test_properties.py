@@ -28,8 +28,11 @@ def cases(draw, **fixed):
     segment_size = max(block_size, kv_block_size or 0) * draw(st.integers(1, 2))
     num_keys = draw(st.integers(1, min(3 * segment_size + 40, 400)))
     num_kv_heads = draw(st.integers(1, 2))
-    score = draw(st.sampled_from(["mean", "sampled"]))
-    mass = draw(st.sampled_from(["earlier", "causal"] + ["block"] * (score == "sampled")))
+    score, mass = draw(
+        st.sampled_from([("mean", "earlier"), ("mean", "causal"), ("sampled", "block")])
+    )
+    permute_per = draw(st.sampled_from(["kv_head", "query_head"]))
+    can_share = score == "sampled" and permute_per == "kv_head"
     case = Case(
         num_queries=draw(st.one_of(st.just(num_keys), st.integers(1, num_keys))),
         num_keys=num_keys,
@@ -40,11 +43,14 @@ def cases(draw, **fixed):
         kv_block_size=kv_block_size,
         segment_size=segment_size,
         is_causal=draw(st.booleans()),
-        permute_per=draw(st.sampled_from(["kv_head", "query_head"])),
+        permute_per=permute_per,
         num_heavy=draw(st.one_of(st.none(), st.integers(1, segment_size))),
         mass=mass,
         score=score,
         num_samples=draw(st.integers(1, 32)),
+        select_per=draw(st.sampled_from(["query_head", "kv_head"][: 1 + can_share])),
+        window=draw(st.sampled_from([0, 0, 1, 64, 10**6])),
+        dense_tail=draw(st.sampled_from([0, 0, 1, 64, 10**6])),
         threshold=Case.threshold_for(mass, draw(st.floats(0.05, 0.999))),
     )
     return case._replace(**fixed)
@@ -285,9 +291,10 @@ def test_stages_give_the_same_bits_twice(case, seed, dtype):
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_narrower_instruction_sets(capability):
     """The kernels for CPUs with shorter vectors, on lengths that leave remainders."""
+    lengths = "200of331 or 331of331 or 333of333 or 7of7"
     pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*pytest_quietly, TESTS / "test_stages.py", "-k", "200of331 or 333of333 or 7of7"],
+        [*pytest_quietly, TESTS / "test_stages.py", "-k", lengths],
         env={**os.environ, "PBS_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

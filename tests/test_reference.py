@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 SMALL = {"block_size": 2, "kv_block_size": 2, "segment_size": 4}
+# By the rows of a block, the last of each of three equal parts, or all of fewer.
+LAST_OF_PARTS = {1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 3]}
 LENGTHS = [(13, 13), (12, 12), (5, 14), (1, 11), (8, 12), (3, 3), (6, 21)]
 
 
@@ -215,6 +217,75 @@ def test_selected_set_is_the_smallest_by_brute_force(is_causal, mass):
         assert set(mask[b, h, i].nonzero().flatten().tolist()) == {*best, sink}
         sizes.add(len(best))
     assert len(sizes) > 2
+
+
+@pytest.mark.parametrize(
+    ("window", "dense_tail", "expected"),
+    [
+        (0, 0, [[], [], []]),
+        (1, 0, [[], [], []]),  # keys 6, 8 and 10, each of the own segment
+        (2, 0, [[], [2, 3], []]),  # and 5, 7 and 9
+        (4, 0, [[0, 1], [2, 3], [2, 3]]),
+        (9, 0, [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        (0, 1, [[], [], [0, 1, 2, 3]]),
+        (0, 2, [[], [], [0, 1, 2, 3]]),
+        (0, 3, [[], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        (1, 99, [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]),
+    ],
+)
+def test_window_and_tail_by_hand(window, dense_tail, expected):
+    """Six queries at positions 7 to 12 of 13 keys, blocks of 2, segments of 4."""
+    layout = ref.Layout(6, 13, 2, 2, 4, True)
+    candidate, _ = ref.block_roles(layout)
+    found = ref.always_visited(layout, window, dense_tail) & candidate
+    assert [row.nonzero().flatten().tolist() for row in found] == expected
+    assert not ref.always_visited(layout._replace(is_causal=False), window, dense_tail).any()
+
+
+def test_summary_by_hand():
+    k_perm = torch.arange(303.0).double().view(1, 1, 303, 1)
+    found = ref.summarize(k_perm)[0, 0, :, 0].tolist()
+    assert found[:32] == list(range(32))
+    assert found[32:40] == [33.5] * 4 + [37.5] * 4
+    assert found[252:256] == [253.5] * 4
+    assert found[256:288] == list(range(256, 288))
+    assert found[288:292] == [289.5] * 4
+
+
+@pytest.mark.parametrize("select_per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("lengths", [(13, 13), (5, 14)])
+def test_sampled_mass_naively(lengths, is_causal, select_per, monkeypatch):
+    """Of every 4 permuted keys the first two one by one, the others by their mean."""
+    for name, value in (("SUMMARY_KEYS", 4), ("EXACT_KEYS", 2), ("POOL_SIZE", 2)):
+        monkeypatch.setattr(ref, name, value)
+    q, k, v = random_qkv(*lengths)
+    num_queries, num_keys = lengths
+    perm = random_perm(2, 2, num_keys, 4)
+    k_perm = ref.permute_kv(k, v, perm)[0]
+    layout = ref.Layout(*lengths, 4, 2, 4, is_causal)
+    candidate, _ = ref.block_roles(layout)
+    mass, _ = ref.sampled_mass(q, k, perm, layout, 3, scale=0.7, select_per=select_per)
+    for b, h, i in itertools.product(range(2), range(4), range(-(-num_queries // 4))):
+        num_rows = min(4, num_queries - 4 * i)
+        largest = [0.0] * candidate.shape[1]
+        for nth, row in enumerate(LAST_OF_PARTS[num_rows]):
+            head = h if select_per == "query_head" else h // 2 * 2 + nth % 2
+            position = num_keys - num_queries + 4 * i + row
+
+            def weight(key, query=q[b, head, 4 * i + row]):
+                return math.exp(0.7 * (query @ key).item())
+
+            shares = {}
+            for j in candidate[i].nonzero().flatten().tolist():
+                pair = k_perm[b, h // 2, 2 * j : 2 * j + 2]
+                shares[j] = 2 * weight(pair.mean(0)) if j % 2 else sum(map(weight, pair))
+            own_start = (num_keys - num_queries + 4 * i if is_causal else num_keys) // 4 * 4
+            keys = range(own_start, position + 1 if is_causal else num_keys)
+            total = sum(shares.values()) + sum(weight(k[b, h // 2, key]) for key in keys)
+            for j, share in shares.items():
+                largest[j] = max(largest[j], share / total)
+        torch.testing.assert_close(mass[b, h, i], torch.tensor(largest).double())
 
 
 def test_the_block_of_token_0_is_found_through_the_permutation():

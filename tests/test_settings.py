@@ -95,9 +95,9 @@ def test_of_an_operator_that_there_is_not():
 
 def refusal(**kwargs):
     """What the operator says to these words; None where it takes them."""
-    q = torch.zeros(1, 1, 64, 64)
+    q = torch.zeros(1, 2, 64, 64)  # two query heads of a KV head: an order for each is another
     try:
-        torch.ops.pbs.attention(q, q, q, **kwargs)
+        torch.ops.pbs.attention(q, q[:, :1], q[:, :1], **kwargs)
     except RuntimeError as error:
         return str(error).splitlines()[0]
 
@@ -133,13 +133,14 @@ def test_every_mass_has_a_threshold():
 @pytest.mark.parametrize("mass", CHOICES["mass"])
 def test_thresholds_have_a_default_by_mass(mass):
     """The operator's are the config's, and they tell."""
-    q = torch.randn(1, 2, 4000, 64, generator=torch.manual_seed(0)) / 2
-    config = PBSConfig(mass=mass)
+    q = torch.randn(1, 1, 8000, 64, generator=torch.manual_seed(0)) / 2
+    score = "sampled" if mass == "block" else "mean"
+    config = PBSConfig(score=score, mass=mass)
     assert config.threshold is None
     assert config.resolved_threshold == THRESHOLDS[mass]
 
     def out(threshold):
-        return torch.ops.pbs.attention(q, q, q, mass=mass, threshold=threshold)
+        return torch.ops.pbs.attention(q, q, q, score=score, mass=mass, threshold=threshold)
 
     assert torch.equal(out(None), out(THRESHOLDS[mass]))
     for factor in (0.95, 1.05):

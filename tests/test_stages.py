@@ -51,20 +51,34 @@ CASES = [
     Case(90, 1300, batch=1, num_q_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
     Case(260, 260, threshold=1.0, mass="causal", kv_block_size=64),
 ]
+# Visited whatever their score, beside mean scores.
+ALWAYS = [
+    Case(331, 331, window=1, strides="slice"),
+    Case(300, 300, window=128, dense_tail=33, mass="causal", threshold=0.6, num_heavy=8),
+    Case(150, 331, window=10**9, permute_per="query_head", threshold=0.3),
+    Case(90, 290, dense_tail=1, threshold=0.3, kv_block_size=64, segment_size=128),
+    Case(290, 290, window=64, dense_tail=256, is_causal=False, threshold=0.4),
+]
 SAMPLED = [
-    Case(300, 300, score="sampled"),
-    Case(331, 331, score="sampled", mass="causal", num_samples=3, strides="slice"),
-    Case(75, 301, score="sampled", permute_per="query_head", num_samples=32, strides="bnhd"),
-    Case(290, 290, score="sampled", mass="causal", kv_block_size=64, num_heavy=8),
-    Case(1, 259, score="sampled", block_size=64, mass="causal", num_samples=17, scale=0.3),
-    Case(77, 231, score="sampled", is_causal=False, mass="causal", kv_block_size=64),
-    Case(513, 513, batch=1, block_size=128, kv_block_size=32, segment_size=256, num_heavy=32,
-         score="sampled", mass="causal", num_samples=16),
-    Case(270, 270, head_dim=256, batch=1, score="sampled", block_size=64, segment_size=128),
-    Case(331, 331, score="sampled", mass="block", threshold=0.1, num_heavy=8, strides="slice"),
-    Case(77, 431, score="sampled", mass="block", threshold=0.3, kv_block_size=64, num_samples=3),
-    Case(300, 300, score="sampled", mass="block", threshold=0.02, is_causal=False),
+    Case(331, 331, threshold=0.1, num_heavy=8, strides="slice"),
+    Case(300, 300, threshold=0.02, is_causal=False, num_samples=32),
+    Case(77, 431, threshold=0.3, kv_block_size=64, num_samples=3, permute_per="query_head"),
+    Case(1, 259, block_size=64, num_samples=17, scale=0.3, threshold=0.05, strides="bnhd"),
+    Case(270, 270, head_dim=256, batch=1, block_size=64, segment_size=128, threshold=0.05),
+    Case(700, 700, batch=1, segment_size=192, num_heavy=16, threshold=0.02, num_samples=16),
+    Case(613, 900, batch=1, block_size=64, segment_size=320, kv_block_size=32, threshold=0.05),
+    Case(1100, 1100, batch=1, block_size=128, kv_block_size=32, segment_size=512, num_heavy=32,
+         threshold=0.01, num_samples=16, window=128, dense_tail=256, num_q_heads=2),
+    Case(620, 620, batch=1, block_size=128, kv_block_size=128, segment_size=256, threshold=0.02,
+         num_samples=16, window=1, select_per="kv_head"),
+    Case(331, 331, num_q_heads=6, threshold=0.05, num_samples=5, select_per="kv_head"),
+    Case(300, 411, num_q_heads=5, num_kv_heads=1, threshold=0.1, select_per="kv_head",
+         num_samples=3, window=70, dense_tail=1, strides="slice"),
+    Case(290, 290, is_causal=False, num_kv_heads=4, select_per="kv_head", threshold=0.03),
+    Case(300, 300, threshold=0.02, dense_tail=10**9, window=10**9),
+    Case(300, 300, threshold=1.0, select_per="kv_head"),
 ]  # fmt: skip
+SAMPLED = [case._replace(score="sampled", mass="block") for case in SAMPLED]
 WIDE = [
     Case(*lengths, head_dim=head_dim, batch=1, block_size=64, segment_size=128, strides=strides)
     for head_dim in HEAD_DIMS[1:]
@@ -75,7 +89,7 @@ every_case = pytest.mark.parametrize(
     ("case", "dtype"),
     [
         pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
-        for case, dtype in itertools.product(CASES + SAMPLED + WIDE, DTYPES)
+        for case, dtype in itertools.product(CASES + ALWAYS + SAMPLED + WIDE, DTYPES)
     ],
 )
 
@@ -235,6 +249,18 @@ def test_select_blocks_at_threshold_1_keeps_blocks_without_mass():
     for threshold, expected in [(0.9999, 2), (1.0, 6)]:
         _, counts = ops.select_blocks(q, k, k_mean, threshold=threshold, **sizes)
         assert counts[0, 0, 6:].eq(expected).all()
+
+
+@pytest.mark.parametrize("row", [31, 40, 63])
+def test_a_sample_of_nan_selects_everything(row):
+    """Whichever of the samples it is: the first, one between, the last."""
+    q, k = torch.randn(2, 1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+    q[0, 0, 192 + row] = torch.nan
+    sizes = {"block_size": 64, "segment_size": 64, "num_samples": 64, "threshold": 0.5}
+    k_mean = torch.zeros(1, 2, 4, 64)
+    _, counts = ops.select_blocks(q, k, k_mean, score="sampled", mass="block", **sizes)
+    assert counts[0, 0, 3] == 3
+    assert (counts[0, 1, 3] < 3).all()
 
 
 @pytest.mark.parametrize("num_keys", [384, 300])

@@ -17,7 +17,7 @@ import pbs_attn.transformers as integration  # noqa: E402
 from pbs_attn import PBSConfig  # noqa: E402
 
 EXACT = PBSConfig(block_size=64, segment_size=128, threshold=1.0)
-SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.5)
+SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.5, window=0, dense_tail=0)
 NUM_TOKENS = 301  # two segments and an incomplete one
 CHUNKS = [170, 100, 30, 1]  # two that take the op, one shorter than a block, a decode step
 PADDING = 77

@@ -6,11 +6,13 @@ makes in the same dtype on the same data, plus a small absolute term for where t
 
 import torch
 import torch.nn.functional as F
-from reference import repeat_heads, scale_for
+from reference import always_visited, repeat_heads, scale_for, smallest_set
 
 # The absolute term, as a share of the largest value: a few roundings of float32 arithmetic, or of
 # the result's own dtype.
 SLACK = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 2e-4}
+
+NEVER = torch.tensor(False)  # no block is visited whatever its score, but for that of token 0
 
 
 def assert_within_twice(actual, torch_result, exact, what, *, least=0.0):
@@ -53,13 +55,19 @@ def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def assert_smallest_set(mask, candidate_mass, own_mass, candidate, sink, threshold, *, eps=1e-5):
+def assert_smallest_set(
+    mask, candidate_mass, own_mass, candidate, sink, threshold, *, always=NEVER, eps=1e-5
+):
     """Every row of `mask` keeps the fewest, heaviest candidates whose mass reaches `threshold`, and
-    the block `sink` (B, Hq) besides. `eps` is what rounding may move a sum or a mass."""
+    the blocks `sink` (B, Hq) and `always` (query blocks, key blocks) besides. `eps` is what
+    rounding may move a sum or a mass."""
     is_sink = assert_takes_sink(mask, candidate, sink)
-    with_sink = is_smallest_set(mask, candidate_mass, own_mass, candidate, threshold, eps)
-    without_sink = is_smallest_set(
-        mask & ~is_sink, candidate_mass, own_mass, candidate, threshold, eps
+    masses = candidate_mass, own_mass
+    # What is visited anyhow shows nothing about the set: it is as float64 says there.
+    by_mass = torch.where(always, smallest_set(*masses, threshold), mask) & candidate
+    with_sink, without_sink = (
+        is_smallest_set(kept, *masses, candidate, threshold, eps)
+        for kept in (by_mass | (is_sink & candidate), by_mass & ~is_sink)
     )
     assert (with_sink | without_sink).all(), "not the smallest set that reaches the threshold"
 
@@ -72,21 +80,27 @@ def assert_takes_sink(mask, candidate, sink):
     return is_sink
 
 
-def assert_each_reaches(mask, candidate_mass, candidate, sink, threshold, *, eps=1e-5):
-    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the block
-    `sink` (B, Hq) besides; all of them for 1. `eps` is what rounding may move a mass."""
+def assert_each_reaches(
+    mask, candidate_mass, candidate, sink, threshold, *, always=NEVER, eps=1e-5
+):
+    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the blocks
+    `sink` (B, Hq) and `always` (query blocks, key blocks) besides; all of them for 1. `eps` is what
+    rounding may move a mass."""
     threshold = -1.0 if threshold == 1 else threshold
-    is_sink = assert_takes_sink(mask, candidate, sink)
+    is_free = assert_takes_sink(mask, candidate, sink) | always
     assert (mask | ~candidate | (candidate_mass < threshold + eps)).all(), "a block is missing"
-    assert (~mask | is_sink | (candidate_mass > threshold - eps)).all(), "a block is too light"
+    assert (~mask | is_free | (candidate_mass > threshold - eps)).all(), "a block is too light"
 
 
 def assert_selects(mask, masses, candidate, sink, case, **options):
     """As the rule of a case says, for its masses (candidates', own)."""
+    always = always_visited(case.layout, case.window, case.dense_tail)
+    assert (mask | ~(always & candidate)).all(), "a block of the window or the tail is missing"
+    rule = candidate, sink, case.threshold
     if case.mass == "block":
-        assert_each_reaches(mask, masses[0], candidate, sink, case.threshold, **options)
+        assert_each_reaches(mask, masses[0], *rule, always=always, **options)
     else:
-        assert_smallest_set(mask, *masses, candidate, sink, case.threshold, **options)
+        assert_smallest_set(mask, *masses, *rule, always=always, **options)
 
 
 def is_smallest_set(mask, candidate_mass, own_mass, candidate, threshold, eps):
@@ -105,7 +119,8 @@ def is_decided(masses, case, *, eps=1e-5):
     if threshold == 1:
         return torch.ones_like(own_mass, dtype=torch.bool)
     if case.mass == "block":
-        return ((candidate_mass - threshold).abs() > eps).all(-1)
+        always = always_visited(case.layout, case.window, case.dense_tail)
+        return (always | ((candidate_mass - threshold).abs() > eps)).all(-1)
     ranked = F.pad(candidate_mass.sort(-1, descending=True).values, (0, 1))
     reached_before = own_mass[..., None] + F.pad(ranked.cumsum(-1), (1, -1))
     crosses_clearly = ((reached_before - threshold).abs() > eps).all(-1)

@@ -9,7 +9,7 @@ from pbs_attn.transformers import LayerRoute, LayerRoutes, explain, register
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    config = pbs_attn.PBSConfig(threshold=0.9, mass="causal", permute_per="query_head")
+    config = pbs_attn.PBSConfig(threshold=0.01, select_per="kv_head", window=64, dense_tail=0)
     out: torch.Tensor = pbs_attn.attention(q, k, v, is_causal=True, scale=None, config=config)
     chosen: pbs_attn.Selection = pbs_attn.select(q, k, v, config=pbs_attn.PBSConfig.paper())
     share: torch.Tensor = pbs_attn.density(chosen.block_mask, 512, 512, config=config)

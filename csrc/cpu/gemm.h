@@ -49,7 +49,13 @@ template <int kVecs>
 inline void score_keys_tile(const float* queries, int64_t query_stride, const float* keys,
                             int64_t key_stride, int64_t head_dim, int64_t num_keys, float* scores) {
   constexpr int64_t kScoreStride = kVecs * kLanes;
+  // As many accumulators whatever kVecs is: fewer would wait for one another.
+  constexpr int kLongRows = kTileRows * kMaxVecs / kVecs;
   int64_t key = 0;
+  for (; key + kLongRows <= num_keys; key += kLongRows) {
+    score_tile<kLongRows, kVecs>(queries, query_stride, keys + key * key_stride, key_stride,
+                                 head_dim, scores + key * kScoreStride, kScoreStride);
+  }
   for (; key + kTileRows <= num_keys; key += kTileRows) {
     score_tile<kTileRows, kVecs>(queries, query_stride, keys + key * key_stride, key_stride,
                                  head_dim, scores + key * kScoreStride, kScoreStride);

@@ -18,6 +18,47 @@ struct ScoreStates {
   float* row_sum;  // (B, Hq, num_chunks, num_score_rows), of exp2(score - row_max)
 };
 
+// What stands for kSummaryKeys permuted keys, and where in it those of a row begin; `row` is a
+// multiple of kExactKeys, up to kSummaryKeys.
+constexpr int64_t kSummaryColumns = kExactKeys + (kSummaryKeys - kExactKeys) / kPoolSize;
+constexpr int64_t summary_column(int64_t row) {
+  return row == 0 ? 0 : kExactKeys + (row - kExactKeys) / kPoolSize;
+}
+
+// What sampled scores look at: of rows [0, num_rows) of k_perm. Empty where nothing is scored.
+struct KeySummary {
+  float* keys;  // (B, Hp, num_windows, kSummaryColumns, D)
+  int64_t num_windows;
+  int64_t num_rows;
+};
+
+// Whose selection it is: of a query block in heads_per_selection query heads from first_head on.
+struct SelectItem {
+  int64_t b;
+  int64_t first_head;
+  int64_t q_block_idx;
+};
+
+constexpr int64_t num_select_items(const SelectBlocksParams& params) {
+  const Problem& problem = params.problem;
+  if (problem.num_q_heads == 0) return 0;
+  return problem.batch * problem.num_q_heads / heads_per_selection(problem, params.rule) *
+         num_query_blocks(problem, params.blocking);
+}
+
+constexpr SelectItem select_item(const SelectBlocksParams& params, int64_t item) {
+  const int64_t num_q_blocks = num_query_blocks(params.problem, params.blocking);
+  const int64_t head = item / num_q_blocks * heads_per_selection(params.problem, params.rule);
+  return {head / params.problem.num_q_heads, head % params.problem.num_q_heads,
+          item % num_q_blocks};
+}
+
+// Whether any candidate of a query block may be left out. Else nobody asks for the masses.
+constexpr bool needs_mass(const SelectBlocksParams& params, const QueryBlock& block) {
+  return params.rule.threshold < 1.0 && num_scored_blocks(block, params.problem, params.blocking,
+                                                          params.rule, params.is_causal) > 0;
+}
+
 struct Kernels {
   const char* name;
 
@@ -33,8 +74,14 @@ struct Kernels {
   void (*permute_block)(const PermuteKVParams&, int64_t item, float* scratch);
   int64_t (*permute_scratch)(const PermuteKVParams&);
 
-  // item: (b, q head, query block) -> the softmax over [candidates, own blocks] in scratch[0..n).
-  void (*block_mass)(const SelectBlocksParams&, int64_t item, float* scratch);
+  // item: (b, perm head, window of kSummaryKeys).
+  void (*summarize_keys)(const SelectBlocksParams&, const KeySummary&, int64_t item,
+                         float* scratch);
+  int64_t (*summarize_scratch)(const SelectBlocksParams&);
+
+  // item: that of select_item -> the masses of [candidates, own blocks] in scratch[0..n), of own
+  // blocks where they count towards a sum. Writes nothing where needs_mass says no.
+  void (*block_mass)(const SelectBlocksParams&, const KeySummary&, int64_t item, float* scratch);
   int64_t (*select_scratch)(const SelectBlocksParams&);
 
   // item: (b, q head, query block).
@@ -47,7 +94,7 @@ const Kernels& kernels();
 
 void sort_segment(const SortSegmentsParams& params, int64_t item);
 
-// Sets the row of block_mask and the count of one (b, q head, query block) from its block masses.
+// Sets the rows of block_mask and the counts of one select_item from its block masses.
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass);
 
 }  // namespace pbs::cpu

@@ -43,8 +43,9 @@ void softmax_base2(float* logits, int64_t n) {
 
 int64_t mean_scratch(const SelectBlocksParams& params) { return 3 * params.problem.head_dim; }
 
-void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, int64_t b, int64_t hq,
+void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
                float* mass, float* scratch) {
+  const int64_t b = item.b, hq = item.first_head;
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
   const int64_t hp = hq / heads_per_perm(problem);
@@ -81,19 +82,18 @@ int64_t select_scratch(const SelectBlocksParams& params) {
   __builtin_unreachable();
 }
 
-void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch) {
-  const Problem& problem = params.problem;
-  const int64_t num_q_blocks = num_query_blocks(problem, params.blocking);
-  const int64_t hq = item / num_q_blocks % problem.num_q_heads;
-  const int64_t b = item / num_q_blocks / problem.num_q_heads;
+void block_mass(const SelectBlocksParams& params, const KeySummary& summary, int64_t item_idx,
+                float* scratch) {
+  const SelectItem item = select_item(params, item_idx);
   const QueryBlock block =
-      query_block(item % num_q_blocks, problem, params.blocking, params.is_causal);
+      query_block(item.q_block_idx, params.problem, params.blocking, params.is_causal);
+  if (!needs_mass(params, block)) return;
   float* rest = scratch + num_mass_entries(params);
   switch (params.rule.score) {
     case Score::kMean:
-      return mean_mass(params, block, b, hq, scratch, rest);
+      return mean_mass(params, block, item, scratch, rest);
     case Score::kSampled:
-      return sampled_mass(params, block, b, hq, scratch, rest);
+      return sampled_mass(params, summary, block, item, scratch, rest);
   }
 }
 

@@ -24,20 +24,13 @@ int64_t sink_block(const SelectBlocksParams& params, int64_t b, int64_t hp) {
   return found == end ? 0 : (found - perm) / params.blocking.kv_block_size;
 }
 
-void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t num_entries,
-             const float* mass, uint32_t* words) {
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
-  const bool is_ordered =
-      std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; });
-  const double threshold = params.rule.threshold;
-  const bool takes_all = !is_ordered || threshold >= 1.0;
-  if (takes_all || params.rule.mass == MassRule::kBlock) {
-    const auto least = static_cast<float>(threshold);
-    for (int64_t j = 0; j < num_candidates; ++j) {
-      if (takes_all || mass[j] >= least) set_bit(words, j);
-    }
-    return;
-  }
+void set_bits(uint32_t* words, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) set_bit(words, j);
+}
+
+// The heaviest candidates until their sum, to which the own blocks' masses count, reaches it.
+void set_heaviest(int64_t num_candidates, int64_t num_entries, const float* mass, double threshold,
+                  uint32_t* words) {
   double reached = std::accumulate(mass + num_candidates, mass + num_entries, 0.0);
   std::vector<int32_t> order(num_candidates);
   std::iota(order.begin(), order.end(), 0);
@@ -50,28 +43,55 @@ void set_top(const SelectBlocksParams& params, int64_t num_candidates, int64_t n
   }
 }
 
+// By mass; mean scores sum up over all candidates, those of the window too.
+void set_top(const SelectBlocksParams& params, const QueryBlock& block, const float* mass,
+             uint32_t* words) {
+  const bool is_sum = params.rule.mass != MassRule::kBlock;
+  const int64_t num_own =
+      is_sum && counts_own_mass(params.rule)
+          ? ceil_div(block.own_end - block.own_begin, params.blocking.kv_block_size)
+          : 0;
+  const int64_t num_entries = block.num_candidates + num_own;
+  // With a NaN among the inputs no order means anything: visit everything, as dense would.
+  if (!std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; })) {
+    return set_bits(words, 0, block.num_candidates);
+  }
+  if (is_sum) {
+    return set_heaviest(block.num_candidates, num_entries, mass, params.rule.threshold, words);
+  }
+  const auto least = static_cast<float>(params.rule.threshold);
+  for (int64_t j = 0; j < block.num_candidates; ++j) {
+    if (mass[j] >= least) set_bit(words, j);
+  }
+}
+
 }  // namespace
 
-void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass) {
+void select_top_mass(const SelectBlocksParams& params, int64_t item_idx, const float* mass) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
+  const SelectItem item = select_item(params, item_idx);
+  const QueryBlock block = query_block(item.q_block_idx, problem, blocking, params.is_causal);
   const int64_t num_q_blocks = num_query_blocks(problem, blocking);
-  const int64_t hq = item / num_q_blocks % problem.num_q_heads;
-  const int64_t b = item / num_q_blocks / problem.num_q_heads;
-  const QueryBlock block = query_block(item % num_q_blocks, problem, blocking, params.is_causal);
   const int64_t num_words = num_mask_words(num_key_blocks(problem, blocking));
-  uint32_t* words = params.block_mask + item * num_words;
+  const int64_t row =
+      (item.b * problem.num_q_heads + item.first_head) * num_q_blocks + item.q_block_idx;
+  uint32_t* words = params.block_mask + row * num_words;
   std::fill_n(words, num_words, 0u);
-  if (block.num_candidates > 0) {
-    const int64_t num_own = counts_own_mass(params.rule)
-                                ? ceil_div(block.own_end - block.own_begin, blocking.kv_block_size)
-                                : 0;
-    set_top(params, block.num_candidates, block.num_candidates + num_own, mass, words);
-    set_bit(words, sink_block(params, b, hq / heads_per_perm(problem)));
+  if (!needs_mass(params, block)) {
+    set_bits(words, 0, block.num_candidates);
+  } else {
+    set_top(params, block, mass, words);
+    set_bit(words, sink_block(params, item.b, item.first_head / heads_per_perm(problem)));
+    set_bits(words, num_scored_blocks(block, problem, blocking, params.rule, params.is_causal),
+             block.num_candidates);
   }
   int32_t count = 0;
   for (int64_t w = 0; w < num_words; ++w) count += __builtin_popcount(words[w]);
-  params.counts[item] = count;
+  for (int64_t h = 0; h < heads_per_selection(problem, params.rule); ++h) {
+    if (h > 0) std::copy_n(words, num_words, words + h * num_q_blocks * num_words);
+    params.counts[row + h * num_q_blocks] = count;
+  }
 }
 
 }  // namespace pbs::cpu

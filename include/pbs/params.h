@@ -141,12 +141,12 @@ constexpr int64_t num_copied_blocks(const PermuteKVParams& params) {
 
 struct SelectRule {
   Score score;
-  MassRule mass;         // kBlock with kSampled, and only then
-  double threshold;      // 1 takes everything
-  int32_t num_samples;   // queries of a block that kSampled scores by
-  bool shares_heads;     // the query heads of a permutation share a selection; with kSampled
-  int64_t window;        // keys before a query block that it visits whatever their score, if causal
-  int64_t dense_tail;    // last queries whose blocks visit every key, if causal
+  MassRule mass;        // kBlock with kSampled, and only then
+  double threshold;     // 1 takes everything
+  int32_t num_samples;  // queries of a block that kSampled scores by
+  bool shares_heads;    // the query heads of a permutation share a selection; with kSampled
+  int64_t window;       // keys before a query block that it visits whatever their score, if causal
+  int64_t dense_tail;   // last queries whose blocks visit every key, if causal
 };
 
 // kSampled looks at a summary of the keys: of every kSummaryKeys permuted keys the first
@@ -175,8 +175,8 @@ PBS_HOST_DEVICE constexpr int64_t num_scored_blocks(const QueryBlock& block, con
   if (!is_causal) return block.num_candidates;
   if (is_in_dense_tail(block, problem, rule, is_causal)) return 0;
   const int64_t window_begin = larger(0, block.first_position - rule.window);
-  return smaller(block.num_candidates, round_down(window_begin, blocking.segment_size) /
-                                           blocking.kv_block_size);
+  return smaller(block.num_candidates,
+                 round_down(window_begin, blocking.segment_size) / blocking.kv_block_size);
 }
 
 // Whether the own segment's mass counts towards the threshold.

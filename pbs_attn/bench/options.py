@@ -25,7 +25,7 @@ SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
 # Thresholds by mass.
 SWEEPS = {
-    "block": (0.04, 0.025, 0.015, 0.01, 0.006),
+    "block": (0.02, 0.01, 0.005, 0.0025, 0.001),
     "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
     "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
 }
@@ -99,7 +99,7 @@ class QualityOptions:
     how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
     and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
     they cannot have the settings' mass. `settings`: names of presets, GIVEN for `config`, or
-    changes to it such as "kv_block_size=32,mass=causal". `selections`: which of COMPARED to run
+    changes to it such as "kv_block_size=64,window=0". `selections`: which of COMPARED to run
     beside dense."""
 
     model: str | None = None

@@ -196,7 +196,7 @@ def _configs(options: Options) -> dict[str, PBSConfig]:
 
 
 def _change(config: PBSConfig, changes: str) -> PBSConfig:
-    """The config with fields replaced, as "kv_block_size=32,mass=causal" says."""
+    """The config with fields replaced, as "kv_block_size=64,window=0" says."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     types |= {"kv_block_size": int, "num_heavy": number_or_all, "threshold": float}
     pairs = [change.partition("=") for change in changes.split(",")]

@@ -1,7 +1,8 @@
 """`select_blocks` by score, beside `attend` with everything visited.
 
 Inputs are those of `pipeline`. Scores are sampled ones at several numbers of samples, with the
-default's other settings, and means, with blocks and order as in the default.
+default's other settings, and once for all query heads of a KV head; and means, with blocks and
+order as in the default.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ DENSE = "dense"
 CONFIGS = {
     DENSE: PBSConfig(threshold=1.0),
     **{f"sampled_{num}": dataclasses.replace(PBSConfig(), num_samples=num) for num in SAMPLES},
+    "shared_16": PBSConfig(select_per="kv_head", num_samples=16),
     "mean": PBSConfig(score="mean", mass="causal"),
 }
 TABLE = ("preset", "tokens", *(f"{name}_ms" for name in CONFIGS))

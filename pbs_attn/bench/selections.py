@@ -49,11 +49,13 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 
 def with_means(config: PBSConfig) -> PBSConfig:
-    """The same with mean scores, and a sum of masses, which they need; where it was none, with its
-    own threshold."""
-    if config.mass == "block":
-        config = dataclasses.replace(config, mass="causal", threshold=None)
-    return dataclasses.replace(config, score="mean")
+    """The same with mean scores: by a sum of masses, with its own threshold, for each query head by
+    itself."""
+    if config.score == "mean":
+        return config
+    return dataclasses.replace(
+        config, score="mean", mass="causal", threshold=None, select_per="query_head"
+    )
 
 
 def pooled(config: PBSConfig) -> Attention:
