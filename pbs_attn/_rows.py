@@ -17,8 +17,10 @@ PICTURE_FORMATS = (".png", ".pdf", ".svg")
 # Columns that hold one value a stage have these names in theirs.
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 BEFORE_ATTEND = STAGES[:-1]
-# The probes of `bench quality`, and its settings that come from its own options.
+# The probes of `bench quality` that are swept over thresholds, and the one that is not; its
+# settings that come from its own options.
 PROBES = ("text", "copy", "pass key")
+RULER = "ruler"
 GIVEN = "given"
 
 

@@ -11,7 +11,7 @@ from tiny_model import SIZES, VOCABULARY, save_model, save_text
 from pbs_attn import PBSConfig, cli
 from pbs_attn._errors import BenchError
 from pbs_attn._rows import GIVEN, PROBES, curve_name
-from pbs_attn.bench import curves, quality, selections
+from pbs_attn.bench import curves, prompts, quality, selections
 from pbs_attn.bench.stages import heavy_hitters
 
 transformers = pytest.importorskip("transformers")
@@ -156,7 +156,7 @@ def test_dense_score_is_the_models_own(options):
 
 def test_copy_prompt_repeats_its_beginning_at_another_alignment():
     options = quality.Options(tokens=1024, config=CONFIG)
-    ((prompt, tail),) = quality._copy_prompt(options, None, torch.arange(5000))
+    ((prompt, tail),) = prompts._copy_prompt(options, None, torch.arange(5000))
     assert (len(prompt), tail) == (1024, 256)
     start = prompt[-256].item()
     assert start % CONFIG.block_size != 0
@@ -172,10 +172,10 @@ def test_pass_keys_stand_at_their_depths():
 
     options = quality.Options(tokens=4000, depths=4)
     places = {2000: [], 4000: []}  # by length
-    for prompt, tail, depth in quality._pass_key_prompts(options, Bytes(), torch.full((5000,), 46)):
+    for prompt, tail, depth in prompts._pass_key_prompts(options, Bytes(), torch.full((5000,), 46)):
         text = bytes(prompt.tolist()).decode()
         key = text[-tail:]
-        assert key.isdigit() and len(key) == quality.PASS_KEY_DIGITS
+        assert key.isdigit() and len(key) == prompts.PASS_KEY_DIGITS
         assert text[:-tail].count(key) == 2  # the hint says it twice
         assert text[:-tail].endswith("What is the pass key? The pass key is ")
         place = text.index(key) / len(text)

@@ -341,7 +341,7 @@ def test_gpu_support_that_is_left_out_is_said(command, monkeypatch, capsys):
         raise DemoError("far enough")
 
     places = [f"bench.{bench}.RowFile" for bench in ("kernel", "pipeline", "scores", "long")]
-    for place in ("demo.read_text", "bench.quality.read_text", *places):
+    for place in ("demo.read_text", "bench.prompts.read_text", *places):
         monkeypatch.setattr(f"pbs_attn.{place}", load)
     monkeypatch.setattr("pbs_attn.bench.prefill._register", load)
     arguments = [*command.split(), "--device"]

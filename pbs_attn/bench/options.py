@@ -29,6 +29,20 @@ SWEEPS = {
     "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
     "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
 }
+# lm-eval's names of RULER's tasks, without the two that would download what they ask about.
+RULER_TASKS = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +109,14 @@ class PrefillOptions:
 
 @dataclasses.dataclass(frozen=True)
 class QualityOptions:
-    """`model` and each of `texts` as for the demo; no texts: its own novel. `depths` and `lengths`:
-    how many pass keys a text and length, and the lengths of their prompts (None: half of `tokens`,
-    and `tokens`). `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where
-    they cannot have the settings' mass. `settings`: names of presets, GIVEN for `config`, or
-    changes to it such as "kv_block_size=64,window=0". `selections`: which of COMPARED to run
-    beside dense."""
+    """`model` and each of `texts` as for the demo; no texts: its own novel. `probes`: of PROBES and
+    RULER. `depths` and `lengths`: how many pass keys a text and length, and the lengths of their
+    prompts and of RULER's (None: half of `tokens`, and `tokens`). `ruler_tasks` and
+    `ruler_samples`: which of RULER_TASKS, and how many prompts of each and of each length.
+    `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where they cannot
+    have the settings' mass, and for RULER the settings' own. `settings`: names of presets, GIVEN
+    for `config`, or changes to it such as "kv_block_size=64,window=0". `selections`: which of
+    COMPARED to run beside dense; RULER has PBS alone."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
@@ -109,6 +125,8 @@ class QualityOptions:
     probes: tuple[str, ...] = PROBES
     depths: int = 4
     lengths: tuple[int, ...] | None = None
+    ruler_tasks: tuple[str, ...] = RULER_TASKS
+    ruler_samples: int = 25
     settings: tuple[str, ...] = (GIVEN,)
     selections: tuple[str, ...] = COMPARED
     config: PBSConfig = dataclasses.field(default_factory=PBSConfig)

@@ -1,10 +1,9 @@
 """What a model loses with PBS, at which density, beside other ways to visit as much.
 
-Prompts: texts, of which the last half is scored; a copy probe, whose last quarter repeats an
-earlier passage of the prompt at another alignment; and pass keys, seven digits to be read back from
-a certain depth of a text. Selections (`selections.py`) are swept over thresholds, and compared at
+Prompts are in `prompts.py`. Selections (`selections.py`) are swept over thresholds, and compared at
 equal density: thresholds of different scores mean different things. The window visits as much as
-PBS does, the truncated prompt is dense on as many of the last tokens as cost that much.
+PBS does, the truncated prompt is dense on as many of the last tokens as cost that much. RULER has
+no sweep, and its own module, `ruler.py`.
 """
 
 from __future__ import annotations
@@ -15,27 +14,28 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from pbs_attn import PBSConfig, demo_model, plot
 from pbs_attn._arguments import PRESETS, number_or_all
 from pbs_attn._errors import BenchError
-from pbs_attn._inputs import choose_device, read_text
-from pbs_attn._rows import GIVEN, PROBES, Row, check_outputs
+from pbs_attn._inputs import choose_device
+from pbs_attn._rows import GIVEN, RULER, Row, check_outputs
 
-from . import selections
+from . import ruler, selections
 from .curves import format_goals, format_probe
 from .layers import dense_attention, register_attention, require_pbs_layers
 from .options import SWEEPS
 from .options import QualityOptions as Options
+from .prompts import Prompt, lengths_of, make_prompts, read_texts, swept_probes
 from .report import (
     RowFile,
     check_thresholds,
     require_packages,
     say_where,
 )
+from .ruler_table import format_scores
 from .timing import cuda_events
 
 NAME = "pbs_bench_quality"  # with transformers
@@ -50,19 +50,6 @@ SETTINGS = {
     "balanced": PBSConfig.balanced(),
     "narrow": selections.with_means(PBSConfig()),
 }
-PASS_KEY_DIGITS = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """`ids` (1, N). The last `tail` of them are scored. `depth`: where a
-    pass key stands, as a share of the text."""
-
-    text: str
-    probe: str
-    ids: torch.Tensor
-    tail: int
-    depth: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,22 +113,41 @@ def run(options: Options) -> list[Row]:
         scored tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens,
         and `right` (0 or 1) where a pass key was asked for. For texts also `recalled`, the share of
         dense attention's mass on visited keys, and on a GPU `op_ms`, the whole operator's
-        milliseconds in one layer (median over layers).
+        milliseconds in one layer (median over layers). `ruler.run` says what RULER's rows hold.
 
     Raises:
         BenchError, DemoError: a mistake in `options`, a package that is missing, or a model whose
             layers are not all plain causal attention.
     """
     _check(options)
+    device = choose_device(options.device)
+    texts = list(read_texts(options))
+    files = demo_model.find(options.model, "bench")
+    prompts = list(make_prompts(options, texts, files.tokenizer, torch.device(device)))
+    model, configs = files.load(device), _configs(options)
+    chooser = _take_over(model, configs)
+    file, by_head = RowFile(options.csv, device), RowFile(options.heads_csv, device)
+    if prompts:
+        _sweep_prompts(options, model, files.label, chooser, prompts, file, by_head)
+    if RULER in options.probes:
+        haystack = " ".join(text for _, text in texts)
+        ruler.run(options, lengths_of(options), files, model, configs, haystack, file)
+    _report(options, files.label, file.rows, by_head.rows)
+    return file.rows
+
+
+def _sweep_prompts(
+    options: Options,
+    model: torch.nn.Module,
+    label: str,
+    chooser: Chooser,
+    prompts: list[Prompt],
+    file: RowFile,
+    by_head: RowFile,
+) -> None:
+    """Adds the rows of all prompts, and of texts those by head."""
     from tqdm import tqdm
 
-    device = choose_device(options.device)
-    texts = list(_read_texts(options))
-    files = demo_model.find(options.model, "bench")
-    prompts = list(_make_prompts(options, texts, files.tokenizer, torch.device(device)))
-    model, label = files.load(device), files.label
-    chooser = _take_over(model, _configs(options))
-    file, by_head = RowFile(options.csv, device), RowFile(options.heads_csv, device)
     with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
         for prompt in prompts:
             bar.set_postfix_str(f"{prompt.probe} of {prompt.text}")
@@ -152,16 +158,24 @@ def run(options: Options) -> list[Row]:
                 places = _rows_by_head(options, measured)
                 by_head.add(*(about_prompt | place for place in places))
             bar.update()
-    for probe in options.probes:
-        print(f"\n{_title(probe)}\n{format_probe(file.rows, probe)}")
-    print(f"\nleast density, and milliseconds of one layer's operator\n{format_goals(file.rows)}")
+
+
+def _report(options: Options, label: str, rows: list[Row], by_head: list[Row]) -> None:
+    """Tables and pictures. There is no picture of RULER."""
+    swept = swept_probes(options)
+    for probe in swept:
+        print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
+    if swept:
+        print(f"\nleast density, and milliseconds of one layer's operator\n{format_goals(rows)}")
+    if RULER in options.probes:
+        print(f"\n{format_scores(rows)}")
+    picture = options.picture if swept else None
     title = f"{label}, {options.tokens} tokens"
-    if options.picture:
-        plot.draw_quality(file.rows, options.picture, title=title)
+    if picture:
+        plot.draw_quality(rows, picture, title=title)
     if options.heads_picture:
-        plot.draw_heads(by_head.rows, options.heads_picture, title=title)
-    say_where([options.csv, options.picture, options.heads_csv, options.heads_picture])
-    return file.rows
+        plot.draw_heads(by_head, options.heads_picture, title=title)
+    say_where([options.csv, picture, options.heads_csv, options.heads_picture])
 
 
 def _check(options: Options) -> None:
@@ -171,10 +185,13 @@ def _check(options: Options) -> None:
     least = _least_tokens(_configs(options))
     if options.tokens < least:
         raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
-    lengths = _lengths(options)
-    if not lengths or not least // 2 <= min(lengths) <= max(lengths) <= options.tokens:
+    lengths = lengths_of(options)
+    is_within = lengths and least // 2 <= min(lengths) <= max(lengths) <= options.tokens
+    if not is_within and swept_probes(options):
         rule = f"lie between {least // 2} and --tokens"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
+    if RULER in options.probes:
+        ruler.check(options, lengths, least // 2)
     if options.thresholds is not None:
         for config in _configs(options).values():
             check_thresholds("--thresholds", options.thresholds, config.mass)
@@ -217,10 +234,6 @@ def _least_tokens(configs: dict[str, PBSConfig]) -> int:
     return 8 * max(config.segment_size for config in configs.values())
 
 
-def _lengths(options: Options) -> tuple[int, ...]:
-    return (options.tokens // 2, options.tokens) if options.lengths is None else options.lengths
-
-
 def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser:
     """Every attention layer of the model asks the chooser from now on."""
     for config in configs.values():
@@ -228,65 +241,6 @@ def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser
     chooser = Chooser()
     register_attention(NAME, chooser)
     return chooser
-
-
-# Prompts
-
-
-def _make_prompts(
-    options: Options, texts: list[tuple[str, str]], tokenizer: Any, device: torch.device
-) -> Iterator[Prompt]:
-    for name, text in texts:
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-        if len(ids) < options.tokens:
-            raise BenchError(f"{name} must have {options.tokens} tokens, got {len(ids)}")
-        for probe in options.probes:
-            for prompt, *rest in _PROMPT_MAKERS[probe](options, tokenizer, ids):
-                yield Prompt(name, probe, prompt[None].to(device), *rest)
-
-
-def _read_texts(options: Options) -> Iterator[tuple[str, str]]:
-    for path in options.texts or (None,):
-        text, name = read_text(path)
-        yield name, text
-
-
-def _text_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
-    del tokenizer
-    yield ids[: options.tokens], options.tokens // 2
-
-
-def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """The last quarter repeats tokens from the beginning, which lie a third of a block off the grid
-    of blocks; the repeat starts on it."""
-    del tokenizer
-    tail = options.tokens // 4
-    start = options.config.block_size // 3
-    before = ids[: options.tokens - tail]
-    yield torch.cat([before, before[start : start + tail]]), tail
-
-
-def _pass_key_prompts(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """A key at each of some depths, evenly spaced, of each length; its tokens are the tail."""
-
-    def encode(text: str) -> torch.Tensor:
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-
-    generator = torch.Generator().manual_seed(0)
-    for length, nth in itertools.product(_lengths(options), range(options.depths)):
-        digits = torch.randint(10, (PASS_KEY_DIGITS,), generator=generator).tolist()
-        key = "".join(map(str, digits))
-        hint = encode(f"\nThe pass key is {key}. Remember it: {key} is the pass key.\n")
-        question = encode("\nWhat is the pass key? The pass key is ")
-        answer = encode(key)
-        filler = ids[: length - len(hint) - len(question) - len(answer)]
-        depth = (nth + 0.5) / options.depths
-        place = round(len(filler) * depth)
-        parts = [filler[:place], hint, filler[place:], question, answer]
-        yield torch.cat(parts), len(answer), depth
-
-
-_PROMPT_MAKERS = dict(zip(PROBES, (_text_prompt, _copy_prompt, _pass_key_prompts), strict=True))
 
 
 # Scores
@@ -320,6 +274,7 @@ def _measure(
         is_right = torch.equal(found.choices, prompt.ids[0, -prompt.tail :].cpu())
         values = {
             "tokens": str(prompt.ids.shape[1]),
+            "sample": "",
             "depth": "" if prompt.depth is None else f"{prompt.depth:.4f}",
             "tail": str(prompt.tail),
             "selection": selection,

@@ -92,7 +92,7 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     `bench quality`. The second of two settings has open markers.
 
     Raises:
-        BenchError: if the rows come from more than one process.
+        BenchError: if the rows come from more than one process, or are RULER's alone.
         ImportError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
@@ -100,6 +100,8 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     settings_of = {curve_name(row): row.get("settings", GIVEN) for row in rows}
     first = next(filter(None, settings_of.values()), "")  # "": of no settings
     curves = summarize(rows)
+    if not curves:
+        raise BenchError(f"rows to draw must hold {', '.join(PROBE_LABELS)}, got none")
     figure = _new_figure(1 + 3.6 * len(curves), 4.2)
     for nth, (probe, by_name) in enumerate(curves.items()):
         ax = figure.add_subplot(1, len(curves), nth + 1)
