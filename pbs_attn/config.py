@@ -65,7 +65,7 @@ class PBSConfig:
     num_samples: int = 16
     select_per: Literal["query_head", "kv_head"] = "query_head"
     window: int = 128
-    dense_tail: int = 256
+    dense_tail: int = 128
 
     def __post_init__(self) -> None:
         _check_choice("block_size", self.block_size, BLOCK_SIZES)

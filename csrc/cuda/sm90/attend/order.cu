@@ -11,22 +11,38 @@ namespace {
 
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
 constexpr int kThreads = kOrderBins;
+// From so many words of the mask on, a kernel of more CTAs counts them first.
+constexpr int64_t kMostWordsToCount = 1 << 19;
+constexpr int kCountThreads = 256;
 
 __device__ QueryBlock block_of(const OrderArgs& args, const WorkTile& tile) {
   return query_block(tile.q_block_idx, args.problem, args.blocking, args.is_causal);
 }
 
-__device__ int count_selected(const OrderArgs& args, const WorkTile& tile) {
+// In words first, first + step, ... of the query block's mask.
+__device__ int count_selected(const OrderArgs& args, const WorkTile& tile, int first, int step) {
   if (tile.head >= args.groups.num_heads) return 0;
   const int num_candidates = static_cast<int>(block_of(args, tile).num_candidates);
   const int64_t row = static_cast<int64_t>(tile.head) * args.groups.num_q_blocks + tile.q_block_idx;
   const uint32_t* words = args.block_mask + row * args.num_mask_words;
   int count = 0;
 #pragma unroll 8
-  for (int w = 0; w * static_cast<int>(kBitsPerWord) < num_candidates; ++w) {
+  for (int w = first; w * static_cast<int>(kBitsPerWord) < num_candidates; w += step) {
     count += __popc(candidate_bits(words[w], w, num_candidates));
   }
   return count;
+}
+
+// Counts what each query block selects, by one warp each.
+__global__ void __launch_bounds__(kCountThreads)
+    attend_count_kernel(const __grid_constant__ OrderArgs args) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_blocks = args.groups.blocks_per_group();
+  const auto idx = static_cast<int>(blockIdx.x * (kCountThreads / 32) + threadIdx.x / 32);
+  if (idx >= args.groups.num_groups() * num_blocks) return;
+  const WorkTile tile = work_tile(args.groups, idx / num_blocks, idx % num_blocks);
+  const int count = __reduce_add_sync(~0u, count_selected(args, tile, lane, 32));
+  if (lane == 0) args.workspace[args.layout.unsorted + idx] = count;
 }
 
 // Keys that the query block visits.
@@ -69,7 +85,8 @@ __device__ void sort_group(const OrderArgs& args, int group_idx) {
   float weight = 0.0f;
   for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
     const WorkTile tile = work_tile(args.groups, group_idx, i);
-    const int num_selected = count_selected(args, tile);
+    const int num_selected =
+        args.is_counted ? unsorted[i] : count_selected(args, tile, /*first=*/0, /*step=*/1);
     const int num_keys = count_keys(args, tile, num_selected);
     unsorted[i] = num_selected;
     weight += static_cast<float>(num_keys);
@@ -120,7 +137,14 @@ __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-cudaError_t launch_order(const OrderArgs& args, cudaStream_t stream) {
+cudaError_t launch_order(OrderArgs args, cudaStream_t stream) {
+  const int64_t num_blocks =
+      static_cast<int64_t>(args.groups.num_groups()) * args.groups.blocks_per_group();
+  args.is_counted = num_blocks * args.num_mask_words > kMostWordsToCount;
+  if (args.is_counted) {
+    const auto num_ctas = static_cast<unsigned>(ceil_div(num_blocks, kCountThreads / 32));
+    attend_count_kernel<<<num_ctas, kCountThreads, 0, stream>>>(args);
+  }
   attend_order_kernel<<<kClusterCtas, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

@@ -17,9 +17,10 @@ struct OrderArgs {
   WorkGroups groups;
   OrderLayout layout;
   int32_t* workspace;
+  bool is_counted;  // the workspace holds what each query block selects
 };
 
 // Fills the workspace: the counter with 0, and the order.
-cudaError_t launch_order(const OrderArgs& args, cudaStream_t stream);
+cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
 
 }  // namespace pbs::cuda::sm90
