@@ -1,8 +1,8 @@
 // In which order query blocks are worked on. Host and device.
 //
 // Heads go in groups whose keys and values fit in L2 together. The heaviest group comes first, and
-// inside a group the heaviest query blocks, but see drawn_place; a group's blocks are numbered with the last query
-// blocks first and the query heads of one KV head side by side.
+// inside a group the heaviest query blocks, but see drawn_place; a group's blocks are numbered with
+// the last query blocks first and the query heads of one KV head side by side.
 #pragma once
 
 #include <cstdint>

@@ -63,7 +63,7 @@ struct SampledPlan {
   int32_t num_perm_heads;   // of all batches
   int32_t heads_per_group;  // whose units are dealt out together
   int32_t num_ctas;
-  int32_t num_tiles;        // of the candidates of a permutation
+  int32_t num_tiles;  // of the candidates of a permutation
   int32_t head_dim;
 };
 

@@ -81,10 +81,10 @@ const char* launch_attend(const AttendParams& params, void* workspace, void* str
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   int num_sms = 0;
   if (const char* error = count_sms(&num_sms)) return error;
-  cudaError_t error =
-      launch_order(OrderArgs{problem, params.blocking, params.is_causal, params.block_mask,
-                             args.num_mask_words, args.groups, args.layout, args.workspace},
-                   cuda_stream);
+  cudaError_t error = launch_order(
+      OrderArgs{problem, params.blocking, params.is_causal, params.block_mask, args.num_mask_words,
+                args.groups, args.layout, args.workspace, /*is_counted=*/false},
+      cuda_stream);
   if (error == cudaSuccess) {
     const int64_t num_blocks = int64_t{args.groups.num_heads} * args.groups.num_q_blocks;
     const int num_ctas = static_cast<int>(smaller(num_blocks, num_sms));

@@ -144,6 +144,8 @@ cudaError_t launch_order(OrderArgs args, cudaStream_t stream) {
   if (args.is_counted) {
     const auto num_ctas = static_cast<unsigned>(ceil_div(num_blocks, kCountThreads / 32));
     attend_count_kernel<<<num_ctas, kCountThreads, 0, stream>>>(args);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
   }
   attend_order_kernel<<<kClusterCtas, kThreads, 0, stream>>>(args);
   return cudaGetLastError();

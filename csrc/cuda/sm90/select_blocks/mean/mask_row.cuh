@@ -23,8 +23,8 @@ __device__ inline int find_sink(const SelectBlocksParams& params, int64_t b, int
 
 // Sets the bits of a row, and counts them. Candidates from num_scored on are visited anyhow.
 __device__ inline void write_row(const SelectBlocksParams& params, int num_words, int64_t row,
-                                 int num_scored, int num_candidates, int sink,
-                                 const float* weights, const Cut& cut) {
+                                 int num_scored, int num_candidates, int sink, const float* weights,
+                                 const Cut& cut) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* words = params.block_mask + row * num_words;
   int num_equal = 0;

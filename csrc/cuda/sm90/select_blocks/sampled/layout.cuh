@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cutlass/float8.h>
-#include <cutlass/gemm/collective/builders/sm90_common.inl>
 #include <cutlass/numeric_conversion.h>
+#include <cutlass/gemm/collective/builders/sm90_common.inl>
 
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
@@ -27,7 +27,8 @@ struct SampledLayouts {
   using Atom =
       decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Narrow,
                                                                    NumRows, cute::Int<kHeadDim>>());
-  using Stack = decltype(cute::tile_to_shape(Atom<Rows>{}, cute::Shape<Rows, cute::Int<kHeadDim>>{}));
+  using Stack =
+      decltype(cute::tile_to_shape(Atom<Rows>{}, cute::Shape<Rows, cute::Int<kHeadDim>>{}));
   using Tile =
       decltype(cute::tile_to_shape(Atom<Columns>{}, cute::Shape<Columns, cute::Int<kHeadDim>>{}));
 };

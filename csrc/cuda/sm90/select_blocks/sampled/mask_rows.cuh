@@ -49,9 +49,8 @@ struct TileShares {
 
  private:
   __device__ void add_row(const uint4& row, BFloat16Pair weight) {
-    BFloat16Pair shares[] = {
-        __hmul2(pair_of(row.x), weight), __hmul2(pair_of(row.y), weight),
-        __hmul2(pair_of(row.z), weight), __hmul2(pair_of(row.w), weight)};
+    BFloat16Pair shares[] = {__hmul2(pair_of(row.x), weight), __hmul2(pair_of(row.y), weight),
+                             __hmul2(pair_of(row.z), weight), __hmul2(pair_of(row.w), weight)};
     if (kSumsPerBlock > 1) {
 #pragma unroll
       for (BFloat16Pair& share : shares) share = __hadd2(share, __lowhigh2highlow(share));
@@ -71,10 +70,7 @@ class SampledRowsMask {
   using Shared = typename Traits::Shared;
 
   __device__ SampledRowsMask(const SampledArgs& args, Shared& shared, int warp)
-      : args_(args),
-        shared_(shared),
-        warp_(warp),
-        lane_(static_cast<int>(threadIdx.x) % 32) {}
+      : args_(args), shared_(shared), warp_(warp), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run() {
     const int pairs_per_stack = args_.plan.pairs_per_stack;
@@ -90,9 +86,9 @@ class SampledRowsMask {
         const SampledStack stack = unit.stack(warpgroup);
         if (i % pairs_per_stack >= stack.num_pairs) continue;
         const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
-        const PairSums sums{
-            table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
-            shared_.weights[walk.table()][warpgroup] + first_row, args_.plan.rows_per_pair};
+        const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
+                            shared_.weights[walk.table()][warpgroup] + first_row,
+                            args_.plan.rows_per_pair};
         const SampledPair pair = unit.pair(stack.first_pair + i % pairs_per_stack);
         switch (args_.params.blocking.kv_block_size / kSumKeys) {
           case 1:
@@ -113,8 +109,8 @@ class SampledRowsMask {
  private:
   // Sets the bits of the blocks that reach the threshold, or need not, and counts them.
   template <int kSumsPerBlock>
-  __device__ void write_pair(const SampledUnit& unit, const SampledPair& pair,
-                             const PairSums& sums, int sink) const {
+  __device__ void write_pair(const SampledUnit& unit, const SampledPair& pair, const PairSums& sums,
+                             int sink) const {
     constexpr int kBlocksPerTile = kSumsPerTile / kSumsPerBlock;
     const Problem& problem = args_.params.problem;
     const SelectRule& rule = args_.params.rule;

@@ -1,7 +1,6 @@
 // The sampled queries of each stack, and what they know of their own segments.
 #pragma once
 
-
 #include "common/exp2.cuh"
 #include "layout.cuh"
 #include "unit_walk.cuh"
@@ -60,7 +59,7 @@ class SampledQueries {
   }
 
  private:
-  static constexpr int kChunks = kHeadDim / 32;  // pieces of a row that a lane has
+  static constexpr int kChunks = kHeadDim / 32;            // pieces of a row that a lane has
   static constexpr int kGroups = kHeadDim <= 128 ? 2 : 1;  // of 8 keys, at once
   static constexpr int kStep = 8 * kGroups;
 
@@ -103,9 +102,8 @@ class SampledQueries {
       return found;
     }
     found.begin = static_cast<int>(block.own_begin);
-    found.end = args_.params.is_causal
-                    ? static_cast<int>(block.first_position) + sample.row + 1
-                    : static_cast<int>(block.own_end);
+    found.end = args_.params.is_causal ? static_cast<int>(block.first_position) + sample.row + 1
+                                       : static_cast<int>(block.own_end);
     return found;
   }
 

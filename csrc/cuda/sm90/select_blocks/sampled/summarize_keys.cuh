@@ -1,7 +1,6 @@
 // The summary of permuted keys, tile by tile: single keys, then means.
 #pragma once
 
-
 #include "layout.cuh"
 #include "unit_walk.cuh"
 
@@ -71,8 +70,8 @@ __global__ void __launch_bounds__(kSummarizeThreads<kHeadDim>)
     const int item = static_cast<int>(threadIdx.x) + i * kThreads;
     if (item >= kTileColumns * kPieces) continue;
     const auto narrow = narrowed(values[i], scale.inverse);
-    const int place = typename SampledLayouts<kHeadDim>::Tile{}(item / kPieces,
-                                                                item % kPieces * kPiece);
+    const int place =
+        typename SampledLayouts<kHeadDim>::Tile{}(item / kPieces, item % kPieces * kPiece);
     *reinterpret_cast<uint2*>(to + place) = reinterpret_cast<const uint2&>(narrow);
   }
   if (threadIdx.x == 0) *reinterpret_cast<float*>(to + kTileColumns * kHeadDim) = scale.scale;

@@ -30,8 +30,8 @@ __device__ inline BFloat16Pair shuffled(BFloat16Pair pair, int mask) {
 }
 
 // The sums of a quad's lanes, added up. Each lane gets four of the sixteen: of row lane % 2, and of
-// the first or the second half of the tile, as lane / 2 % 2 says; the arguments say which. Two at a time, in bfloat16: they
-// are kept like that anyhow.
+// the first or the second half of the tile, as lane / 2 % 2 says; the arguments say which. Two at a
+// time, in bfloat16: they are kept like that anyhow.
 __device__ __forceinline__ uint2 share_quad(const TileSums& sums, bool is_second_half,
                                             bool is_second_row) {
   constexpr int kHalf = kSumsPerTile / 2;
@@ -40,16 +40,16 @@ __device__ __forceinline__ uint2 share_quad(const TileSums& sums, bool is_second
   for (int i = 0; i < kHalf; ++i) {
     const BFloat16Pair first = __floats2bfloat162_rn(sums[i][0], sums[i][1]);
     const BFloat16Pair second = __floats2bfloat162_rn(sums[kHalf + i][0], sums[kHalf + i][1]);
-    both_rows[i] = __hadd2(is_second_half ? second : first,
-                           shuffled(is_second_half ? first : second, 2));
+    both_rows[i] =
+        __hadd2(is_second_half ? second : first, shuffled(is_second_half ? first : second, 2));
   }
   uint32_t found[kHalf / 2];
 #pragma unroll
   for (int i = 0; i < kHalf / 2; ++i) {
     const BFloat16Pair first = __lows2bfloat162(both_rows[2 * i], both_rows[2 * i + 1]);
     const BFloat16Pair second = __highs2bfloat162(both_rows[2 * i], both_rows[2 * i + 1]);
-    found[i] = bits_of(__hadd2(is_second_row ? second : first,
-                               shuffled(is_second_row ? first : second, 1)));
+    found[i] = bits_of(
+        __hadd2(is_second_row ? second : first, shuffled(is_second_row ? first : second, 1)));
   }
   return uint2{found[0], found[1]};
 }
@@ -85,8 +85,8 @@ class SampledSums {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const SampledStack stack = unit.stack(warpgroup_);
-      place_ = table_of(args_, walk.table(), warpgroup_) + (row_ + lane_ % 2 * 8) * kSumsPerTile * 2 +
-               lane_ / 2 % 2 * kSumsPerTile;
+      place_ = table_of(args_, walk.table(), warpgroup_) +
+               (row_ + lane_ % 2 * 8) * kSumsPerTile * 2 + lane_ / 2 % 2 * kSumsPerTile;
       if (stack.candidate_end > 0) load_stack(unit);
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(unit, stack);
@@ -105,8 +105,8 @@ class SampledSums {
     constexpr int kPieces = stack_bytes(Traits::kHeadDim) / 16 / 128;
     const int64_t idx = stack_idx(args_, unit.perm_head, unit.first_stack + warpgroup_);
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    const auto* from = reinterpret_cast<const uint4*>(
-        args_.stacks + idx * stack_bytes(Traits::kHeadDim));
+    const auto* from =
+        reinterpret_cast<const uint4*>(args_.stacks + idx * stack_bytes(Traits::kHeadDim));
     uint4 pieces[kPieces];
     CUTE_UNROLL
     for (int i = 0; i < kPieces; ++i) pieces[i] = from[i * 128 + thread];
@@ -146,8 +146,8 @@ class SampledSums {
         typename Traits::Mma{},
         cute::Shape<typename Traits::Layouts::Rows, typename Traits::Layouts::Columns>{});
     shared_.k_full[ring_.stage()].wait(ring_.parity());
-    const float scale = *reinterpret_cast<const float*>(
-        shared_.k[ring_.stage()] + kTileColumns * Traits::kHeadDim);
+    const float scale =
+        *reinterpret_cast<const float*>(shared_.k[ring_.stage()] + kTileColumns * Traits::kHeadDim);
     multiply(scores);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
@@ -201,9 +201,9 @@ class SampledSums {
       const bool is_first = i % 2 == 0 && (is_exact ? i < 4 : true);
       float weight;
       if (!kIsCut && sum >= kSumsPerTile - kLinearSums) {
-        weight = exp2_linear(__fmaf_rn(scores(i), factor[r] * (1.0f / kLinearRange),
-                                       (kLinearOffset + kLog2Pool - shift_[r]) *
-                                           (1.0f / kLinearRange)));
+        weight =
+            exp2_linear(__fmaf_rn(scores(i), factor[r] * (1.0f / kLinearRange),
+                                  (kLinearOffset + kLog2Pool - shift_[r]) * (1.0f / kLinearRange)));
       } else {
         float above =
             __fmaf_rn(scores(i), factor[r], is_exact ? -shift_[r] : kLog2Pool - shift_[r]);

@@ -43,8 +43,8 @@ struct SampledTraits {
   using Layouts = SampledLayouts<kHeadDim>;
   using Mma = typename Layouts::Mma;
   static constexpr int kTileBytes = key_tile_bytes(kHeadDim);
-  static constexpr int kStageBytes = static_cast<int>(ceil_div(kTileBytes, kSwizzleBytes)) *
-                                     kSwizzleBytes;
+  static constexpr int kStageBytes =
+      static_cast<int>(ceil_div(kTileBytes, kSwizzleBytes)) * kSwizzleBytes;
 
   struct Shared {
     alignas(kSwizzleBytes) char q[kWarpgroups][stack_bytes(kHeadDim)];
@@ -92,8 +92,8 @@ __device__ inline QueryBlock block_of(const SampledArgs& args, int block_idx) {
 
 __device__ inline int num_scored_blocks(const SampledArgs& args, const QueryBlock& block) {
   const SelectBlocksParams& params = args.params;
-  return static_cast<int>(num_scored_blocks(block, params.problem, params.blocking, params.rule,
-                                            params.is_causal));
+  return static_cast<int>(
+      num_scored_blocks(block, params.problem, params.blocking, params.rule, params.is_causal));
 }
 
 __device__ inline int64_t stack_idx(const SampledArgs& args, int perm_head, int stack) {
@@ -119,8 +119,7 @@ class SampledUnit {
     stack.num_pairs = max(0, min(per_stack, args_.plan.pairs_per_perm - stack.first_pair));
     if (stack.num_pairs == 0) return stack;
     const QueryBlock first = block_of(args_, pair(stack.first_pair).block_idx);
-    const QueryBlock last =
-        block_of(args_, pair(stack.first_pair + stack.num_pairs - 1).block_idx);
+    const QueryBlock last = block_of(args_, pair(stack.first_pair + stack.num_pairs - 1).block_idx);
     const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
     stack.end_of_whole = static_cast<int>(first.num_candidates) * kv_block_size;
     if (!is_in_dense_tail(first, args_.params.problem, args_.params.rule, args_.params.is_causal)) {
@@ -136,7 +135,8 @@ class SampledUnit {
 
   __device__ int num_tiles() const {
     int end = 0;
-    for (int nth = 0; nth < args_.plan.num_warpgroups; ++nth) end = max(end, stack(nth).candidate_end);
+    for (int nth = 0; nth < args_.plan.num_warpgroups; ++nth)
+      end = max(end, stack(nth).candidate_end);
     return (end + kSummaryKeys - 1) / kSummaryKeys;
   }
 
@@ -167,8 +167,8 @@ __device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& u
   if (nth_pair >= stack.num_pairs) return sample;
   const SampledPair pair = unit.pair(stack.first_pair + nth_pair);
   sample.block = block_of(args, pair.block_idx);
-  const auto num_heads = static_cast<int>(
-      heads_per_selection(args.params.problem, args.params.rule));
+  const auto num_heads =
+      static_cast<int>(heads_per_selection(args.params.problem, args.params.rule));
   sample.hq = pair.hq + nth % num_heads;
   const auto num_rows = static_cast<int>(sample.block.num_rows);
   const int count = num_samples_of(num_rows, args.params.rule.num_samples);
@@ -222,9 +222,8 @@ class DrawnUnits {
 // The sums of a stack.
 __device__ inline char* table_of(const SampledArgs& args, int table, int warpgroup) {
   const int64_t idx =
-      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) *
-                          args.plan.num_warpgroups +
-                      warpgroup;
+      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * args.plan.num_warpgroups +
+      warpgroup;
   return args.tables + idx * table_bytes(args.plan);
 }
 
@@ -242,9 +241,8 @@ class SampledLoader {
       publish(idx);
       if (idx >= num_units(args_)) return;
       const SampledUnit unit = unit_of(args_, idx);
-      const char* from =
-          args_.key_tiles + static_cast<int64_t>(unit.perm_head) * args_.plan.num_tiles *
-                                Traits::kTileBytes;
+      const char* from = args_.key_tiles + static_cast<int64_t>(unit.perm_head) *
+                                               args_.plan.num_tiles * Traits::kTileBytes;
       const int num_tiles = unit.num_tiles();
       for (int i = 0; i < num_tiles; ++i) load(from + static_cast<int64_t>(i) * Traits::kTileBytes);
     }
