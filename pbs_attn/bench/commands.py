@@ -99,6 +99,12 @@ def _add_pipeline(benches):
         action="store_false",
         help="do not look for the shortest prompt for which the one call wins",
     )
+    parser.add_argument(
+        "--no-dense",
+        dest="dense",
+        action="store_false",
+        help="leave dense kernels out, which take seconds on very long prompts",
+    )
     _add_rounds(parser, default)
     _add_run(parser, default, "the time of the stages")
 

@@ -19,7 +19,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 UNEVEN_TOKENS = 32768
 
 # pipeline
-SELECTIONS = {"paper": PBSConfig.paper(), "balanced": PBSConfig.balanced()}
+SELECTIONS = {
+    "paper": PBSConfig.paper(),
+    "balanced": PBSConfig.balanced(),
+    "fast": PBSConfig.fast(),
+}
 
 # quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
@@ -69,7 +73,7 @@ class KernelOptions:
 class PipelineOptions:
     """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
     and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key
-    blocks and orders as the other options say."""
+    blocks and orders as the other options say. `dense`: whether dense kernels take turns."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b",)
     tokens: tuple[int, ...] = tuple(PAPER)
@@ -80,6 +84,7 @@ class PipelineOptions:
     selection: str = "paper"
     eager: bool = False
     crossover: bool = True
+    dense: bool = True
     rounds: int = 5
     budget_ms: float = 20.0
     device: str = "auto"

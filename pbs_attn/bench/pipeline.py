@@ -145,7 +145,7 @@ def _measure_input(
     options: Options, name: str, tensors, density: float | None
 ) -> Iterator[dict[str, object]]:
     """One row a setting; the threshold is the selection's own where no density is asked for."""
-    dense = dense_calls(*tensors)
+    dense = dense_calls(*tensors) if options.dense else {}
     for permute_per, kv_block_size in _settings(options):
         pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
         own = pipeline.config.resolved_threshold
