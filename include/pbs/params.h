@@ -158,7 +158,7 @@ constexpr int kPoolSize = 4;
 // Query heads that share a selection.
 PBS_HOST_DEVICE constexpr int64_t heads_per_selection(const Problem& problem,
                                                       const SelectRule& rule) {
-  return rule.shares_heads ? heads_per_perm(problem) : 1;
+  return rule.shares_heads ? larger(1, heads_per_perm(problem)) : 1;
 }
 
 // Whether a query block holds one of the last queries, which visit every key.

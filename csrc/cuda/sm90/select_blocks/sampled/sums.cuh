@@ -118,6 +118,8 @@ class SampledSums {
       candidate_end_[r] = row.candidate_end;
       total_[r] = 0.0f;
     }
+    // Products of the last unit may still be in work for another warp.
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
     auto* to = reinterpret_cast<uint4*>(shared_.q[warpgroup_]);
     CUTE_UNROLL
     for (int i = 0; i < kPieces; ++i) to[i * 128 + thread] = pieces[i];
