@@ -149,8 +149,8 @@ def test_sampled_score_of_growing_logits(factor, last):
     # Where logits are hundreds, the rounding of a sum of products is a good part of a weight.
     mask, masses = assert_sampled(case, q, k, rtol=0.06 if factor == 1 else 0.5)
     if factor == 3000 and last == 500:
-        assert (masses[:, :, -1, :15] > 0.04).all()
-        assert mask[:, :, -1, :15].all()
+        assert (masses[:, :, -1, 8:15] > 0.04).all()
+        assert mask[:, :, -1, 8:15].all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
