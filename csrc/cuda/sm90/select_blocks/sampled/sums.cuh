@@ -4,6 +4,8 @@
 
 #include <cuda_bf16.h>
 
+#include <cfloat>
+
 #include "common/exp2.cuh"
 #include "unit_walk.cuh"
 
@@ -154,7 +156,12 @@ class SampledSums {
     release(shared_.k_empty[ring_.stage()]);
     ring_.advance();
     if (kHides) hide(scores, tile * kSummaryKeys);
-    const float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    if (kHides) {
+      // NOTE: it is 0 for a row or a tile of zeros, and 0 times -infinity would be NaN. A NaN stays.
+      CUTE_UNROLL
+      for (float& each : factor) each = each < FLT_MIN ? FLT_MIN : each;
+    }
     TileSums sums;
     float total[kThreadRows];
     weigh<false>(scores, factor, sums, total);
