@@ -121,6 +121,8 @@ class SampledSums {
       total_[r] = 0.0f;
     }
     auto* to = reinterpret_cast<uint4*>(shared_.q[warpgroup_]);
+    // A warp writes rows of the others, which may be behind: at their last product of these rows.
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
     CUTE_UNROLL
     for (int i = 0; i < kPieces; ++i) to[i * 128 + thread] = pieces[i];
     cutlass::arch::fence_view_async_shared();
