@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rounding import cut_softmax, summary_to_e4m3, to_e4m3
 
 # Sampled scores look at a summary of the permuted keys: of so many keys the first ones one by one,
 # the others as means of so many.
@@ -231,60 +232,89 @@ def summarize(k_perm):
     return torch.where(is_exact[:, None], k_perm, means[:, :, : k_perm.shape[2]])
 
 
-def sampled_mass(q, k, perm, layout, num_samples, *, scale=None, select_per="query_head"):
+def sampled_mass(
+    q, k, perm, layout, num_samples, *, scale=None, select_per="query_head", rounding=None
+):
     """The largest share of its attention that any of a few queries of a block gives each candidate,
     (B, Hq, num_q_blocks, num_kv_blocks), and the own blocks, summed to (B, Hq, num_q_blocks).
 
     Of each query block so many are taken, or all if it has fewer, the i-th at the end of the i-th
     of so many equal parts; with select_per="kv_head" the i-th is of head i modulo the number of
     heads that share a KV head. A query weighs the summary of every candidate, and each own key up
-    to its own position."""
+    to its own position. With rounding="e4m3" queries meet the summary, and shares are limited, as
+    on CUDA."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
-    candidate, own = block_roles(layout)
+    candidate, _ = block_roles(layout)
     width, num_heads = kv_block_size or block_size, q.shape[1]
+    candidate_ends = (candidate.sum(-1) * width).tolist()
     if perm is None:
         perm = torch.arange(num_keys).expand(*k.shape[:3])
     k_perm, _, _ = permute_kv(k, k, perm)
-    permuted_keys = repeat_heads(summarize(k_perm), num_heads)
+    summary = summarize(k_perm)
+    if rounding == "e4m3":
+        summary = summary_to_e4m3(summary, max(candidate_ends, default=0), SUMMARY_KEYS)
+    permuted_keys = repeat_heads(summary, num_heads)
+    first_keys = repeat_heads(k_perm[:, :, :EXACT_KEYS], num_heads)
     original_keys = repeat_heads(k, num_heads).double()
     group = num_heads // k.shape[1] if select_per == "kv_head" else 1
     first_head = torch.arange(num_heads)[:, None] // group * group
     candidate_share, own_share = [], []
-    for block_idx, rows in enumerate(torch.arange(num_queries).split(block_size)):
+    for end, rows in zip(candidate_ends, torch.arange(num_queries).split(block_size), strict=True):
         count = min(num_samples, len(rows))
         nth = torch.arange(count)
         rows = rows[(nth + 1) * len(rows) // count - 1]
-        samples = scale_for(q, scale) * q[:, first_head + nth % group, rows].double()
-        is_candidate = candidate[block_idx].repeat_interleave(width)[:num_keys]
-        is_own = own[block_idx].repeat_interleave(width)[:num_keys].expand(count, -1)
+        samples = q[:, first_head + nth % group, rows].double()
+        met = to_e4m3(samples, -1) if rounding == "e4m3" else samples
+        permuted = scale_for(q, scale) * met @ permuted_keys[:, :, :end].mT
+        # Own keys follow the candidates, up to the last sample's own position.
+        own = torch.arange(end, num_keys)
         if is_causal:
             position = num_keys - num_queries + rows
-            is_own = is_own & (torch.arange(num_keys) <= position[:, None])
-        permuted = (samples @ permuted_keys.mT).masked_fill(~is_candidate, -torch.inf)
-        original = (samples @ original_keys.mT).masked_fill(~is_own, -torch.inf)
-        weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
-        padded = F.pad(weights.unflatten(-1, (2, num_keys)), (0, -num_keys % width))
-        share = padded.unflatten(-1, (-1, width)).sum(-1).amax(2)
-        candidate_share.append(share[:, :, 0])
-        own_share.append(share[:, :, 1].sum(-1))
+            own = torch.arange(end, position[-1] + 1)
+        original = scale_for(q, scale) * samples @ original_keys[:, :, own].mT
+        if is_causal:
+            original = original.masked_fill(own > position[:, None], -torch.inf)
+        if rounding == "e4m3":
+            first = scale_for(q, scale) * samples @ first_keys[:, :, :end].mT
+            sizes = EXACT_KEYS, POOL_SIZE, SUMMARY_KEYS
+            weights = cut_softmax(permuted, original, first, *sizes)
+        else:
+            weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
+        padded = F.pad(weights, (0, -len(own) % width))
+        share = padded.unflatten(-1, (padded.shape[-1] // width, width)).sum(-1).amax(2)
+        num_candidates = end // width
+        missing = candidate.shape[1] - num_candidates
+        candidate_share.append(F.pad(share[..., :num_candidates], (0, missing)))
+        own_share.append(share[..., num_candidates:].sum(-1))
     return torch.stack(candidate_share, 2), torch.stack(own_share, 2)
 
 
 def mass_by_score(
-    q, k, k_mean, perm, layout, *, score, num_samples, select_per, mass="earlier", scale=None
+    q,
+    k,
+    k_mean,
+    perm,
+    layout,
+    *,
+    score,
+    num_samples,
+    select_per,
+    mass="earlier",
+    scale=None,
+    rounding=None,
 ):
     """`sampled_mass`, whose `mass` is "block", or `block_mass`, each with what it takes."""
     if score == "sampled":
-        sharing = {"scale": scale, "select_per": select_per}
-        return sampled_mass(q, k, perm, layout, num_samples, **sharing)
+        options = {"scale": scale, "select_per": select_per, "rounding": rounding}
+        return sampled_mass(q, k, perm, layout, num_samples, **options)
     return block_mass(q, k, k_mean, layout, scale=scale, mass=mass)
 
 
-def masses_of(case, q, k, k_mean, perm):
+def masses_of(case, q, k, k_mean, perm, *, rounding=None):
     """As a case of the tests asks for."""
     names = ("scale", "mass", "score", "num_samples", "select_per")
     options = {name: getattr(case, name) for name in names}
-    return mass_by_score(q, k, k_mean, perm, case.layout, **options)
+    return mass_by_score(q, k, k_mean, perm, case.layout, rounding=rounding, **options)
 
 
 def sink_block(perm, k_mean, num_heads, kv_block_size):

@@ -64,7 +64,8 @@ RARE = [
         Case(128, 16384, num_q_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
         FLOAT16,
     ),
-    # Sampled scores: several units a CTA, the last of each head with fewer stacks than warpgroups.
+    # Sampled scores with four warpgroups: several units a CTA, the last of each head with fewer
+    # stacks than warpgroups.
     (
         Case(
             1500,
@@ -75,13 +76,62 @@ RARE = [
             batch=2,
             kv_block_size=64,
             num_heavy=32,
-            mass="causal",
             score="sampled",
+            mass="block",
+            threshold=0.02,
             num_samples=13,
+            window=40,
+            dense_tail=50,
         ),
         BFLOAT16,
     ),
-    (Case(700, 1300, head_dim=256, is_causal=False, score="sampled", num_samples=32), FLOAT16),
+    # The same with two, and samples that query heads share; then one unit a CTA.
+    (
+        Case(
+            1500,
+            1500,
+            num_q_heads=32,
+            num_kv_heads=16,
+            batch=1,
+            score="sampled",
+            mass="block",
+            threshold=0.02,
+            num_samples=32,
+            select_per="kv_head",
+        ),
+        FLOAT16,
+    ),
+    (
+        Case(
+            700,
+            1300,
+            head_dim=256,
+            is_causal=False,
+            score="sampled",
+            mass="block",
+            threshold=0.02,
+            num_samples=32,
+        ),
+        FLOAT16,
+    ),
+    # Four warpgroups of each head dim: a stack for each of so many heads.
+    *(
+        (
+            Case(
+                40,
+                300,
+                num_q_heads=450,
+                num_kv_heads=450,
+                head_dim=head_dim,
+                batch=2,
+                score="sampled",
+                mass="block",
+                threshold=0.1,
+            ),
+            BFLOAT16,
+        )
+        for head_dim in HEAD_DIMS
+    ),
 ]
 
 
@@ -123,15 +173,27 @@ def cases():
         yield case, dtype
 
 
+def attend_with_a_long_mask(device):
+    """So many words of it that a kernel of its own counts what query blocks select: more than 2^19
+    (order.cu). Heads of one query each reach that with the least work."""
+    num_heads, num_keys = 4096, 131073
+    q = torch.randn(1, num_heads, 1, 64, device=device, dtype=BFLOAT16)
+    k = torch.randn(1, 1, num_keys, 64, device=device, dtype=BFLOAT16)
+    words = torch.zeros(1, num_heads, 1, 129, device=device, dtype=torch.int32)
+    words[..., 127] = 1
+    return ops.attend(q, k, k, k, k, words, block_size=32, segment_size=32)
+
+
 def run(case, dtype, device):
     q, k, v = (x.to(device) for x in clustered_qkv(case, dtype, seed=0))
     found = run_stages(case, q, k, v)
     # Entries that are no rows, and float32.
     perm = found.perm.clone()
-    perm[0, 0, 5], perm[0, 0, 300] = -3, 10**6
+    perm[0, 0, 5], perm[0, 0, -1] = -3, 10**6
     if device == "cuda":  # elsewhere they raise
         ops.permute_kv(k.float(), v.float(), perm, **case.kwargs("permute_kv"))
-    by_means = case._replace(score="mean", mass="earlier" if case.mass == "earlier" else "causal")
+    mass = "earlier" if case.mass == "earlier" else "causal"
+    by_means = case._replace(score="mean", mass=mass, select_per="query_head", threshold=0.1)
     ops.select_blocks(
         q.float(), k.float(), found.k_mean, found.perm, **by_means.kwargs("select_blocks")
     )
@@ -171,6 +233,7 @@ def main():
         for case, dtype in cases():
             run(case, dtype, args.device)
             print(case, dtype, flush=True)
+        attend_with_a_long_mask(args.device)
     if args.coverage:
         ran = {simplify(event.key) for event in seen.key_averages()}
         missing = demangle(built_kernels()) - ran

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import reference as ref
 import torch
-from tolerances import assert_attends
+from tolerances import assert_attends, assert_output
 
 import pbs_attn
 from pbs_attn.ops import HEAD_DIMS
@@ -172,6 +172,24 @@ def test_bits_that_are_no_candidates_are_ignored():
     candidate, _ = ref.block_roles(ref.Layout(1000, 1000, *problem.sizes.values()))
     out, _ = run(problem, q, k, v, perm, mask & candidate)
     assert torch.equal(run(problem, q, k, v, perm, mask | ~candidate)[0], out)
+
+
+def test_mask_words_that_many_ctas_count():
+    """More than 2^19 of them, and every bit set in the last that has candidates, or the first."""
+    num_heads, num_keys = 4096, 131073
+    q = torch.randn(1, num_heads, 1, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 1, num_keys, 64, device="cuda", dtype=torch.bfloat16)
+    words = torch.zeros(1, num_heads, 1, 129, device="cuda", dtype=torch.int32)
+    words[:, ::2, :, 127] = -1
+    words[:, ::3, :, 0] = -1
+    words[:, :, :, 128] = -1  # no candidates
+    out, _ = ops.attend(q, k, v, k, v, words, block_size=32, segment_size=32)
+    visited = torch.zeros(1, num_heads, 1, num_keys, device="cuda", dtype=torch.bool)
+    visited[:, ::2, :, 127 * 1024 : 128 * 1024] = True
+    visited[:, ::3, :, :1024] = True
+    visited[..., -1] = True
+    exact, _ = ref.masked_attention(q, k, v, visited)
+    assert_output(out, q, k, v, visited, exact)
 
 
 def test_what_cuda_does_not_take():

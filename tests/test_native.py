@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +178,34 @@ def test_work_groups_hold_everything_once(
     assert sorted(tiles) == [(h, b) for h in range(num_heads) for b in range(num_q_blocks)]
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    num_q_blocks=st.integers(0, 20),
+    num_kv_heads=st.integers(1, 9),
+    heads_per_kv=st.integers(1, 4),
+    fitting=st.integers(0, 12),
+)
+def test_every_place_of_every_group_is_drawn_once(
+    native, num_q_blocks, num_kv_heads, heads_per_kv, fitting
+):
+    """The first two a head of all groups, then the others group by group, then nothing."""
+    num_heads = num_kv_heads * heads_per_kv
+    groups = native.WorkGroups(num_q_blocks, num_heads, heads_per_kv, 1000, 1000 * fitting + 1)
+    num_groups, num_blocks = groups.num_groups(), groups.blocks_per_group()
+    num_first = min(num_blocks, 2 * groups.heads_per_group)
+    expected = [
+        (rank, place)
+        for places in (range(num_first), range(num_first, num_blocks))
+        for rank in range(num_groups)
+        for place in places
+    ]
+    total = num_groups * num_blocks
+    assert [native.drawn_place(groups, idx) for idx in range(total)] == expected
+    assert sorted(expected) == list(product(range(num_groups), range(num_blocks)))
+    for idx in (total, total + 1, total + 500):  # a CTA draws until it is told
+        assert native.drawn_place(groups, idx)[0] >= num_groups
+
+
 @given(most=st.integers(1, 2**31 - 1), data=st.data())
 def test_order_bins_descend(native, most, data):
     keys = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=20))
@@ -298,8 +327,8 @@ class SampledCase(NamedTuple):
     kv_block_size: int
     segment_size: int
     is_causal: bool
-    is_mass_causal: bool
     num_samples: int
+    shares_heads: bool
     num_sms: int
 
     @property
@@ -312,12 +341,13 @@ def sampled_cases(draw):
     block_size, kv_block_size = (draw(st.sampled_from([32, 64, 128])) for _ in range(2))
     num_kv_heads = draw(st.integers(1, 3))
     num_q_heads = num_kv_heads * draw(st.integers(1, 5))
+    num_perm_heads = draw(st.sampled_from([num_kv_heads, num_q_heads]))
     num_q = draw(st.integers(1, 2000))
     return SampledCase(
         draw(st.integers(1, 2)),
         num_q_heads,
         num_kv_heads,
-        draw(st.sampled_from([num_kv_heads, num_q_heads])),
+        num_perm_heads,
         num_q,
         num_q + draw(st.integers(0, 2000)),
         draw(st.sampled_from(HEAD_DIMS)),
@@ -325,26 +355,28 @@ def sampled_cases(draw):
         kv_block_size,
         max(block_size, kv_block_size) * draw(st.integers(1, 8)),
         draw(st.booleans()),
-        draw(st.booleans()),
         draw(st.integers(1, min(64, block_size))),
+        num_perm_heads == num_kv_heads and draw(st.booleans()),
         draw(st.integers(1, 150)),
     )
 
 
-def pairs_of(native, case, plan, unit_idx):
-    """Head and query block of each pair of a unit, as unit_of and SampledUnit::pair
+def pairs_of(case, plan, unit_idx):
+    """First head and query block of each pair of a unit, as unit_of and SampledUnit::pair
     (sm90/select_blocks/sampled/unit_walk.cuh) find them."""
     group, in_group = divmod(unit_idx, plan.units_per_perm * plan.heads_per_group)
     first_head = group * plan.heads_per_group
     num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)
     from_longest, head = divmod(in_group, num_heads)
     b, hp = divmod(first_head + head, case.num_perm_heads)
-    num_pairs = native.sampled_warpgroups * plan.pairs_per_stack
+    num_pairs = plan.num_warpgroups * plan.pairs_per_stack
     first = (plan.units_per_perm - 1 - from_longest) * num_pairs
+    heads_per_perm = case.num_q_heads // case.num_perm_heads
+    heads_per_selection = heads_per_perm // plan.selections_per_perm
     pairs = []
     for idx in range(first, min(first + num_pairs, plan.pairs_per_perm)):
-        block_idx, nth_head = divmod(idx, plan.heads_per_perm)
-        hq = hp * plan.heads_per_perm + nth_head
+        block_idx, selection = divmod(idx, plan.selections_per_perm)
+        hq = hp * heads_per_perm + selection * heads_per_selection
         pairs.append((b * case.num_q_heads + hq, block_idx))
     return pairs
 
@@ -356,6 +388,20 @@ def test_sampled_rows_fill_a_stack(native, case):
     assert plan.rows_per_pair in (1, 2, 4, 8, 16, 32, 64)
     assert plan.rows_per_pair / 2 < case.num_samples <= plan.rows_per_pair
     assert plan.pairs_per_stack * plan.rows_per_pair == native.stack_rows == 64
+    # Every pair has a stack, every stack a unit, and none of either is empty.
+    assert plan.stacks_per_perm * plan.pairs_per_stack - plan.pairs_per_perm >= 0
+    assert (plan.stacks_per_perm - 1) * plan.pairs_per_stack < plan.pairs_per_perm
+    assert plan.units_per_perm * plan.num_warpgroups - plan.stacks_per_perm >= 0
+    assert (plan.units_per_perm - 1) * plan.num_warpgroups < plan.stacks_per_perm
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases())
+def test_many_stacks_get_many_warpgroups(native, case):
+    plan = native.sampled_plan(*case)
+    few, many = native.sampled_warpgroups
+    has_many = plan.stacks_per_perm * plan.num_perm_heads >= 6 * case.num_sms
+    assert plan.num_warpgroups == (many if has_many else few)
 
 
 @settings(deadline=None, max_examples=200)
@@ -363,18 +409,20 @@ def test_sampled_rows_fill_a_stack(native, case):
 def test_sampled_units_hold_every_query_block_once(native, case):
     plan = native.sampled_plan(*case)
     assert 1 <= plan.heads_per_group <= plan.num_perm_heads
+    heads_per_perm = case.num_q_heads // case.num_perm_heads
+    assert plan.selections_per_perm == (1 if case.shares_heads else heads_per_perm)
     found = []
     for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
-        pairs = pairs_of(native, case, plan, unit_idx)
+        pairs = pairs_of(case, plan, unit_idx)
         assert pairs
         # One permutation, so that all stacks read the same keys.
-        assert len({head // plan.heads_per_perm for head, _ in pairs}) == 1
+        assert len({head // heads_per_perm for head, _ in pairs}) == 1
         # The first sees the fewest keys, the last the most.
         assert pairs == sorted(pairs, key=lambda pair: pair[1])
         found += pairs
-    assert sorted(found) == list(
-        product(range(case.batch * case.num_q_heads), range(case.num_q_blocks))
-    )
+    step = heads_per_perm // plan.selections_per_perm
+    heads = range(0, case.batch * case.num_q_heads, step)
+    assert sorted(found) == list(product(heads, range(case.num_q_blocks)))
 
 
 @settings(deadline=None, max_examples=200)
@@ -402,71 +450,129 @@ def test_sampled_units_are_drawn_once(native, case, random):
 @given(case=sampled_cases())
 def test_sampled_tables_hold_what_units_see(native, case):
     plan = native.sampled_plan(*case)
-    tile_keys = native.sampled_tile_keys
     sizes = (case.block_size, case.kv_block_size, case.segment_size)
     blocks = [
         native.query_block(idx, case.num_q, case.num_kv, *sizes, case.is_causal)
         for idx in range(case.num_q_blocks)
     ]
-    for unit_idx in range(plan.units_per_perm * plan.num_perm_heads):
-        pairs = pairs_of(native, case, plan, unit_idx)
-        first, last = (blocks[block_idx] for _, block_idx in (pairs[0], pairs[-1]))
-        if case.is_mass_causal:
-            assert -(-(last.own_end - first.own_begin) // tile_keys) <= plan.own_tiles
-        assert last.num_candidates * case.kv_block_size <= plan.candidate_tiles * tile_keys
-        # Masses are followed by zeros up to a multiple of four.
-        assert -(-last.num_candidates // 4) * 4 <= plan.mass_stride
-    if not case.is_mass_causal:
-        assert plan.own_tiles == 0
+    seen = [block.num_candidates * case.kv_block_size for block in blocks]
+    assert seen == sorted(seen)
+    assert max(seen) <= plan.num_tiles * native.summary_keys < max(seen) + native.summary_keys
+    # Candidates end with a sum of weights, so that a group of a mean has all of its keys.
+    assert not any(end % 32 for end in seen)
+
+
+@pytest.mark.parametrize(
+    "empty", ["batch", "num_q", "num_kv"], ids=["no batch", "no queries", "no keys"]
+)
+def test_sampled_plan_of_nothing(native, empty):
+    sizes = {"batch": 2, "num_q": 64, "num_kv": 64} | {empty: 0}
+    num_q = min(sizes["num_q"], sizes["num_kv"])
+    shape = (sizes["batch"], 4, 2, 2, num_q, sizes["num_kv"], 64)
+    plan = native.sampled_plan(*shape, 32, 32, 64, True, 8, False, 132)
+    assert plan.num_ctas == 0
+    assert plan.heads_per_group >= 1
+
+
+def documented_parts(case, plan):
+    """docs/ops.md, Memory: the summary, the sampled queries, the tables."""
+    perms = case.batch * case.num_perm_heads
+    tiles = math.ceil(case.num_kv / 256)
+    rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
+    selections = 1 if case.shares_heads else case.num_q_heads // case.num_perm_heads
+    stacks = perms * math.ceil(case.num_q_blocks * selections * rows / 64)
+    warpgroups = 2 if stacks < 6 * case.num_sms else 4
+    return [
+        perms * tiles * (88 * case.head_dim + 16),
+        64 * stacks * (case.head_dim + 16),
+        2048 * case.num_sms * warpgroups * tiles,
+    ]
 
 
 @settings(deadline=None, max_examples=300)
 @given(case=sampled_cases())
-def test_sampled_workspace_is_at_most_what_the_docs_say(native, case):
-    """docs/ops.md, Memory."""
+def test_sampled_workspace_holds_its_parts(native, case):
     plan = native.sampled_plan(*case)
-    num_tiles = plan.own_tiles + plan.candidate_tiles
+    *begins, end = native.sampled_workspace(plan)
+    stacks = plan.num_perm_heads * plan.stacks_per_perm
+    tables = plan.num_ctas * native.sampled_tables * plan.num_warpgroups
+    sizes = [
+        plan.num_perm_heads * plan.num_tiles * native.key_tile_bytes(case.head_dim),
+        stacks * native.stack_bytes(case.head_dim),
+        stacks * native.stack_rows * 16,
+        tables * native.table_bytes(plan),
+        4,
+    ]
+    assert begins[0] == 0
+    for begin, size, following in zip(begins, sizes, [*begins[1:], end], strict=True):
+        assert begin % 128 == 0
+        assert 0 <= following - (begin + size) < 128
     # Two bytes for every 32 keys of each row.
-    assert native.table_bytes(plan) == 2 * num_tiles * native.stack_rows * 128 // 32
-    tables = native.sampled_tables * native.sampled_warpgroups * native.table_bytes(plan)
-    masses = native.select_warps * 4 * plan.mass_stride
-    assert native.sampled_workspace_bytes(plan) == plan.num_ctas * (tables + masses) + 4
-    # The kernel's vectors need every part to start at a multiple of 16 bytes.
-    assert native.table_bytes(plan) % 16 == plan.mass_stride * 4 % 16 == 0
-    rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
-    heads_per_perm = case.num_q_heads // case.num_perm_heads
-    num_blocks = math.ceil((128 // rows - 1) / heads_per_perm) + 1
-    own_keys = min(case.num_kv, num_blocks * case.block_size + case.segment_size)
-    num_tiles = math.ceil(case.num_kv / 128) + case.is_mass_causal * math.ceil(own_keys / 128)
-    num_kv_blocks = math.ceil(case.num_kv / case.kv_block_size)
-    documented = case.num_sms * (2048 * num_tiles + 112 * math.ceil(num_kv_blocks / 4)) + 4
-    assert native.sampled_workspace_bytes(plan) <= documented
+    assert native.table_bytes(plan) == 2 * plan.num_tiles * native.stack_rows * 256 // 32
+    # Vectors and bulk copies of 16 bytes reach every tile, stack and table.
+    assert native.key_tile_bytes(case.head_dim) % 16 == 0
+    assert native.stack_bytes(case.head_dim) % (16 * 128) == 0
+    assert native.table_bytes(plan) % 16 == 0
+    assert end <= sum(documented_parts(case, plan)) + 640
 
 
-@pytest.mark.parametrize("mass", ["earlier", "causal"])
-@pytest.mark.parametrize("num_perm_heads", [8, 32])
-def test_sampled_workspace_in_the_docs(native, num_perm_heads, mass):
-    def gib(num_tokens):
-        shape = (1, 32, 8, num_perm_heads, num_tokens, num_tokens, 128)
-        plan = native.sampled_plan(*shape, 128, 128, 256, True, mass == "causal", 16, 132)
-        return native.sampled_workspace_bytes(plan) / 2**30
-
+def test_sampled_workspace_in_the_docs(native):
     text = " ".join((ROOT / "docs" / "ops.md").read_text().split())
-    assert f"{gib(131072):.2f} GiB at 131072 tokens and {gib(1048576):.2f} GiB at 1048576" in text
+    ends = []
+    for num_tokens in (131072, 1048576):
+        shape = (1, 32, 8, 8, num_tokens, num_tokens, 128)
+        case = SampledCase(*shape, 128, 32, 256, True, 16, False, 132)
+        plan = native.sampled_plan(*case)
+        ends.append(f"{native.sampled_workspace(plan)[-1] / 2**30:.2f}")
+        parts = ", ".join(f"{part / 2**30:.2f}" for part in documented_parts(case, plan))
+        assert f"{parts} GiB at {num_tokens} tokens" in text
+    assert f"{ends[0]} GiB at 131072 tokens and {ends[1]} GiB at 1048576" in text
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
+    """SampledTraits::Shared, sm90/select_blocks/sampled/unit_walk.cuh."""
     stages = native.sampled_key_stages(head_dim)
-    assert stages >= 2  # pairs of tiles are multiplied at once
-    queries = native.sampled_warpgroups * native.stack_rows
-    tiles = 2 * head_dim * (queries + stages * native.sampled_tile_keys)
-    weights = 4 * native.sampled_tables * queries
-    scratch = 4 * native.select_warps * native.sampled_cut_scratch
-    barriers = 8 * 2 * (stages + native.drawn_units + native.sampled_tables)
-    drawn = 4 * native.drawn_units
-    used = tiles + weights + scratch + drawn + barriers + native.swizzle_bytes
-    assert used <= native.shared_bytes_per_cta
+    assert stages >= 2  # the next tile's load has to overlap with this one's product
+    columns = native.exact_keys + (native.summary_keys - native.exact_keys) // native.pool_size
+    assert native.tile_columns == columns == 88
+    assert native.key_tile_bytes(head_dim) == columns * head_dim + 16
+    stage = math.ceil(native.key_tile_bytes(head_dim) / native.swizzle_bytes) * native.swizzle_bytes
+    for warpgroups in native.sampled_warpgroups:
+        queries = warpgroups * native.stack_bytes(head_dim)
+        weights = 4 * native.sampled_tables * warpgroups * native.stack_rows
+        drawn = 4 * (native.drawn_units + 1)
+        barriers = 8 * 2 * (stages + native.drawn_units + native.sampled_tables)
+        used = queries + stages * stage + weights + drawn + barriers
+        # The struct ends at a multiple of its alignment, and starts at one.
+        used = math.ceil(used / native.swizzle_bytes) * native.swizzle_bytes
+        assert used + native.swizzle_bytes <= native.shared_bytes_per_cta
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    num_q=st.integers(1, 700),
+    num_earlier=st.integers(0, 700),
+    block_size=st.sampled_from([32, 64, 128]),
+    kv_block_size=st.sampled_from([32, 64, 128]),
+    segments=st.integers(1, 4),
+    is_causal=st.booleans(),
+    window=st.one_of(st.integers(0, 800), st.just(2**40)),
+    dense_tail=st.one_of(st.integers(0, 800), st.just(2**40)),
+)
+def test_scored_blocks_are_those_not_visited_anyhow(
+    native, num_q, num_earlier, block_size, kv_block_size, segments, is_causal, window, dense_tail
+):
+    num_kv, segment_size = num_q + num_earlier, 128 * segments
+    layout = ref.Layout(num_q, num_kv, block_size, kv_block_size, segment_size, is_causal)
+    candidate, _ = ref.block_roles(layout)
+    always = ref.always_visited(layout, window, dense_tail)
+    in_tail = ref.always_visited(layout, -(2**40), dense_tail).all(-1)
+    for idx in range(len(candidate)):
+        scored, is_in_tail = native.scored_blocks(idx, *layout, window, dense_tail)
+        expected = candidate[idx] & ~always[idx]
+        assert expected.nonzero().flatten().tolist() == list(range(scored))
+        assert is_in_tail == in_tail[idx]
 
 
 def test_capability(native):

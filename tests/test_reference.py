@@ -7,6 +7,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
+from rounding import to_e4m3
 
 SMALL = {"block_size": 2, "kv_block_size": 2, "segment_size": 4}
 # By the rows of a block, the last of each of three equal parts, or all of fewer.
@@ -286,6 +287,65 @@ def test_sampled_mass_naively(lengths, is_causal, select_per, monkeypatch):
             for j, share in shares.items():
                 largest[j] = max(largest[j], share / total)
         torch.testing.assert_close(mass[b, h, i], torch.tensor(largest).double())
+
+
+def test_e4m3_by_hand():
+    """Three bits of mantissa, and steps of 2^-9 in units of the largest over 448."""
+    x = torch.tensor([[448.0, 17.0, 19.0, 1.1, 0.0009], [-44.8, 1.7, 1.9, 0.11, 0.0]])
+    expected = torch.tensor([[448.0, 16.0, 20.0, 1.125, 0.0], [-44.8, 1.6, 2.0, 0.1125, 0.0]])
+    torch.testing.assert_close(to_e4m3(x, -1), expected.double())
+    x[1] *= 10  # now one unit for all
+    assert to_e4m3(x, (0, 1))[1].tolist() == [-448.0, 16.0, 20.0, 1.125, 0.0]
+    assert not to_e4m3(torch.zeros(2, 3), -1).any()
+
+
+def test_rounded_mass_by_hand():
+    """The summary of two blocks is rounded by the largest of their tile. Own keys do not count in
+    it, and are exact."""
+    k = torch.zeros(1, 1, 95, 2)
+    k[0, 0, :32, 0] = 17.0
+    k[0, 0, 0, 0] = 448.0
+    k[0, 0, 32:64, 0] = 19.0
+    k[0, 0, 32, 1] = -448.0
+    k[0, 0, 64:, 0] = 17.0
+    k[0, 0, 70, 1] = 10000.0
+    layout = ref.Layout(1, 95, 32, 32, 64, True)
+    q = torch.tensor([[[[17.0, 0.0]]]])
+    masses, own = ref.sampled_mass(q, k, None, layout, 1, scale=17**-3, rounding="e4m3")
+    # The one row of the query is its own largest, so that 17 stays what it is. The 256 keys of a
+    # tile have 448 as their largest: 17 becomes 16, and a mean of 19 becomes 20.
+    first = 31 * math.exp(16 / 289) + math.exp(448 / 289)
+    second = 32 * math.exp(20 / 289)
+    owns = 31 * math.exp(17 / 289)
+    expected = torch.tensor([first, second, 0.0]).double() / (first + second + owns)
+    torch.testing.assert_close(masses[0, 0, 0], expected)
+    torch.testing.assert_close(own[0, 0, 0].item(), owns / (first + second + owns))
+
+
+def test_rounded_mass_is_limited_above_the_own_keys():
+    """One candidate block far above the own keys, another one much further."""
+    q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 65, 1)
+    k[0, 0, :32], k[0, 0, 32:64] = 100.0, 200.0
+    layout = ref.Layout(1, 65, 32, 32, 64, True)
+    exact, _ = ref.sampled_mass(q, k, None, layout, 1, scale=1.0)
+    torch.testing.assert_close(exact[0, 0, 0], torch.tensor([0.0, 1.0, 0.0]).double())
+    cut, _ = ref.sampled_mass(q, k, None, layout, 1, scale=1.0, rounding="e4m3")
+    # The keys of a mean share its 80 powers of two.
+    torch.testing.assert_close(cut[0, 0, 0], torch.tensor([0.8, 0.2, 0.0]).double())
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("num_keys", [600, 640])
+def test_rounded_masses_stay_near_the_exact_ones(num_keys, is_causal):
+    """Without own keys, too: 640 that are not causal."""
+    q, k, _ = random_qkv(300, num_keys)
+    perm = random_perm(2, 2, num_keys, 128)
+    layout = ref.Layout(300, num_keys, 64, 32, 128, is_causal)
+    exact, exact_own = ref.sampled_mass(q, k, perm, layout, 8)
+    rounded, own = ref.sampled_mass(q, k, perm, layout, 8, rounding="e4m3")
+    torch.testing.assert_close(rounded, exact, rtol=0.25, atol=1e-6)
+    torch.testing.assert_close(own, exact_own, rtol=0.1, atol=1e-6)
+    assert ((rounded - exact).abs() > 1e-4 * exact).any()
 
 
 def test_the_block_of_token_0_is_found_through_the_permutation():

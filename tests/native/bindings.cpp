@@ -69,6 +69,10 @@ PYBIND11_MODULE(pbs_native, m) {
     const pbs::WorkTile tile = pbs::work_tile(groups, group_idx, block_idx);
     return std::make_pair(tile.head, tile.q_block_idx);
   });
+  m.def("drawn_place", [](const pbs::WorkGroups& groups, int32_t draw_idx) {
+    const pbs::DrawnPlace drawn = pbs::drawn_place(groups, draw_idx);
+    return std::make_pair(drawn.rank, drawn.place);
+  });
   m.attr("order_bins") = pbs::kOrderBins;
   m.def("order_bin", &pbs::order_bin);
   m.def("order_layout", [](const pbs::WorkGroups& groups) {
@@ -109,39 +113,63 @@ PYBIND11_MODULE(pbs_native, m) {
   py::class_<sm90::SampledPlan>(m, "SampledPlan")
       .def_readonly("rows_per_pair", &sm90::SampledPlan::rows_per_pair)
       .def_readonly("pairs_per_stack", &sm90::SampledPlan::pairs_per_stack)
-      .def_readonly("heads_per_perm", &sm90::SampledPlan::heads_per_perm)
+      .def_readonly("num_warpgroups", &sm90::SampledPlan::num_warpgroups)
+      .def_readonly("selections_per_perm", &sm90::SampledPlan::selections_per_perm)
       .def_readonly("pairs_per_perm", &sm90::SampledPlan::pairs_per_perm)
+      .def_readonly("stacks_per_perm", &sm90::SampledPlan::stacks_per_perm)
       .def_readonly("units_per_perm", &sm90::SampledPlan::units_per_perm)
       .def_readonly("num_perm_heads", &sm90::SampledPlan::num_perm_heads)
       .def_readonly("heads_per_group", &sm90::SampledPlan::heads_per_group)
       .def_readonly("num_ctas", &sm90::SampledPlan::num_ctas)
-      .def_readonly("own_tiles", &sm90::SampledPlan::own_tiles)
-      .def_readonly("candidate_tiles", &sm90::SampledPlan::candidate_tiles)
-      .def_readonly("mass_stride", &sm90::SampledPlan::mass_stride);
+      .def_readonly("num_tiles", &sm90::SampledPlan::num_tiles)
+      .def_readonly("head_dim", &sm90::SampledPlan::head_dim);
   m.def("sampled_plan",
         [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t num_perm_heads,
            int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
-           int64_t kv_block_size, int64_t segment_size, bool is_causal, bool is_mass_causal,
-           int32_t num_samples, int64_t num_sms) {
+           int64_t kv_block_size, int64_t segment_size, bool is_causal, int32_t num_samples,
+           bool shares_heads, int64_t num_sms) {
           pbs::SelectBlocksParams params{};
           params.problem = pbs::Problem{batch, num_q_heads, num_kv_heads, num_perm_heads,
                                         num_q, num_kv,      head_dim,     pbs::DType::kBFloat16};
           params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
           params.is_causal = is_causal;
-          params.rule.mass = is_mass_causal ? pbs::MassRule::kCausal : pbs::MassRule::kEarlier;
           params.rule.num_samples = num_samples;
+          params.rule.shares_heads = shares_heads;
           return sm90::sampled_plan(params, num_sms);
         });
+  // Where its parts begin, in order, and where the last one ends.
+  m.def("sampled_workspace", [](const sm90::SampledPlan& plan) {
+    const sm90::SampledWorkspace at = sm90::sampled_workspace(plan);
+    return std::vector<int64_t>{at.key_tiles, at.stacks, at.rows, at.tables, at.counter, at.end};
+  });
   m.def("table_bytes", &sm90::table_bytes);
-  m.def("sampled_workspace_bytes", &sm90::sampled_workspace_bytes);
+  m.def("key_tile_bytes", &sm90::key_tile_bytes);
+  m.def("stack_bytes", &sm90::stack_bytes);
   m.def("sampled_key_stages", &sm90::sampled_key_stages);
   m.attr("stack_rows") = sm90::kStackRows;
-  m.attr("sampled_tile_keys") = sm90::kSampledTileKeys;
+  m.attr("summary_keys") = pbs::kSummaryKeys;
+  m.attr("exact_keys") = pbs::kExactKeys;
+  m.attr("pool_size") = pbs::kPoolSize;
+  m.attr("tile_columns") = sm90::kTileColumns;
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
-  m.attr("sampled_warpgroups") = sm90::kSampledWarpgroups;
-  m.attr("select_warps") = sm90::kSelectWarps;
-  m.attr("sampled_cut_scratch") = sm90::kCutScratch;
+  m.attr("sampled_warpgroups") = std::make_pair(sm90::kFewWarpgroups, sm90::kManyWarpgroups);
+  // Of one query block: how many of its candidates a score chooses among, and whether it is in the
+  // dense tail.
+  m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,
+                            int64_t kv_block_size, int64_t segment_size, bool is_causal,
+                            int64_t window, int64_t dense_tail) {
+    pbs::Problem problem{};
+    problem.num_q = num_q;
+    problem.num_kv = num_kv;
+    const pbs::Blocking blocking{block_size, kv_block_size, segment_size};
+    pbs::SelectRule rule{};
+    rule.window = window;
+    rule.dense_tail = dense_tail;
+    const pbs::QueryBlock block = pbs::query_block(q_block_idx, problem, blocking, is_causal);
+    return std::make_pair(pbs::num_scored_blocks(block, problem, blocking, rule, is_causal),
+                          pbs::is_in_dense_tail(block, problem, rule, is_causal));
+  });
   m.def("capability_error", &pbs::capability_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;

@@ -4,6 +4,8 @@
 
 #include <cuda_bf16.h>
 
+#include <cfloat>
+
 #include "common/exp2.cuh"
 #include "unit_walk.cuh"
 
@@ -121,6 +123,8 @@ class SampledSums {
     // Products of the last unit may still be in work for another warp.
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
     auto* to = reinterpret_cast<uint4*>(shared_.q[warpgroup_]);
+    // A warp writes rows of the others, which may be behind: at their last product of these rows.
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
     CUTE_UNROLL
     for (int i = 0; i < kPieces; ++i) to[i * 128 + thread] = pieces[i];
     cutlass::arch::fence_view_async_shared();
@@ -156,7 +160,12 @@ class SampledSums {
     release(shared_.k_empty[ring_.stage()]);
     ring_.advance();
     if (kHides) hide(scores, tile * kSummaryKeys);
-    const float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    if (kHides) {
+      // NOTE: it is 0 for a row or a tile of zeros, and 0 times -infinity would be NaN. A NaN stays.
+      CUTE_UNROLL
+      for (float& each : factor) each = each < FLT_MIN ? FLT_MIN : each;
+    }
     TileSums sums;
     float total[kThreadRows];
     weigh<false>(scores, factor, sums, total);

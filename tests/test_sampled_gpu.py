@@ -1,0 +1,214 @@
+"""Sampled scores on a GPU, against the reference that rounds as the kernel does: settings, sizes,
+extreme and missing values."""
+
+import pytest
+import reference as ref
+import torch
+from cases import Case, clustered_qkv
+from test_stages_gpu import HALVES, assert_sampled, assert_selection, select_on_gpu
+
+pytestmark = pytest.mark.gpu
+ops = torch.ops.pbs
+
+SAMPLED = Case(
+    900,
+    1100,
+    batch=1,
+    block_size=64,
+    kv_block_size=32,
+    segment_size=256,
+    num_heavy=32,
+    score="sampled",
+    mass="block",
+    threshold=0.02,
+    num_samples=16,
+)
+
+
+def random_perm(case, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(case.batch, case.num_kv_heads, case.num_keys, generator=generator)
+    return ref.sort_segments(noise, segment_size=case.segment_size).int()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("window", "dense_tail"), [(0, 0), (100, 70)])
+@pytest.mark.parametrize("select_per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "num_samples", "kv_block_size", "segment_size"),
+    [(64, 8, 32, 192), (96, 5, 64, 256), (128, 16, 32, 320), (256, 64, 128, 384)],
+)
+def test_sampled_score_follows_its_rule(
+    head_dim,
+    num_samples,
+    kv_block_size,
+    segment_size,
+    is_causal,
+    select_per,
+    window,
+    dense_tail,
+    dtype,
+):
+    case = SAMPLED._replace(
+        head_dim=head_dim,
+        num_samples=num_samples,
+        kv_block_size=kv_block_size,
+        segment_size=segment_size,
+        is_causal=is_causal,
+        select_per=select_per,
+        window=window,
+        dense_tail=dense_tail,
+    )
+    assert_selection(case, 0, dtype)
+
+
+@pytest.mark.parametrize(
+    ("warpgroups", "batch", "num_q_heads", "num_kv_heads", "num_queries"),
+    [(2, 2, 8, 4, 2700), (4, 2, 32, 8, 1250)],
+)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_sampled_score_of_several_units_a_cta(
+    head_dim, warpgroups, batch, num_q_heads, num_kv_heads, num_queries
+):
+    """With either number of warpgroups (include/pbs/sm90/sampled_plan.h): each block of 64 samples
+    is a stack."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    num_stacks = batch * num_q_heads * -(-num_queries // 64)
+    if (num_stacks >= 6 * num_sms) != (warpgroups == 4) or num_stacks / warpgroups < num_sms:
+        pytest.skip(f"sizes are for about 132 multiprocessors, not {num_sms}")
+    case = SAMPLED._replace(
+        num_queries=num_queries,
+        num_keys=num_queries,
+        batch=batch,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_samples=64,
+    )
+    assert_selection(case, 0, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_queries": 200, "num_keys": 200},  # no candidates
+        {"num_queries": 200, "num_keys": 200, "is_causal": False},
+        {"num_queries": 1},
+        {"num_queries": 1, "num_q_heads": 5, "num_kv_heads": 1, "select_per": "kv_head"},
+        {"num_queries": 33, "num_keys": 1300, "num_samples": 64},
+        {"num_queries": 1024, "num_keys": 1024, "is_causal": False},  # no own keys
+        {"num_queries": 500, "num_keys": 1024, "is_causal": False, "segment_size": 1024},
+        {"num_queries": 64, "num_keys": 64, "is_causal": False, "segment_size": 64},
+        {"num_queries": 200, "dense_tail": 200},  # no block is scored
+        {"dense_tail": 10**9},
+        {"window": 10**9},
+        {"threshold": 1.0},
+        {"num_samples": 1},
+        {"batch": 3, "num_q_heads": 14, "select_per": "kv_head", "num_samples": 3},
+        {"segment_size": 64},
+        {"permute_per": "query_head"},
+        {"strides": "slice"},
+        {"strides": "bnhd", "scale": 0.4},
+    ],
+    ids=lambda changed: "-".join(f"{name}={value}" for name, value in changed.items()),
+)
+def test_sampled_score_of_rare_sizes(changed):
+    assert_selection(SAMPLED._replace(**changed), 0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sampled_score_without_a_permutation(is_causal, dtype):
+    case = SAMPLED._replace(is_causal=is_causal)
+    q, k, _ = clustered_qkv(case, dtype, seed=1)
+    assert_sampled(case, q, k)
+
+
+@pytest.mark.parametrize("sizes", [(0, 300, 300), (1, 0, 300), (0, 0, 0)])
+def test_sampled_score_of_nothing(sizes):
+    batch, num_queries, num_keys = sizes
+    q = torch.empty(batch, 2, num_queries, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.empty(batch, 2, num_keys, 64, device="cuda", dtype=torch.bfloat16)
+    num_blocks = -(-num_keys // 128)
+    k_mean = torch.empty(batch, 2, num_blocks, 64, device="cuda")
+    words, counts = ops.select_blocks(q, k, k_mean, score="sampled", mass="block", threshold=0.1)
+    assert words.numel() == counts.numel() == 0
+
+
+@pytest.mark.parametrize("last", [500, 900])
+@pytest.mark.parametrize("factor", [1.0, 300.0, 3000.0])
+def test_sampled_score_of_growing_logits(factor, last):
+    """Logits that grow up to key `last` by hundreds of powers of two. Up to 500, the later query
+    blocks find their own segment far below the candidates: those count as if they were 80 powers
+    of two above it, and are visited."""
+    case = SAMPLED._replace(num_queries=1024, num_keys=1024, block_size=128)
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=3)
+    ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > last).float()
+    k[..., 0], q[..., 0] = ramp.bfloat16(), factor
+    # Where logits are hundreds, the rounding of a sum of products is a good part of a weight.
+    mask, masses = assert_sampled(case, q, k, rtol=0.06 if factor == 1 else 0.5)
+    if factor == 3000 and last == 500:
+        assert (masses[:, :, -1, 8:15] > 0.04).all()
+        assert mask[:, :, -1, 8:15].all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("q_factor", "k_factor"), [(1e-6, 1e-6), (1e-4, 1e4), (1e4, 1e-4)])
+def test_sampled_score_of_extreme_values(q_factor, k_factor, dtype):
+    """Up to what float16 can hold, and far below 1: each tile and each row has its own scale."""
+    q, k, _ = clustered_qkv(SAMPLED, torch.float32, seed=2)
+    q, k = ((x * factor).clamp(-60000, 60000) for x, factor in [(q, q_factor), (k, k_factor)])
+    largest = max(q.abs().max(), k.abs().max())
+    assert largest > 3e4 or q_factor == k_factor
+    assert_sampled(SAMPLED, q.to(dtype), k.to(dtype), random_perm(SAMPLED))
+
+
+@pytest.mark.parametrize("what", ["q", "a query", "k", "a tile"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sampled_score_of_zeros(is_causal, what):
+    """All keys weigh the same, in tiles that a row sees a part of, too."""
+    case = SAMPLED._replace(segment_size=64, num_samples=4, is_causal=is_causal, threshold=0.05)
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=4)
+    zeroed = {"q": q, "a query": q[:, 1, 15::64], "k": k, "a tile": k[:, :, 512:768]}
+    zeroed[what].zero_()
+    assert_sampled(case, q, k)
+
+
+VALUES = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("row", [3, 31, 63])
+def test_a_sampled_query_that_is_no_number_visits_everything(row, value):
+    """Whichever of the samples it is; the other heads and blocks do as ever."""
+    case = SAMPLED._replace(num_queries=1024, num_keys=1024, threshold=0.4)
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=5)
+    clean = select_on_gpu(case, q, k)
+    q[0, 1, 64 * 14 + row, 7] = value
+    mask = select_on_gpu(case, q, k)
+    candidate, _ = ref.block_roles(case.layout)
+    assert torch.equal(mask[0, 1, 14], candidate[14])
+    assert not clean[0, 1, 14].equal(candidate[14])
+    mask[0, 1, 14] = clean[0, 1, 14]
+    assert torch.equal(mask, clean)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("key", [300, 256, 511])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_key_that_is_no_number_makes_rows_visit_everything(is_causal, key, value):
+    """All that see its tile; those of the other KV head do as ever."""
+    case = SAMPLED._replace(
+        num_queries=1100, num_keys=1100, threshold=0.4, is_causal=is_causal, num_samples=32
+    )
+    q, k, _ = clustered_qkv(case, torch.bfloat16, seed=6)
+    clean = select_on_gpu(case, q, k)
+    k[0, 1, key, 9] = value
+    mask = select_on_gpu(case, q, k)
+    candidate, _ = ref.block_roles(case.layout)
+    sees = candidate[:, 256 // 32]
+    assert sees.any()
+    assert torch.equal(mask[0, 2:, sees], candidate[sees].expand(2, -1, -1))
+    assert torch.equal(mask[0, :2], clean[0, :2])
+    assert not clean[0, :2, sees].equal(candidate[sees].expand(2, -1, -1))
