@@ -120,8 +120,6 @@ class SampledSums {
       candidate_end_[r] = row.candidate_end;
       total_[r] = 0.0f;
     }
-    // Products of the last unit may still be in work for another warp.
-    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
     auto* to = reinterpret_cast<uint4*>(shared_.q[warpgroup_]);
     // A warp writes rows of the others, which may be behind: at their last product of these rows.
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup_);
