@@ -1,13 +1,26 @@
 """The documents: links lead somewhere, code runs, and tables say what their CSV does."""
 
-import csv
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
+from doc_tables import (
+    KERNEL_LOG,
+    RESULTS,
+    ROOT,
+    UNSEEN,
+    assert_figures,
+    assert_presets,
+    assert_says,
+    find,
+    read,
+    says,
+    table_with,
+    tables_in,
+    unseen,
+)
 from tiny_model import SIZES, save_model
 
 from pbs_attn import PBSConfig, cli, density, select
@@ -17,8 +30,6 @@ from pbs_attn.bench.options import PERMUTE_PER
 from pbs_attn.bench.shapes import SHAPES
 from pbs_attn.bench.stages import heavy_hitters
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 
 
@@ -133,45 +144,6 @@ def test_advice_on_the_threshold_has_the_right_direction(mass):
 def demo_help():
     subcommands = cli.make_parser()._subparsers._group_actions[0]
     return subcommands.choices["demo"].format_help()
-
-
-def tables_in(path):
-    """Every table as its column names and rows of cells."""
-    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
-        lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
-        names, _, *rows = [[cell.strip() for cell in line] for line in lines]
-        yield names, rows
-
-
-def table_with(columns, path=ROOT / "README.md"):
-    """Rows of the first table that has these columns."""
-    for names, rows in tables_in(path):
-        if set(columns) <= set(names):
-            assert rows
-            return [dict(zip(names, row, strict=True)) for row in rows]
-    raise AssertionError(f"no table with {set(columns)} in {path}")
-
-
-def says(text, value):
-    """Whether a rounded figure is that of the value."""
-    digits = len(text.split(".")[1]) if "." in text else 0
-    return float(text) == pytest.approx(value, abs=0.5001 * 10.0**-digits)
-
-
-def assert_says(said, row, columns):
-    """The cells of a line of a table against the columns of a row of a CSV, by their names."""
-    for column, name in columns.items():
-        assert says(said[column], float(row[name])), (said, column)
-
-
-def read(name):
-    with (RESULTS / name).open() as file:
-        return list(csv.DictReader(file))
-
-
-def find(rows, **values):
-    (row,) = [row for row in rows if all(row[name] == value for name, value in values.items())]
-    return row
 
 
 def test_demo_table():
@@ -300,145 +272,8 @@ def test_quality_table():
         assert words in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_threshold_tables():
-    """One a model in the order of these files, each with both settings side by side."""
-    path = ROOT / "docs" / "choosing.md"
-    tables = [rows for names, rows in tables_in(path) if names[0] == "threshold"]
-    files = [f"quality_{name}_h200.csv" for name in ("qwen_32768", "qwen_16384", "smollm2")]
-    for file, table in zip(files, tables, strict=True):
-        rows = [row for row in read(file) if row["selection"] == "pbs"]
-        assert len(table) == len({row["threshold"] for row in rows})
-        for threshold, *cells in table:
-            for settings, said in (("paper", cells[:4]), ("narrow", cells[4:])):
-                values = []
-                for probe, columns in (
-                    ("text", ("density", "loss_above_dense", "agreement")),
-                    ("pass key", ("right",)),
-                ):
-                    group = [
-                        row
-                        for row in rows
-                        if (row["settings"], row["threshold"], row["probe"])
-                        == (settings, threshold, probe)
-                    ]
-                    values += [sum(float(r[c]) for r in group) / len(group) for c in columns]
-                for text, value in zip(said, values, strict=True):
-                    assert says(text, value), (file, threshold, settings, values)
-
-
-TUNING = "quality_tuning_smollm2_h100.csv"
-TUNING_FAST = "quality_tuning_fast_smollm2_h100.csv"
-PRESET_ROWS = {
-    "PBSConfig.fast()": (TUNING_FAST, "num_samples=8", "0.008"),
-    "PBSConfig()": (TUNING, "balanced", "0.01"),
-    "PBSConfig.accurate()": (TUNING, "accurate", "0.01"),
-    "PBSConfig.paper()": (TUNING, "paper", "0.9"),
-}
-PRESET_COLUMNS = {
-    "density": ("text", "density"),
-    "loss": ("text", "loss_above_dense"),
-    "agreement": ("text", "agreement"),
-    "loss of a repeat": ("copy", "loss_above_dense"),
-    "keys": ("pass key", "right"),
-}
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
-def test_preset_table(page):
-    found = table_with({"preset", "loss of a repeat"}, ROOT / page)
-    assert len(found) == len(PRESET_ROWS)
-    for said in found:
-        preset = re.match(r"`(.*?)`", said["preset"]).group(1)
-        file, *setting = PRESET_ROWS[preset]
-        rows = [row for row in read(file) if row["selection"] == "pbs"]
-        for column in said.keys() - {"preset"}:
-            probe, name = PRESET_COLUMNS[column]
-            values = [
-                float(row[name])
-                for row in rows
-                if [row["settings"], row["threshold"]] == setting and row["probe"] == probe
-            ]
-            assert says(said[column], sum(values) / len(values)), (preset, column)
-
-
-UNSEEN = {
-    "SmolLM2-135M, 8192": ("quality_smollm2_h100.csv",),
-    "Qwen2.5-Coder-1.5B, 16384": ("quality_qwen_16384_h100.csv", "quality_qwen_keys_h100.csv"),
-    "Qwen2.5-Coder-1.5B, 32768": ("quality_qwen_32768_h100.csv",),
-}
-
-
-def unseen(model):
-    return [row for name in UNSEEN[model] for row in read(name)]
-
-
-def assert_reaches(said, density, curve):
-    """A least density; or the least or the last one that was measured, where that was enough or was
-    not."""
-    if density is None:
-        above = float(said.removeprefix("above "))
-        assert above <= curve[-1][0] < above + 0.01, said
-    elif density == curve[0][0]:
-        assert said.startswith("at most ") and says(said.removeprefix("at most "), density), said
-    else:
-        assert says(said, density), said
-
-
-def test_goals_on_unseen_texts():
-    names = {
-        "loss at most 0.02": ("text", "loss .02"),
-        "loss at most 0.01": ("text", "loss .01"),
-        "0.95 of the mass visited": ("text", "mass .95"),
-        "a repeat at 1.1 times dense's perplexity": ("copy", "repeat 1.1"),
-        "all pass keys but 2 %": ("pass key", "keys"),
-    }
-    columns = {
-        "pbs, balanced": ("`PBSConfig()`", "ms"),
-        "pbs, num_samples=8": ("8 samples", "ms of 8 samples"),
-        "pbs, paper": ("`paper`", "ms of `paper`"),
-    }
-    found = table_with({"goal", "ms of `paper`"}, ROOT / "docs" / "choosing.md")
-    assert {said["model, tokens"] for said in found} == UNSEEN.keys()
-    for said in found:
-        rows = unseen(said["model, tokens"])
-        probe, goal = names[said["goal"]]
-        times = curves.summarize(rows, "op_ms")["text"]
-        for name, (cell, ms) in columns.items():
-            if name not in times:
-                assert said[cell] == said[ms] == ""
-                continue
-            density = curves.goals(rows)[name][goal]
-            assert_reaches(said[cell], density, curves.summarize(rows)[probe][name])
-            time = None if density is None else curves.at_density(times[name], density)
-            assert said[ms] == "" if time is None else says(said[ms], time), said
-    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
-    dense = [curves.summarize(unseen(model), "op_ms")["text"]["dense"][0][1] for model in UNSEEN]
-    assert "takes {:.2f} ms a layer of SmolLM2, {:.2f} and {:.2f} of Qwen".format(*dense) in text
-    own, few, paper = (
-        curves.goals(unseen("Qwen2.5-Coder-1.5B, 32768"))[name]["ms, loss .01"] for name in columns
-    )
-    shares = f"{few / paper:.2f} of the time of the paper's settings at a loss of 0.01, and 16 "
-    assert f"{shares}samples in {own / paper:.2f}" in text
-    masses = [
-        curves.goals(unseen("Qwen2.5-Coder-1.5B, 16384"))[name]["mass .95"]
-        for name in ("pbs, balanced", "pbs, paper")
-    ]
-    assert f"from {masses[0] / masses[1]:.2f} of their density on" in text
-
-
-def test_permutation_on_unseen_texts():
-    probes = {"loss": "text", "loss of a repeat": "copy", "keys": "pass key"}
-    columns = {
-        "`PBSConfig()`": "pbs, balanced",
-        "no permutation": "unpermuted, balanced",
-        "pooled means": "pooled, balanced",
-    }
-    found = table_with({"probe", *columns}, ROOT / "docs" / "choosing.md")
-    for said in found:
-        of_probe = curves.summarize(unseen(said["model, tokens"]))[probes[said["probe"]]]
-        for cell, name in columns.items():
-            value = curves.at_density(of_probe.get(name, []), float(said["density"]))
-            assert said[cell] == "" if value is None else says(said[cell], value), said
+def test_preset_table():
+    assert_presets(table_with({"preset", "loss of a repeat"}))
 
 
 def test_readme_of_unseen_texts():
@@ -460,142 +295,6 @@ def test_readme_of_unseen_texts():
     assert words.format(*times, dense) in text
 
 
-def test_number_of_samples_for_a_larger_model():
-    found = table_with({"samples", "least density"}, ROOT / "docs" / "choosing.md")
-    names = {"16": "balanced", "8": "num_samples=8", "4": "num_samples=4"}
-    goals = curves.goals(read("quality_tuning_qwen_32768_h100.csv"))
-    assert [said["samples"] for said in found] == list(names)
-    for said in found:
-        reached = goals[f"pbs, {names[said['samples']]}"]
-        assert says(said["least density"], reached["loss .01"])
-        assert says(said["ms"], reached["ms, loss .01"])
-
-
-def test_recall_of_qwen_layers():
-    rows = read("recall_qwen_layers_cpu.csv")
-    found = table_with({"settings", "layer 14"}, ROOT / "docs" / "choosing.md")
-    assert len(found) == 7
-    for said in found:
-        settings = said["settings"].strip("`")
-        for layer in ("14", "26"):
-            curve = sorted(
-                (float(row["density"]), -float(row["recalled"]))
-                for row in rows
-                if (row["settings"], row["layer"]) == (settings, layer)
-            )
-            value = curves.least_density(curve, -0.95)
-            text = said[f"layer {layer}"]
-            if value is None:
-                assert float(text.removeprefix("above ")) <= curve[-1][0]
-            else:
-                assert says(text, value), (settings, layer)
-
-
-def test_recall_of_qwen():
-    rows = read("recall_qwen_8192_cpu.csv")
-    of_bench = {"selection": "pbs", "probe": "text", "loss_above_dense": "", "op_ms": ""}
-    goals = curves.goals([row | of_bench for row in rows])
-    found = table_with({"settings", "0.95 of the mass"}, ROOT / "docs" / "choosing.md")
-    assert {said["settings"].strip("`") for said in found} == {row["settings"] for row in rows}
-    for said in found:
-        value = goals[f"pbs, {said['settings'].strip('`')}"]["mass .95"]
-        assert says(said["0.95 of the mass"], value), said
-
-
-def test_goals_table():
-    goals = curves.goals(read(TUNING))
-    names = {
-        "`PBSConfig()`": "pbs, balanced",
-        "8 samples": "pbs, num_samples=8",
-        "32 samples (`accurate`)": "pbs, accurate",
-        "an order a query head, 64 heavy keys": "pbs, permute_per=query_head,num_heavy=64",
-        '`mass="causal"`': "pbs, mass=causal",
-        '`mass="causal"`, 8 samples': "pbs, mass=causal,num_samples=8",
-        "`paper`": "pbs, paper",
-    }
-    columns = {
-        "the loss is at most 0.02": "loss .02",
-        "0.95 of dense's attention mass is visited": "mass .95",
-        "a repeat has 1.1 times dense's perplexity": "repeat 1.1",
-        "all keys but 2 % are read": "keys",
-    }
-    found = table_with(columns, ROOT / "docs" / "choosing.md")
-    assert len(found) == len(names)
-    densest = curves.summarize(read(TUNING))["text"]
-    for said in found:
-        name = names[said["settings"]]
-        for column, goal in columns.items():
-            assert_reaches(said[column], goals[name][goal], densest[name])
-    of_causal = curves.goals(read("quality_tuning_causal_smollm2_h100.csv"))
-    long, short = (
-        [f"{of_causal[name][goal]:.3f}" for goal in columns.values()]
-        for name in ("pbs, segment_size=512", "pbs")
-    )
-    words = "are {}, {}, {} and {}, those of 256 {}, {}, {} and {}".format(*long, *short)
-    assert words in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
-
-
-def curves_of_prototypes(name):
-    rows = [{**row, "selection": row["variant"], "settings": ""} for row in read(name)]
-    return curves.summarize(rows)
-
-
-def test_antidiagonal_table():
-    by_probe = curves_of_prototypes("quality_antidiagonal_smollm2_cpu.csv")
-    column = "a block weighs, at 4096 tokens"
-    names = {
-        "the largest share of 16 queries": "s16 max top",
-        "its antidiagonals, stride 8": "antidiagonal 8",
-        "its antidiagonals, stride 16": "antidiagonal 16",
-        "its antidiagonals, stride 8, no permutation": "antidiagonal 8 unpermuted",
-    }
-    found = table_with({column, "loss of a repeat"}, ROOT / "docs" / "choosing.md")
-    assert {said[column] for said in found} == names.keys()
-    for said in found:
-        for cell, probe in (("loss", "text"), ("loss of a repeat", "copy")):
-            value = curves.at_density(by_probe[probe][names[said[column]]], 0.2)
-            assert says(said[cell], value), said
-
-
-def test_prototype_tables():
-    by_probe = curves_of_prototypes("quality_prototypes_smollm2_h100.csv")
-    variants = {
-        "a block weighs": {
-            "the largest share of 16 queries": "s16 max",
-            "the root mean square of 16": "s16 rms",
-            "the mean of 16": "s16",
-            "the mean of 32": "s32",
-            "half the mean of 8, half the pooled mean": "s8 mix mean",
-            "the mean of 8": "s8",
-            "the attention of the means of 16 groups of 8 queries": "g16",
-            "pooled means, narrow blocks": "narrow mean",
-        },
-        "with the mean of 16, changed": {
-            "nothing": "s16",
-            "each head in the order that visits less": "s16 both",
-            "no permutation": "s16 unpermuted",
-            "a full sort": "s16 sort",
-            "16 heavy keys": "s16 heavy16",
-            "64 heavy keys": "s16 heavy64",
-            "importance from sampled queries of all blocks": "s16 imp samp",
-            "the segment before the own always visited": "s16 window1",
-            "blocks above a fixed share instead of a threshold on the sum": "s16 abs",
-            "key blocks of 64": "s16 kv64",
-        },
-    }
-    for column, names in variants.items():
-        found = table_with({column, "loss of a repeat"}, ROOT / "docs" / "choosing.md")
-        assert {said[column] for said in found} == names.keys()
-        for said in found:
-            name = names[said[column]]
-            for cell, probe in (("loss", "text"), ("loss of a repeat", "copy")):
-                curve = by_probe[probe][name]
-                value = curves.at_density(curve, 0.2)
-                if value is None or said[cell].startswith("at most"):
-                    value = next(y for x, y in reversed(curve) if x <= 0.201)
-                assert says(said[cell].removeprefix("at most "), value), (name, cell)
-
-
 def test_sampled_times():
     rows = read("select_sampled_h100.csv")
     found = table_with({"8 samples", "mean scores"}, ROOT / "docs" / "kernel-log.md")
@@ -610,50 +309,6 @@ def test_sampled_times():
     text = " ".join((ROOT / "README.md").read_text().split())
     assert words in text
     assert f"mean scores of the same blocks take {float(last['mean_ms']):.1f} (" in text
-
-
-def test_heads_that_permutation_harms():
-    rows = read("heads_smollm2_h100.csv")
-    gains = {}
-    for row in rows:
-        sign = 1 if row["selection"] == "pbs" else -1
-        place = row["layer"], row["head"]
-        gains[place] = gains.get(place, 0.0) + sign * float(row["density"]) / 5
-    harmed = [gain for gain in gains.values() if gain > 1e-9]
-    assert {row["threshold"] for row in rows} == {f"{PBSConfig().resolved_threshold:g}"}
-    words = f"{len(harmed)} of {len(gains)} heads visit more"
-    text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
-    assert words in text
-    assert f"by at most {max(harmed):.4f} of all pairs" in text
-
-
-def test_heads_of_a_larger_model():
-    """Those that need a higher density for 0.95 of their mass in permuted order."""
-    points = {}
-    for row in read("heads_qwen_8192_cpu.csv"):
-        place = row["layer"], int(row["head"])
-        point = float(row["density"]), -float(row["recalled"])
-        points.setdefault(place, {}).setdefault(row["selection"], []).append(point)
-    losses = [
-        curves.least_density(sorted(of["pbs"]), -0.95)
-        - curves.least_density(sorted(of["unpermuted"]), -0.95)
-        for of in points.values()
-    ]
-    harmed = [loss for loss in losses if loss > 0]
-    words = f"{len(harmed)} of {len(losses)} need more, by at most {max(harmed):.4f}, and the mean "
-    words += f"head {-sum(losses) / len(losses):.3f} less"
-    assert words in " ".join((ROOT / "docs" / "choosing.md").read_text().split())
-
-
-def test_settings_table():
-    by_probe = curves.summarize(read("quality_settings_cpu.csv"))
-    probes = {"loss of the last half": "text", "loss of a repeat": "copy"}
-    found = table_with({"settings", *probes}, ROOT / "docs" / "choosing.md")
-    assert len(found) == len(by_probe["text"]) - 1  # all but dense
-    for said in found:
-        for column, probe in probes.items():
-            curve = by_probe[probe]["pbs, " + said["settings"].strip("`")]
-            assert says(said[column], curves.at_density(curve, 0.4)), (said["settings"], column)
 
 
 def test_prefill_table():
@@ -672,29 +327,6 @@ def test_prefill_table():
 
 
 # The kernel log and the README's single figures against their CSVs
-
-
-KERNEL_LOG = ROOT / "docs" / "kernel-log.md"
-
-
-def words_of(path):
-    return " ".join(path.read_text().split())
-
-
-def figures(pattern, path=KERNEL_LOG):
-    """The figures that stand where a sentence of a document has `#`."""
-    number = r"(\d*\.?\d+)"
-    escaped = re.escape(pattern).replace(r"\ ", r"\s+").replace(r"\#", number)
-    (found,) = re.findall(escaped, words_of(path))
-    return [found] if isinstance(found, str) else list(found)
-
-
-def assert_figures(pattern, values, path=KERNEL_LOG):
-    """A sentence's figures against values, each to the digits that it shows."""
-    said = figures(pattern, path)
-    assert len(said) == len(values), (pattern, said, values)
-    for text, value in zip(said, values, strict=True):
-        assert says(text, float(value)), (pattern, text, value)
 
 
 def test_cpu_table():

@@ -1,0 +1,119 @@
+"""What tests of documents share: tables of a page, rows of committed CSVs, and whether a rounded
+figure is that of a value."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+KERNEL_LOG = ROOT / "docs" / "kernel-log.md"
+
+
+def tables_in(path):
+    """Every table as its column names and rows of cells."""
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
+        lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
+        names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        yield names, rows
+
+
+def table_with(columns, path=ROOT / "README.md"):
+    """Rows of the first table that has these columns."""
+    for names, rows in tables_in(path):
+        if set(columns) <= set(names):
+            assert rows
+            return [dict(zip(names, row, strict=True)) for row in rows]
+    raise AssertionError(f"no table with {set(columns)} in {path}")
+
+
+def says(text, value):
+    """Whether a rounded figure is that of the value."""
+    digits = len(text.split(".")[1]) if "." in text else 0
+    return float(text) == pytest.approx(value, abs=0.5001 * 10.0**-digits)
+
+
+def assert_says(said, row, columns):
+    """The cells of a line of a table against the columns of a row of a CSV, by their names."""
+    for column, name in columns.items():
+        assert says(said[column], float(row[name])), (said, column)
+
+
+def read(name):
+    with (RESULTS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def find(rows, **values):
+    (row,) = [row for row in rows if all(row[name] == value for name, value in values.items())]
+    return row
+
+
+def words_of(path):
+    return " ".join(path.read_text().split())
+
+
+def figures(pattern, path=KERNEL_LOG):
+    """The figures that stand where a sentence of a document has `#`."""
+    number = r"(\d*\.?\d+)"
+    escaped = re.escape(pattern).replace(r"\ ", r"\s+").replace(r"\#", number)
+    (found,) = re.findall(escaped, words_of(path))
+    return [found] if isinstance(found, str) else list(found)
+
+
+def assert_figures(pattern, values, path=KERNEL_LOG):
+    """A sentence's figures against values, each to the digits that it shows."""
+    said = figures(pattern, path)
+    assert len(said) == len(values), (pattern, said, values)
+    for text, value in zip(said, values, strict=True):
+        assert says(text, float(value)), (pattern, text, value)
+
+
+# The first generation of the selection, up to 0.2.0: texts that nothing was chosen by, and presets
+
+
+UNSEEN = {
+    "SmolLM2-135M, 8192": ("quality_smollm2_h100.csv",),
+    "Qwen2.5-Coder-1.5B, 16384": ("quality_qwen_16384_h100.csv", "quality_qwen_keys_h100.csv"),
+    "Qwen2.5-Coder-1.5B, 32768": ("quality_qwen_32768_h100.csv",),
+}
+
+
+def unseen(model):
+    return [row for name in UNSEEN[model] for row in read(name)]
+
+
+TUNING = "quality_tuning_smollm2_h100.csv"
+TUNING_FAST = "quality_tuning_fast_smollm2_h100.csv"
+PRESET_ROWS = {
+    "PBSConfig.fast()": (TUNING_FAST, "num_samples=8", "0.008"),
+    "PBSConfig()": (TUNING, "balanced", "0.01"),
+    "PBSConfig.accurate()": (TUNING, "accurate", "0.01"),
+    "PBSConfig.paper()": (TUNING, "paper", "0.9"),
+}
+PRESET_COLUMNS = {
+    "density": ("text", "density"),
+    "loss": ("text", "loss_above_dense"),
+    "agreement": ("text", "agreement"),
+    "loss of a repeat": ("copy", "loss_above_dense"),
+    "keys": ("pass key", "right"),
+}
+
+
+def assert_presets(found):
+    """A table of 0.2.0's presets."""
+    assert len(found) == len(PRESET_ROWS)
+    for said in found:
+        preset = re.match(r"`(.*?)`", said["preset"]).group(1)
+        file, *setting = PRESET_ROWS[preset]
+        rows = [row for row in read(file) if row["selection"] == "pbs"]
+        for column in said.keys() & PRESET_COLUMNS.keys():
+            probe, name = PRESET_COLUMNS[column]
+            values = [
+                float(row[name])
+                for row in rows
+                if [row["settings"], row["threshold"]] == setting and row["probe"] == probe
+            ]
+            assert says(said[column], sum(values) / len(values)), (preset, column)
