@@ -264,7 +264,7 @@ class SampledQueries {
 // One CTA a stack.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kSampleThreads, kHeadDim <= 128 ? 4 : 2)
-    sample_queries_kernel(const __grid_constant__ SampledArgs args) {
+    select_blocks_samples_kernel(const __grid_constant__ SampledArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // the summary of the keys is another matter
   const auto idx = static_cast<int>(blockIdx.x);
   if (idx == 0 && threadIdx.x == 0) *args.counter = 0;

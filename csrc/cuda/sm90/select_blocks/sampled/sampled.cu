@@ -68,11 +68,11 @@ template <class Element, int kHeadDim>
 cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
   const SampledPlan& plan = args.plan;
   const int64_t num_heads = plan.num_perm_heads;
-  cudaError_t error = launch_kernel(sample_queries_kernel<Element, kHeadDim>, args,
+  cudaError_t error = launch_kernel(select_blocks_samples_kernel<Element, kHeadDim>, args,
                                     num_heads * plan.stacks_per_perm, kSampleThreads, 0, stream);
   if (error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
-    error = launch_kernel(summarize_keys_kernel<Element, kHeadDim>, args,
+    error = launch_kernel(select_blocks_summary_kernel<Element, kHeadDim>, args,
                           num_heads * plan.num_tiles, kSummarizeThreads<kHeadDim>, 0, stream,
                           /*starts_early=*/true);
     if (error != cudaSuccess) return error;

@@ -14,7 +14,7 @@ constexpr int kSummarizeThreads = 2 * kHeadDim;
 // One CTA a tile. A thread keeps its pieces until the largest element of the tile is known.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kSummarizeThreads<kHeadDim>)
-    summarize_keys_kernel(const __grid_constant__ SampledArgs args) {
+    select_blocks_summary_kernel(const __grid_constant__ SampledArgs args) {
   using Source = cutlass::AlignedArray<Element, kPiece, 16>;
   constexpr int kThreads = kSummarizeThreads<kHeadDim>;
   constexpr int kPieces = kHeadDim / kPiece;  // of a column

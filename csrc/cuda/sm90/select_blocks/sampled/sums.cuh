@@ -160,7 +160,8 @@ class SampledSums {
     if (kHides) hide(scores, tile * kSummaryKeys);
     float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
     if (kHides) {
-      // NOTE: it is 0 for a row or a tile of zeros, and 0 times -infinity would be NaN. A NaN stays.
+      // NOTE: it is 0 for a row or a tile of zeros, and 0 times -infinity would be NaN. A NaN
+      // stays.
       CUTE_UNROLL
       for (float& each : factor) each = each < FLT_MIN ? FLT_MIN : each;
     }
