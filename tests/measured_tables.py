@@ -1,25 +1,21 @@
-"""The tables of docs/choosing.md and docs/experiments.md that are made from committed CSVs.
+"""The tables of README.md and of some pages of docs/ that are made from CSVs.
 
 `python tests/measured_tables.py` writes them into the pages again, each in place of the one with
 the same columns. tests/test_docs_tables.py holds the pages against them.
 """
 
+import itertools
 import statistics
 import string
 
 from doc_tables import ROOT, find, read
 
-from pbs_attn import PBSConfig
-from pbs_attn.bench.ruler_table import average, compare
-
-CHOOSING, EXPERIMENTS = (ROOT / "docs" / name for name in ("choosing.md", "experiments.md"))
-PRESETS = ("accurate", "balanced", "fast", "paper")
-QUALITY = {
-    "Qwen2.5-Coder-1.5B, 32768": "quality_qwen_32768_h200_2.csv",
-    "Qwen2.5-Coder-1.5B, 16384": "quality_qwen_16384_h200_2.csv",
-    "SmolLM2-135M, 8192": "quality_smollm2_h200_2.csv",
-}
+CHOOSING, EXPERIMENTS, KERNEL_LOG = (
+    ROOT / "docs" / name for name in ("choosing.md", "experiments.md", "kernel-log.md")
+)
+README = ROOT / "README.md"
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
+SELECTION = "selection_h200.csv"
 
 
 def rounded(value, digits=3):
@@ -33,130 +29,69 @@ def mean(rows, column):
     return rounded(statistics.fmean(values)) if values else ""
 
 
-def of_preset(rows, preset):
-    """Those at its own threshold; of "dense", dense's."""
-    if preset == "dense":
-        return [row for row in rows if row["selection"] == "dense"]
-    threshold = getattr(PBSConfig, preset)().resolved_threshold
-    return [
-        row
-        for row in rows
-        if (row["selection"], row["settings"]) == ("pbs", preset)
-        and float(row["threshold"]) == threshold
-    ]
-
-
-def contestants(rows):
-    return [name for name in ("dense", *PRESETS) if of_preset(rows, name)]
-
-
 def lengths_of(rows):
     return sorted({row["tokens"] for row in rows}, key=int)
-
-
-def ruler_scores(rows, preset):
-    """By length and task, beside dense."""
-    groups = {}
-    for side, name in enumerate((preset, "dense")):
-        for row in of_preset(rows, name):
-            place = groups.setdefault((row["tokens"], row["text"]), ([], []))
-            place[side].append(row)
-    return {place: compare(*pair) for place, pair in groups.items()}
 
 
 # docs/choosing.md
 
 
 def ruler():
-    """The mean over tasks by length."""
-    rows = read("ruler_qwen_h200.csv")
-    lengths = lengths_of(rows)
-    names = ["preset"]
-    for length in lengths:
+    """What 0.2.0's default, and prototypes nearest to two presets, are above dense."""
+    near = {"A": "0.2.0's default", "E": "near `balanced`", "I": "near `fast`, threshold 0.005"}
+    rows = {letter: line for letter, *line in prototype_scores("a")[1]}
+    names = ["prototype"]
+    for length in lengths_of(read(PROTOTYPES)):
         names += [f"{length} tokens", f"density at {length}"]
-    lines = []
-    for preset in contestants(rows):
-        scores = ruler_scores(rows, preset)
-        line = [f"`{preset}`" if preset != "dense" else preset]
-        for length in lengths:
-            score = average([value for place, value in scores.items() if place[0] == length])
-            of_length = [row for row in of_preset(rows, preset) if row["tokens"] == length]
-            line.append(rounded(score.mean, 1) if preset == "dense" else str(score))
-            line.append(mean(of_length, "density"))
-        lines.append(line)
-    return names, lines
-
-
-def quality():
-    """Texts, repeats and pass keys."""
-    columns = {
-        "density": ("text", "density"),
-        "loss": ("text", "loss_above_dense"),
-        "agreement": ("text", "agreement"),
-        "loss of a repeat": ("copy", "loss_above_dense"),
-        "keys": ("pass key", "right"),
-        "ms a layer": ("text", "op_ms"),
-    }
-    lines = []
-    for model, file in QUALITY.items():
-        rows = read(file)
-        for preset in contestants(rows):
-            line = [model, f"`{preset}`" if preset != "dense" else preset]
-            for probe, column in columns.values():
-                of_probe = [row for row in of_preset(rows, preset) if row["probe"] == probe]
-                line.append(mean(of_probe, column))
-            lines.append(line)
-    return ["model, tokens", "preset", *columns], lines
-
-
-def pipeline(preset):
-    return [
-        row
-        for row in read(f"pipeline_{preset}_h200.csv")
-        if (row["kv_block_size"], row["permute_per"]) == ("32", "kv_head")
-    ]
+    places = len(ABOUT) - 1
+    return names, [[name, *rows[letter][places : places + 6]] for letter, name in near.items()]
 
 
 def operator():
-    """Milliseconds beside the best dense kernel of the same run."""
-    names = ["tokens", "density"]
-    for preset in ("balanced", "fast"):
-        names += [f"`{preset}`", f"dense beside `{preset}`", f"dense / `{preset}`"]
+    """Milliseconds of one call, and of cuDNN's dense kernel in the same run."""
+    rows = read(SELECTION)
     lines = []
-    for row in pipeline("balanced"):
-        line = [row["tokens"], rounded(float(row["density"]))]
-        for each in (row, find(pipeline("fast"), tokens=row["tokens"], preset=row["preset"])):
-            dense = [value for name, value in each.items() if name.endswith("_dense_ms") and value]
-            line += [rounded(float(each["attention_ms"]), 2), rounded(min(map(float, dense)), 2)]
-            line.append(rounded(float(each["speedup"]), 2))
+    for length in lengths_of(rows):
+        line = [length]
+        for settings in ("balanced", "fast"):
+            row = find(rows, tokens=length, settings=settings)
+            dense = float(row["cudnn_dense_ms"] or "nan")
+            if settings == "balanced":
+                line += [rounded(float(row["density"])), "" if dense != dense else f"{dense:.2f}"]
+            line.append(f"{float(row['attention_ms']):.2f}")
+            line.append(f"{float(row['speedup']):.2f}" if row["speedup"] else "")
+        first = [row for row in rows if (row["tokens"], row["settings"]) == (length, "0.2.0")]
+        line.append(f"{float(first[0]['attention_ms']):.2f}" if first else "")
         lines.append(line)
-    return names, lines
+    names = ["tokens", "density", "dense", "`balanced`", "dense / `balanced`", "`fast`"]
+    return [*names, "dense / `fast`", "0.2.0's default"], lines
 
 
-def memory():
-    """GiB beyond inputs and output."""
+# docs/kernel-log.md
+
+
+def select_blocks():
+    """Milliseconds of the stage by samples, in both generations."""
+    columns = {
+        "0.2.0, 16 samples": "0.2.0",
+        "16 samples": "balanced",
+        "8 samples": "num_samples=8",
+        "16 samples of a KV head": "fast",
+    }
+    rows = read(SELECTION)
     lines = []
-    for row in pipeline("balanced"):
-        other = find(pipeline("fast"), tokens=row["tokens"], preset=row["preset"])
-        lines.append([row["tokens"], row["extra_gib"], other["extra_gib"]])
-    return ["tokens", "GiB with `balanced`", "GiB with `fast`"], lines
+    for length in lengths_of(rows):
+        by_settings = {row["settings"]: row for row in rows if row["tokens"] == length}
+        density = float(by_settings["fast"]["density"])
+        line = [length, f"{round(density, 3):g}"]
+        for settings in columns.values():
+            row = by_settings.get(settings)
+            line.append(rounded(float(row["select_blocks_ms"])) if row else "")
+        lines.append(line)
+    return ["tokens", "density", *columns], lines
 
 
 # docs/experiments.md
-
-
-def ruler_tasks():
-    """By task, the mean over lengths."""
-    rows = read("ruler_qwen_h200.csv")
-    lines = {}
-    for preset in contestants(rows):
-        scores = ruler_scores(rows, preset)
-        for task in dict.fromkeys(task for _, task in scores):
-            score = average([value for place, value in scores.items() if place[1] == task])
-            cell = rounded(score.mean, 1) if preset == "dense" else str(score)
-            lines.setdefault(task, []).append(cell)
-    names = [name if name == "dense" else f"`{name}`" for name in contestants(rows)]
-    return ["task", *names], [[task, *cells] for task, cells in lines.items()]
 
 
 SETTINGS = (
@@ -225,8 +160,8 @@ def prototypes_on_texts():
 
 
 TABLES = [
-    *((CHOOSING, table) for table in (ruler, quality, operator, memory)),
-    (EXPERIMENTS, ruler_tasks),
+    *itertools.product((CHOOSING, README), (ruler, operator)),
+    (KERNEL_LOG, select_blocks),
     (EXPERIMENTS, prototypes_of_three_tasks),
     (EXPERIMENTS, prototypes_of_five_tasks),
     (EXPERIMENTS, prototypes_on_texts),
@@ -252,7 +187,4 @@ def write(path, names, lines):
 
 if __name__ == "__main__":
     for page, table in TABLES:
-        try:
-            write(page, *table())
-        except FileNotFoundError as error:
-            print(f"{table.__name__}: {error.filename} is missing")
+        write(page, *table())

@@ -8,7 +8,8 @@ from measured_tables import EXPERIMENTS, PROTOTYPES, TABLES, as_markdown, protot
 
 
 @pytest.mark.parametrize(
-    "path, table", [pytest.param(*entry, id=entry[1].__name__) for entry in TABLES]
+    "path, table",
+    [pytest.param(*entry, id=f"{entry[1].__name__}-{entry[0].name}") for entry in TABLES],
 )
 def test_page_has_the_table(path, table):
     names, lines = table()
