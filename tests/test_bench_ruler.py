@@ -26,7 +26,7 @@ needs_lm_eval = pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("lm_eval", "nltk", "wonderwords", "scipy")),
     reason="lm-eval is not installed: pip install 'pbs-attn[ruler]'",
 )
-CONFIG = PBSConfig(block_size=32, segment_size=64, mass="causal")
+CONFIG = PBSConfig(block_size=32, segment_size=64, window=0, dense_tail=0)
 
 
 def row(task, sample, right, settings="", length="4096", agreement="1"):
