@@ -83,13 +83,13 @@ class SampledRowsMask {
       }
       for (int i = warp_; i < Traits::kWarpgroups * pairs_per_stack; i += Traits::kSelectWarps) {
         const int warpgroup = i / pairs_per_stack;
-        const StackPairs pairs = unit.pairs(warpgroup);
-        if (i % pairs_per_stack >= pairs.count) continue;
+        const SampledStack stack = unit.stack(warpgroup);
+        if (i % pairs_per_stack >= stack.num_pairs) continue;
         const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
         const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
                             shared_.weights[walk.table()][warpgroup] + first_row,
                             args_.plan.rows_per_pair};
-        const SampledPair pair = unit.pair(pairs.first + i % pairs_per_stack);
+        const SampledPair pair = unit.pair(stack.first_pair + i % pairs_per_stack);
         switch (args_.params.blocking.kv_block_size / kSumKeys) {
           case 1:
             write_pair<1>(unit, pair, sums, sink);

@@ -39,8 +39,8 @@ class SampledQueries {
  public:
   __device__ SampledQueries(const SampledArgs& args, int perm_head, int stack)
       : args_(args),
-        unit_(args, perm_head, /*nth=*/0),
-        pairs_(stack_pairs(args, stack)),
+        unit_(args, perm_head, stack / args.plan.num_warpgroups),
+        stack_(unit_.stack(stack % args.plan.num_warpgroups)),
         image_(args.stacks +
                stack_idx(args, perm_head, stack) * static_cast<int64_t>(stack_bytes(kHeadDim))),
         states_(args.rows + stack_idx(args, perm_head, stack) * kStackRows),
@@ -91,7 +91,7 @@ class SampledQueries {
   }
 
   __device__ Row find_row(int row) const {
-    const Sample sample = sample_of(args_, unit_, pairs_, row);
+    const Sample sample = sample_of(args_, unit_, stack_, row);
     if (!sample.exists) return Row{0, -1, args_.num_kv, 0, 0};
     const QueryBlock& block = sample.block;
     Row found{sample.hq, static_cast<int>(block.first_row) + sample.row, 0, 0, 0};
@@ -246,8 +246,8 @@ class SampledQueries {
   }
 
   const SampledArgs& args_;
-  SampledUnit unit_;  // any of the permutation
-  StackPairs pairs_;
+  SampledUnit unit_;
+  SampledStack stack_;
   char* image_;
   SampledRow* states_;
   int lane_;

@@ -74,14 +74,10 @@ struct SampledPair {
   int block_idx;
 };
 
-// Those of a stack.
-struct StackPairs {
-  int first;
-  int count;  // 0: there is no such stack
-};
-
-// What the rows of a stack see.
+// Sampled queries of some pairs.
 struct SampledStack {
+  int first_pair;
+  int num_pairs;      // 0: there is none
   int end_of_whole;   // keys before it are candidates of every pair
   int candidate_end;  // keys from it on are candidates of none; 0 where no scores are needed
 };
@@ -104,12 +100,6 @@ __device__ inline int64_t stack_idx(const SampledArgs& args, int perm_head, int 
   return static_cast<int64_t>(perm_head) * args.plan.stacks_per_perm + stack;
 }
 
-__device__ inline StackPairs stack_pairs(const SampledArgs& args, int stack) {
-  const int first = stack * args.plan.pairs_per_stack;
-  return StackPairs{first,
-                    max(0, min(args.plan.pairs_per_stack, args.plan.pairs_per_perm - first))};
-}
-
 // One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
@@ -122,14 +112,14 @@ class SampledUnit {
     hkv = hp / (num_perm / static_cast<int>(problem.num_kv_heads));
   }
 
-  __device__ StackPairs pairs(int nth) const { return stack_pairs(args_, first_stack + nth); }
-
   __device__ SampledStack stack(int nth) const {
+    const int per_stack = args_.plan.pairs_per_stack;
     SampledStack stack{};
-    const StackPairs found = pairs(nth);
-    if (found.count == 0) return stack;
-    const QueryBlock first = block_of(args_, pair(found.first).block_idx);
-    const QueryBlock last = block_of(args_, pair(found.first + found.count - 1).block_idx);
+    stack.first_pair = (first_stack + nth) * per_stack;
+    stack.num_pairs = max(0, min(per_stack, args_.plan.pairs_per_perm - stack.first_pair));
+    if (stack.num_pairs == 0) return stack;
+    const QueryBlock first = block_of(args_, pair(stack.first_pair).block_idx);
+    const QueryBlock last = block_of(args_, pair(stack.first_pair + stack.num_pairs - 1).block_idx);
     const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
     stack.end_of_whole = static_cast<int>(first.num_candidates) * kv_block_size;
     if (!is_in_dense_tail(first, args_.params.problem, args_.params.rule, args_.params.is_causal)) {
@@ -137,7 +127,6 @@ class SampledUnit {
     }
     return stack;
   }
-
   __device__ SampledPair pair(int idx) const {
     const int selections = args_.plan.selections_per_perm;
     const int heads = static_cast<int>(heads_per_perm(args_.params.problem));
@@ -171,13 +160,12 @@ struct Sample {
 };
 
 __device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& unit,
-                                   const StackPairs& pairs, int row) {
-  // Rows of a pair are a power of two, and a division takes twenty instructions.
-  const int nth_pair = row >> (31 - __clz(args.plan.rows_per_pair));
-  const int nth = row & (args.plan.rows_per_pair - 1);
+                                   const SampledStack& stack, int row) {
+  const int nth_pair = row / args.plan.rows_per_pair;
+  const int nth = row % args.plan.rows_per_pair;
   Sample sample{};
-  if (nth_pair >= pairs.count) return sample;
-  const SampledPair pair = unit.pair(pairs.first + nth_pair);
+  if (nth_pair >= stack.num_pairs) return sample;
+  const SampledPair pair = unit.pair(stack.first_pair + nth_pair);
   sample.block = block_of(args, pair.block_idx);
   const auto num_heads =
       static_cast<int>(heads_per_selection(args.params.problem, args.params.rule));
