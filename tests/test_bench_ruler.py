@@ -232,7 +232,7 @@ def test_settings_keep_their_thresholds(options, no_network, tmp_path, capsys):
         dataclasses.replace(options, settings=("paper", "fast"), tokens=2048, **given)
     )
     names = [(row["settings"], row["threshold"]) for row in rows]
-    assert names == [("", ""), ("paper", "0.9"), ("fast", "0.008")]
+    assert names == [("", ""), ("paper", "0.9"), ("fast", "0.01")]
     assert not picture.exists()
     assert "loss" not in capsys.readouterr().out
 

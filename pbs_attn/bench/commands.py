@@ -168,8 +168,8 @@ def _add_quality(benches):
     add_value(parser, "--ruler-samples", "N", default.ruler_samples, words)
     words = (
         "what to sweep over thresholds: given (by the options below), default (also balanced), "
-        "fast, accurate and paper (presets), narrow (balanced with mean scores and --mass "
-        "causal), or changes to what is given, such as kv_block_size=64,window=0"
+        "fast, accurate and paper (presets), narrow (balanced with mean scores, --mass causal, no "
+        "window and no dense tail), or changes to what is given, such as kv_block_size=64,window=0"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
     words = "what to run beside dense; pbs has to be among them"

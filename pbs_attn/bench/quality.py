@@ -44,11 +44,11 @@ SWEPT = {
     "unpermuted": selections.unpermuted,
     "pooled": selections.pooled,
 }
-# Beside those given: the presets, and the default's order with mean scores.
+# Beside those given: the presets, and the default's order and blocks with mean scores alone.
 SETTINGS = {
     **PRESETS,
     "balanced": PBSConfig.balanced(),
-    "narrow": selections.with_means(PBSConfig()),
+    "narrow": dataclasses.replace(selections.with_means(PBSConfig()), window=0, dense_tail=0),
 }
 
 
