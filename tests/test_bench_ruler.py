@@ -12,6 +12,7 @@ import torch
 from tiny_model import SIZES
 
 from pbs_attn import PBSConfig, cli, plot
+from pbs_attn import transformers as integration
 from pbs_attn._errors import BenchError
 from pbs_attn._inputs import read_text
 from pbs_attn._rows import GIVEN, RULER
@@ -235,6 +236,8 @@ def test_settings_keep_their_thresholds(options, no_network, tmp_path, capsys):
     assert names == [("", ""), ("paper", "0.9"), ("fast", "0.008")]
     assert not picture.exists()
     assert "loss" not in capsys.readouterr().out
+    # Nobody else's counts hold the bench's calls.
+    assert not [count for count in integration.routes() if count.name.startswith("pbs_ruler")]
 
 
 @pytest.fixture

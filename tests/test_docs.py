@@ -172,6 +172,69 @@ def find(rows, **values):
     return row
 
 
+CHOOSING = ROOT / "docs" / "choosing.md"
+# As in the table: samples, keys a mean, threshold, dense tail.
+PROTOTYPES = {
+    "`PBSConfig()`": ("16", "1", "0.01", "0"),
+    "the same, dense tail and window 0.01": ("16", "1", "0.01", "256"),
+    "the same, dense tail and window 0.005": ("16", "1", "0.005", "256"),
+    "summary of the keys in e4m3, dense tail and window": ("16", "4", "0.005", "256"),
+    "the same, 24 samples for the six heads of a KV head": ("24", "4", "0.005", "256"),
+}
+
+
+def test_ruler_of_prototypes():
+    """Means over tasks, above dense."""
+    rows = [row for row in read("ruler_prototypes_qwen_h200.csv") if row["run"] == "a"]
+    found = table_with({"prototype", "density at 8192"}, CHOOSING)
+    assert len(found) == len(PROTOTYPES)
+    for said in found:
+        name = said["prototype"]
+        settings = PROTOTYPES.get(name) or PROTOTYPES[f"{name} {said['threshold']}"]
+        assert said["threshold"] == settings[2]
+        for tokens in ("8192", "16384", "32768"):
+            of_length = [
+                row
+                for row in rows
+                if (row["samples"], row["pool"], row["threshold"], row["dense_tail"]) == settings
+                and (row["tokens"], row["correction"]) == (tokens, "none")
+            ]
+            assert len(of_length) == 3
+            for text, column in ((f"{tokens} tokens", "above_dense"), (None, "density")):
+                mean = sum(float(row[column]) for row in of_length) / 3
+                assert says(said[text or f"density at {tokens}"], mean), (name, tokens, column)
+
+
+def test_summary_loses_repeats():
+    rows = read("quality_summary_smollm2_cpu.csv")
+    found = table_with({"selection", "density of the repeat"}, CHOOSING)
+    assert len(found) == len(rows) / 2
+    for said in found:
+        place = {"settings": said["selection"], "threshold": said["threshold"]}
+        text = {"loss": "loss_above_dense", "density": "density"}
+        assert_says(said, find(rows, probe="text", **place), text)
+        copy = {"loss of a repeat": "loss_above_dense", "density of the repeat": "density"}
+        assert_says(said, find(rows, probe="copy", **place), copy)
+
+
+def test_times_with_a_summary():
+    """Of select_blocks, by samples."""
+    names = {
+        "0.2.0, 16 samples": "0.2.0",
+        "16 samples": "balanced",
+        "8 samples": "num_samples=8",
+        "16 samples of a KV head": "fast",
+    }
+    rows = read("selection_h200.csv")
+    found = table_with({"0.2.0, 16 samples"}, KERNEL_LOG)
+    assert len(found) == 6
+    for said in found:
+        for column, settings in names.items():
+            if said[column]:
+                row = find(rows, tokens=said["tokens"], settings=settings)
+                assert_says(said, row, {column: "select_blocks_ms"})
+
+
 def test_demo_table():
     """What the README shows of the demo's output is in its CSV."""
     dense, pbs = read("demo_smollm2.csv")

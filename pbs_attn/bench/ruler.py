@@ -100,7 +100,6 @@ def run(
     from tqdm import tqdm
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant to be so
-    contestants = [Contestant("sdpa", "dense"), *_register(options, configs)]
     with (
         _without_downloads(repeat(haystack, max(lengths))),
         tempfile.TemporaryDirectory() as folder,
@@ -108,7 +107,10 @@ def run(
         files.tokenizer.save_pretrained(folder)
         prompts = list(_make_prompts(options, lengths, folder))
     lm = _wrap(model, files.tokenizer, max(lengths))
-    with tqdm(total=len(prompts), desc=RULER, unit="prompt") as bar:
+    with (
+        _registered(options, configs) as contestants,
+        tqdm(total=len(prompts), desc=RULER, unit="prompt") as bar,
+    ):
         for prompt in prompts:
             bar.set_postfix_str(f"{prompt.name}, {prompt.length}")
             about = {"model": files.label, "text": prompt.name, "probe": RULER}
@@ -116,8 +118,12 @@ def run(
             bar.update()
 
 
-def _register(options: QualityOptions, configs: dict[str, PBSConfig]) -> Iterator[Contestant]:
-    """PBS with each of the settings, at its own threshold unless others are given."""
+@contextlib.contextmanager
+def _registered(
+    options: QualityOptions, configs: dict[str, PBSConfig]
+) -> Iterator[list[Contestant]]:
+    """Dense, and PBS with each of the settings, at its own threshold unless others are given. Their
+    calls are not counted any more afterwards."""
     from pbs_attn import transformers as pbs_transformers
 
     swept = [
@@ -125,11 +131,17 @@ def _register(options: QualityOptions, configs: dict[str, PBSConfig]) -> Iterato
         for settings, given in configs.items()
         for threshold in options.thresholds or (given.resolved_threshold,)
     ]
+    contestants = [Contestant("sdpa", "dense")]
     for nth, (settings, config) in enumerate(swept):
         contestant = Contestant(f"pbs_ruler_{nth}", "pbs", settings, f"{config.threshold:g}")
         pbs_transformers.register(contestant.name, config=config, min_tokens=1)
         _watch(contestant, config)
-        yield contestant
+        contestants.append(contestant)
+    try:
+        yield contestants
+    finally:
+        for contestant in contestants:
+            pbs_transformers.forget(contestant.name)
 
 
 def _watch(contestant: Contestant, config: PBSConfig) -> None:
