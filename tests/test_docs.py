@@ -210,7 +210,8 @@ def test_summary_loses_repeats():
     found = table_with({"selection", "density of the repeat"}, CHOOSING)
     assert len(found) == len(rows) / 2
     for said in found:
-        place = {"settings": said["selection"], "threshold": said["threshold"]}
+        place = {name: said[name] for name in ("tokens", "threshold")}
+        place["settings"] = said["selection"]
         text = {"loss": "loss_above_dense", "density": "density"}
         assert_says(said, find(rows, probe="text", **place), text)
         copy = {"loss of a repeat": "loss_above_dense", "density of the repeat": "density"}
