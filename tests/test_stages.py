@@ -237,6 +237,18 @@ def test_select_blocks_at_threshold_1_keeps_blocks_without_mass():
         assert counts[0, 0, 6:].eq(expected).all()
 
 
+@pytest.mark.parametrize("row", [31, 40, 63])
+def test_a_sample_of_nan_selects_everything(row):
+    """Whichever of the samples it is: the first, one between, the last."""
+    q, k = torch.randn(2, 1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+    q[0, 0, 192 + row] = torch.nan
+    sizes = {"block_size": 64, "segment_size": 64, "num_samples": 64, "threshold": 0.5}
+    k_mean = torch.zeros(1, 2, 4, 64)
+    _, counts = ops.select_blocks(q, k, k_mean, score="sampled", mass="block", **sizes)
+    assert counts[0, 0, 3] == 3
+    assert (counts[0, 1, 3] < 3).all()
+
+
 @pytest.mark.parametrize("num_keys", [384, 300])
 def test_select_blocks_means_over_the_rows_that_exist(num_keys):
     """The own block of the queries from 256 on weighs by all rows it has: those after the queries

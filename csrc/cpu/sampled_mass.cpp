@@ -104,7 +104,8 @@ void merge_blocks(const Samples& samples, int64_t num_entries, float* mass) {
     const float share = static_cast<float>(1.0 / total);
     for (int64_t j = 0; j < num_entries; ++j) {
       const float found = weight(j) * share;
-      if (!(found <= mass[j])) mass[j] = found;
+      const bool is_nan = mass[j] != mass[j];  // and stays it, whatever the later samples give
+      if (!is_nan && !(found <= mass[j])) mass[j] = found;
     }
   }
 }
