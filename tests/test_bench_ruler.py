@@ -12,6 +12,7 @@ import torch
 from tiny_model import SIZES
 
 from pbs_attn import PBSConfig, cli, plot
+from pbs_attn import transformers as integration
 from pbs_attn._errors import BenchError
 from pbs_attn._inputs import read_text
 from pbs_attn._rows import GIVEN, RULER
