@@ -4,8 +4,8 @@
 // A pair is a query block and a selection: that of a query head, or of all that share a
 // permutation. The pairs of a permutation follow each other by query block, then by head, so that
 // neighbours see the same keys. The sampled queries of some pairs are stacked to the rows of one
-// product, a tile of summarised keys is its columns. A CTA works on one unit after the other: as
-// many stacks as it has warpgroups to multiply.
+// product, a tile of permuted keys is its columns. A CTA works on one unit after the other: as many
+// stacks as it has warpgroups to multiply.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kStackRows = 64;  // sampled queries of a stack, one warpgroup's rows
-constexpr int kSumKeys = 32;    // of one sum of weights
-constexpr int kSumsPerTile = kSummaryKeys / kSumKeys;
-constexpr int kPooledPerSum = kSumKeys / kPoolSize;
-constexpr int kTileColumns = kExactKeys + (kSummaryKeys - kExactKeys) / kPoolSize;
-static_assert(kExactKeys == kSumKeys, "the first sum of a tile is that of single keys");
-static_assert(kPooledPerSum == 8, "a sum of means is one column group of a product");
+constexpr int kStackRows = 64;      // sampled queries of a stack, one warpgroup's rows
+constexpr int kSampledKeys = 128;   // of a tile, the columns of a product
+constexpr int kSumKeys = 32;        // of one sum of weights
+constexpr int kSumsPerTile = kSampledKeys / kSumKeys;
+// Selecting warps read the sums of so many tiles at once, 16 bytes of a row.
+constexpr int kTilesPerRead = 2;
+constexpr int kSumsPerRead = kTilesPerRead * kSumsPerTile;
 
 constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
@@ -37,14 +37,16 @@ PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
 
 // A tile in device memory is the image of what shared memory holds: its elements of one byte,
 // swizzled, and a float behind them that they are multiples of. Bulk copies move 16 bytes at least.
-PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kTileColumns * head_dim + 16; }
+PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kSampledKeys * head_dim + 16; }
 PBS_HOST_DEVICE constexpr int stack_bytes(int head_dim) { return kStackRows * head_dim; }
 
-// What the rows of a stack know before they meet a candidate. Scores times `factor` are powers of
-// two; `shift` is the logarithm of the weights of the keys of the own segment.
+// What the rows of a stack know before they meet a candidate. A score times `factor` is the
+// logarithm, to base 2, of a weight; `offset` is what is added to it so that the keys of the own
+// segment weigh `own_sum` together: about 1, as `offset` is rounded to half precision.
 struct alignas(16) SampledRow {
   float factor;
-  float shift;
+  float offset;           // NaN where the row does not exist
+  float own_sum;
   int32_t candidate_end;  // keys before it are candidates
 };
 
@@ -86,7 +88,7 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   plan.num_warpgroups = num_stacks < kManyFrom * num_sms ? kFewWarpgroups : kManyWarpgroups;
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.num_warpgroups));
   plan.num_tiles =
-      narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSummaryKeys));
+      narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSampledKeys));
   const int64_t bytes_per_head =
       static_cast<int64_t>(plan.num_tiles) * key_tile_bytes(plan.head_dim);
   plan.heads_per_group =
@@ -106,9 +108,9 @@ struct SampledWorkspace {
   int64_t end;
 };
 
-// A table holds one stack's sums: (num_tiles, kStackRows, kSumsPerTile) bfloat16.
+// A table holds one stack's sums: (num_tiles / kTilesPerRead, kStackRows, kSumsPerRead) bfloat16.
 PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
-  return static_cast<int64_t>(plan.num_tiles) * kStackRows * kSumsPerTile * 2;
+  return ceil_div(plan.num_tiles, kTilesPerRead) * kStackRows * kSumsPerRead * 2;
 }
 
 constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan) {
