@@ -15,9 +15,9 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kStackRows = 64;      // sampled queries of a stack, one warpgroup's rows
-constexpr int kSampledKeys = 128;   // of a tile, the columns of a product
-constexpr int kSumKeys = 32;        // of one sum of weights
+constexpr int kStackRows = 64;     // sampled queries of a stack, one warpgroup's rows
+constexpr int kSampledKeys = 128;  // of a tile, the columns of a product
+constexpr int kSumKeys = 32;       // of one sum of weights
 constexpr int kSumsPerTile = kSampledKeys / kSumKeys;
 // Selecting warps read the sums of so many tiles at once, 16 bytes of a row.
 constexpr int kTilesPerRead = 2;
@@ -40,14 +40,15 @@ PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
 PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kSampledKeys * head_dim + 16; }
 PBS_HOST_DEVICE constexpr int stack_bytes(int head_dim) { return kStackRows * head_dim; }
 
-// What the rows of a stack know before they meet a candidate. A score times `factor` is the
-// logarithm, to base 2, of a weight; `offset` is what is added to it so that the keys of the own
-// segment weigh `own_sum` together: about 1, as `offset` is rounded to half precision.
+// What the rows of a stack know before they meet a candidate. Products of their elements of one
+// byte times `factor` are logarithms to base 2. `offset`, which half precision holds, shifts them
+// so that the keys of the own segment weigh `own_sum` together, about 1
+// (csrc/cuda/sm90/select_blocks/sampled/weights.cuh).
 struct alignas(16) SampledRow {
   float factor;
-  float offset;           // NaN where the row does not exist
+  float offset;
   float own_sum;
-  int32_t candidate_end;  // keys before it are candidates
+  int32_t candidate_end;  // keys before it are candidates; -1 where there is no such row
 };
 
 constexpr int64_t kManyFrom = 6;  // stacks a CTA: then the lengths of units even out

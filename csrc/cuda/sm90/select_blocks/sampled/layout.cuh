@@ -14,15 +14,17 @@
 namespace pbs::cuda::sm90 {
 
 using Narrow = cutlass::float_e4m3_t;
-constexpr float kMostNarrow = 448.0f;  // the largest finite one
+// Operands are multiples of it: so large that few of them are subnormal, so small that the sum of
+// 256 products fits half precision.
+constexpr float kMostNarrow = 15.0f;
 
 template <int kHeadDim>
 struct SampledLayouts {
   using Rows = cute::Int<kStackRows>;
-  using Columns = cute::Int<kTileColumns>;
+  using Columns = cute::Int<kSampledKeys>;
   using Mma = decltype(cute::make_tiled_mma(
-      cute::SM90::GMMA::MMA_64x88x32_F32E4M3E4M3_SS_TN<cute::GMMA::ScaleIn::One,
-                                                       cute::GMMA::ScaleIn::One>{}));
+      cute::SM90::GMMA::MMA_64x128x32_F16E4M3E4M3_SS_TN<cute::GMMA::ScaleIn::One,
+                                                        cute::GMMA::ScaleIn::One>{}));
   template <class NumRows>
   using Atom =
       decltype(cutlass::gemm::collective::detail::ss_smem_selector<cute::GMMA::Major::K, Narrow,

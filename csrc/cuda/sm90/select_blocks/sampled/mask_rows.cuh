@@ -13,15 +13,15 @@ struct PairSums {
   int num_rows;
 };
 
-// The largest share that a sample gives to each block of a tile.
+// The largest share that a sample gives to each block of the tiles that a lane reads at once.
 template <int kSumsPerBlock>
-struct TileShares {
-  static constexpr int kBlocks = kSumsPerTile / kSumsPerBlock;
+struct ReadShares {
+  static constexpr int kBlocks = kSumsPerRead / kSumsPerBlock;
   static constexpr int kPairs = kSumsPerBlock == 1 ? kBlocks / 2 : kBlocks;
 
   BFloat16Pair largest[kPairs];
 
-  __device__ TileShares() {
+  __device__ ReadShares() {
 #pragma unroll
     for (BFloat16Pair& pair : largest) pair = pair_of(0);
   }
@@ -31,10 +31,10 @@ struct TileShares {
     return i % 2 == 0 ? __low2float(largest[i / 2]) : __high2float(largest[i / 2]);
   }
 
-  __device__ void add(const PairSums& sums, int tile) {
+  __device__ void add(const PairSums& sums, int read) {
     constexpr int kAtOnce = 8;  // loads in flight
     const auto* rows = reinterpret_cast<const uint4*>(
-        sums.table + static_cast<int64_t>(tile) * kStackRows * kSumsPerTile * 2);
+        sums.table + static_cast<int64_t>(read) * kStackRows * kSumsPerRead * 2);
 #pragma unroll 1
     for (int first = 0; first < sums.num_rows; first += kAtOnce) {
       uint4 row[kAtOnce];
@@ -78,18 +78,17 @@ class SampledRowsMask {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
-      while (!shared_.table_full[walk.table()].try_wait(walk.parity())) {
-        __nanosleep(Traits::kWarpgroups == kFewWarpgroups ? 256 : 2000);
-      }
+      wait_long(shared_.table_full[walk.table()], walk.parity(),
+                Traits::kWarpgroups == kFewWarpgroups ? 256 : 2000);
       for (int i = warp_; i < Traits::kWarpgroups * pairs_per_stack; i += Traits::kSelectWarps) {
         const int warpgroup = i / pairs_per_stack;
-        const SampledStack stack = unit.stack(warpgroup);
-        if (i % pairs_per_stack >= stack.num_pairs) continue;
+        const StackPairs pairs = unit.pairs(warpgroup);
+        if (i % pairs_per_stack >= pairs.count) continue;
         const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
-        const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerTile * 2,
+        const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerRead * 2,
                             shared_.weights[walk.table()][warpgroup] + first_row,
                             args_.plan.rows_per_pair};
-        const SampledPair pair = unit.pair(stack.first_pair + i % pairs_per_stack);
+        const SampledPair pair = unit.pair(pairs.first + i % pairs_per_stack);
         switch (args_.params.blocking.kv_block_size / kSumKeys) {
           case 1:
             write_pair<1>(unit, pair, sums, sink);
@@ -111,7 +110,7 @@ class SampledRowsMask {
   template <int kSumsPerBlock>
   __device__ void write_pair(const SampledUnit& unit, const SampledPair& pair, const PairSums& sums,
                              int sink) const {
-    constexpr int kBlocksPerTile = kSumsPerTile / kSumsPerBlock;
+    constexpr int kBlocksPerRead = kSumsPerRead / kSumsPerBlock;
     const Problem& problem = args_.params.problem;
     const SelectRule& rule = args_.params.rule;
     const QueryBlock block = block_of(args_, pair.block_idx);
@@ -123,17 +122,17 @@ class SampledRowsMask {
     const int64_t first_row =
         (unit.b * problem.num_q_heads + pair.hq) * static_cast<int64_t>(args_.num_q_blocks) +
         pair.block_idx;
-    // A lane has a tile, whose bits are one byte of the mask or a part of it.
+    // What a lane reads are bits of one byte of the mask.
     const int num_bytes = 4 * args_.num_words;
     int count = 0;
     for (int first = 0; first < num_bytes * kSumsPerBlock; first += 32) {
-      const int tile = first + lane_;
-      TileShares<kSumsPerBlock> shares;
-      if (tile * kBlocksPerTile < num_scored) shares.add(sums, tile);
+      const int read = first + lane_;
+      ReadShares<kSumsPerBlock> shares;
+      if (read * kBlocksPerRead < num_scored) shares.add(sums, read);
       uint32_t bits = 0;
 #pragma unroll
-      for (int i = 0; i < kBlocksPerTile; ++i) {
-        const int candidate = tile * kBlocksPerTile + i;
+      for (int i = 0; i < kBlocksPerRead; ++i) {
+        const int candidate = read * kBlocksPerRead + i;
         const bool is_visited =
             candidate >= num_scored || candidate == sink || !(shares.of_block(i) < least);
         if (candidate < num_candidates) bits |= static_cast<uint32_t>(is_visited) << i;
@@ -141,10 +140,10 @@ class SampledRowsMask {
       count += __popc(bits);
 #pragma unroll
       for (int step = 1; step < kSumsPerBlock; step *= 2) {
-        bits |= __shfl_down_sync(~0u, bits, step) << step * kBlocksPerTile;
+        bits |= __shfl_down_sync(~0u, bits, step) << step * kBlocksPerRead;
       }
-      const int byte = tile / kSumsPerBlock;
-      if (tile % kSumsPerBlock != 0 || byte >= num_bytes) continue;
+      const int byte = read / kSumsPerBlock;
+      if (read % kSumsPerBlock != 0 || byte >= num_bytes) continue;
       for (int head = 0; head < num_heads; ++head) {
         const int64_t row = first_row + head * static_cast<int64_t>(args_.num_q_blocks);
         reinterpret_cast<uint8_t*>(args_.params.block_mask + row * args_.num_words)[byte] =

@@ -4,6 +4,7 @@
 #include "common/exp2.cuh"
 #include "layout.cuh"
 #include "unit_walk.cuh"
+#include "weights.cuh"
 
 namespace pbs::cuda::sm90 {
 
@@ -39,8 +40,8 @@ class SampledQueries {
  public:
   __device__ SampledQueries(const SampledArgs& args, int perm_head, int stack)
       : args_(args),
-        unit_(args, perm_head, stack / args.plan.num_warpgroups),
-        stack_(unit_.stack(stack % args.plan.num_warpgroups)),
+        unit_(args, perm_head, /*nth=*/0),
+        pairs_(stack_pairs(args, stack)),
         image_(args.stacks +
                stack_idx(args, perm_head, stack) * static_cast<int64_t>(stack_bytes(kHeadDim))),
         states_(args.rows + stack_idx(args, perm_head, stack) * kStackRows),
@@ -91,14 +92,14 @@ class SampledQueries {
   }
 
   __device__ Row find_row(int row) const {
-    const Sample sample = sample_of(args_, unit_, stack_, row);
+    const Sample sample = sample_of(args_, unit_, pairs_, row);
     if (!sample.exists) return Row{0, -1, args_.num_kv, 0, 0};
     const QueryBlock& block = sample.block;
     Row found{sample.hq, static_cast<int>(block.first_row) + sample.row, 0, 0, 0};
     found.candidate_end =
         static_cast<int>(block.num_candidates * args_.params.blocking.kv_block_size);
-    if (!has_own()) {
-      found.end = min(kExactKeys, args_.num_candidate_rows);
+    if (!args_.has_own) {  // the first candidates tell what to compare with
+      found.end = min(kSumKeys, args_.num_candidate_rows);
       return found;
     }
     found.begin = static_cast<int>(block.own_begin);
@@ -106,9 +107,6 @@ class SampledQueries {
                                        : static_cast<int>(block.own_end);
     return found;
   }
-
-  // Otherwise the first candidates tell the shifts.
-  __device__ bool has_own() const { return args_.total_of_own > 0.0f; }
 
   __device__ void load(int r) {
     const Row& row = rows_[r];
@@ -127,7 +125,8 @@ class SampledQueries {
         reinterpret_cast<const cutlass::Array<Element, 8>&>(queries_[r][chunk]));
   }
 
-  // Writes the row to the image of the stack, and keeps the scale of its elements.
+  // Writes the row to the image of the stack, with the sign of the scores' scale, and keeps the
+  // scale of its elements.
   __device__ void write(int r) {
     uint32_t largest = 0;
 #pragma unroll
@@ -140,9 +139,10 @@ class SampledQueries {
     largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
     const NarrowScale scale(largest);
     scales_[r] = scale.scale;
+    const float inverse = copysignf(scale.inverse, args_.params.scale);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const auto narrow = narrowed(floats(r, i), scale.inverse);
+      const auto narrow = narrowed(floats(r, i), inverse);
       const int place =
           typename SampledLayouts<kHeadDim>::Stack{}(row_ + 8 * r, 32 * i + lane_ % 4 * 8);
       *reinterpret_cast<uint2*>(image_ + place) = reinterpret_cast<const uint2&>(narrow);
@@ -151,9 +151,9 @@ class SampledQueries {
 
   // The largest score of a row's keys and the sum of their weights, a lane's share of them.
   __device__ void add_keys() {
-    const ConstRows& from = has_own() ? args_.params.k : args_.params.k_perm;
+    const ConstRows& from = args_.has_own ? args_.params.k : args_.params.k_perm;
     keys_ = static_cast<const Element*>(from.data) + unit_.b * from.batch_stride +
-            (has_own() ? unit_.hkv : unit_.hp) * from.head_stride + lane_ % 4 * 8;
+            (args_.has_own ? unit_.hkv : unit_.hp) * from.head_stride + lane_ % 4 * 8;
     row_stride_ = from.row_stride;
     const int begin = __reduce_min_sync(~0u, min(rows_[0].begin, rows_[1].begin));
     const int end = __reduce_max_sync(~0u, max(rows_[0].end, rows_[1].end));
@@ -232,22 +232,31 @@ class SampledQueries {
     }
   }
 
-  // NOTE: a row that does not exist gets weights of 0 whatever the keys.
   __device__ void write_state(int r) {
     const float top = quad_max(tops_[r]);
     const float base = top == -INFINITY ? 0.0f : top;
     const float sum = quad_sum(sums_[r] * exp2_approx(tops_[r] - base));
-    SampledRow state{0.0f, INFINITY, 0};
+    SampledRow state{0.0f, 0.0f, 0.0f, -1};  // there is no such row
     if (rows_[r].query >= 0) {
-      state = SampledRow{scales_[r] * args_.params.scale * kLog2e, base + log2f(sum),
-                         rows_[r].candidate_end};
+      state.factor = scales_[r] * fabsf(args_.params.scale) * kLog2e;
+      set_own(state, base + log2f(sum));
+      state.candidate_end = rows_[r].candidate_end;
     }
     if (lane_ % 4 == 0) states_[row_ + 8 * r] = state;
   }
 
+  // From the logarithm of the own keys' weights. NaN, which selects everything, where half
+  // precision cannot hold it.
+  __device__ void set_own(SampledRow& state, float log2_own) const {
+    state.offset = __half2float(__float2half_rn(kWeightOffset - log2_own * (1.0f / kWeightRange)));
+    const float rest = log2_own + (state.offset - kWeightOffset) * kWeightRange;
+    state.own_sum = args_.has_own ? exp2_approx(rest) : 0.0f;
+    if (isinf(state.offset) || isnan(rest)) state.own_sum = NAN;
+  }
+
   const SampledArgs& args_;
-  SampledUnit unit_;
-  SampledStack stack_;
+  SampledUnit unit_;  // any of the permutation
+  StackPairs pairs_;
   char* image_;
   SampledRow* states_;
   int lane_;

@@ -1,10 +1,8 @@
-// select_blocks with score="sampled": the attention of some queries of each block to a summary of
-// the keys they may see, summed by key block, and the blocks that matter most to any of them. Two
-// small kernels prepare the operands: the keys' summary, the sampled queries and what they know of
-// their own segments. In the third a warp loads keys, warpgroups multiply and sum, other warps
-// choose blocks of the unit before.
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // a tile has 88 columns
-
+// select_blocks with score="sampled": the attention of some queries of each block to the keys they
+// may see, summed by key block, and the blocks that matter most to any of them. Two small kernels
+// prepare the operands: the keys in e4m3, the sampled queries and what they know of their own
+// segments. In the third a warp loads keys, warpgroups multiply and sum, other warps choose blocks
+// of the unit before.
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -13,11 +11,11 @@
 #include "common/elements.h"
 #include "common/launch_kernel.h"
 #include "device.h"
+#include "key_images.cuh"
 #include "mask_rows.cuh"
 #include "pbs/dispatch.h"
 #include "sample_queries.cuh"
 #include "sm90/launch.h"
-#include "summarize_keys.cuh"
 
 namespace pbs::cuda::sm90 {
 namespace {
@@ -72,8 +70,8 @@ cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
                                     num_heads * plan.stacks_per_perm, kSampleThreads, 0, stream);
   if (error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
-    error = launch_kernel(select_blocks_summary_kernel<Element, kHeadDim>, args,
-                          num_heads * plan.num_tiles, kSummarizeThreads<kHeadDim>, 0, stream,
+    error = launch_kernel(select_blocks_key_images_kernel<Element, kHeadDim>, args,
+                          num_heads * plan.num_tiles, kImageThreads<kHeadDim>, 0, stream,
                           /*starts_early=*/true);
     if (error != cudaSuccess) return error;
   }
@@ -106,8 +104,7 @@ SampledArgs args_of(const SelectBlocksParams& params, void* workspace) {
       static_cast<int>(num_candidate_rows(problem, blocking, params.is_causal));
   args.num_q_blocks = static_cast<int>(num_query_blocks(problem, blocking));
   args.num_words = static_cast<int>(num_mask_words(num_key_blocks(problem, blocking)));
-  const bool has_own = params.is_causal || problem.num_kv % blocking.segment_size != 0;
-  args.total_of_own = has_own ? 1.0f : 0.0f;
+  args.has_own = params.is_causal || problem.num_kv % blocking.segment_size != 0;
   return args;
 }
 

@@ -1,5 +1,5 @@
 // Sums of the weights that sampled queries give to keys, 32 keys each, by the warpgroups that
-// multiply. Stacked queries are the rows of a product, a tile of summarised keys its columns.
+// multiply. Stacked queries are the rows of a product, a tile of permuted keys its columns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,16 +8,19 @@
 
 #include "common/exp2.cuh"
 #include "unit_walk.cuh"
+#include "weights.cuh"
 
 namespace pbs::cuda::sm90 {
 
-// A thread's sums of a tile, by 32 keys, and row.
-using TileSums = float[kSumsPerTile][kThreadRows];
+// A lane's sums of a tile: those of its rows and of 32 keys, which its place in the quad says.
+using LaneSums = float[kThreadRows];
+static_assert(kSumsPerTile == 4, "a lane of a quad has one");
 
-// Weights are exp2(score - shift), where shift is the logarithm of the weights of the own segment.
-// A score further above it than this counts as if it were there, so that all sums are finite.
-constexpr float kMostAbove = 80.0f;
-constexpr float kMostWeight = 1.2089258e24f;  // exp2 of it
+// A weight larger than this times those of the own segment counts as if it were as large, so that
+// all sums are finite.
+constexpr float kMostAbove = 80.0f;  // powers of two
+// Sums of pairs of rows that half precision holds are smaller.
+constexpr float kMostPacked = 2 * 65536.0f;
 
 using BFloat16Pair = __nv_bfloat162;
 
@@ -27,45 +30,27 @@ __device__ inline uint32_t bits_of(BFloat16Pair pair) {
 __device__ inline BFloat16Pair pair_of(uint32_t bits) {
   return reinterpret_cast<const BFloat16Pair&>(bits);
 }
-__device__ inline BFloat16Pair shuffled(BFloat16Pair pair, int mask) {
-  return pair_of(__shfl_xor_sync(~0u, bits_of(pair), mask));
+
+// Of a lane that keeps the second of two values, or the first, and of its neighbour that keeps the
+// other: the sum of both lanes' values.
+__device__ __forceinline__ __half2 exchanged_sum(__half2 first, __half2 second, bool keeps_second,
+                                                 int mask) {
+  const uint32_t low = bits_of(first), high = bits_of(second);
+  const uint32_t received = __shfl_xor_sync(~0u, keeps_second ? low : high, mask);
+  return __hadd2(half_pair_of(keeps_second ? high : low), half_pair_of(received));
 }
 
-// The sums of a quad's lanes, added up. Each lane gets four of the sixteen: of row lane % 2, and of
-// the first or the second half of the tile, as lane / 2 % 2 says; the arguments say which. Two at a
-// time, in bfloat16: they are kept like that anyhow.
-__device__ __forceinline__ uint2 share_quad(const TileSums& sums, bool is_second_half,
-                                            bool is_second_row) {
-  constexpr int kHalf = kSumsPerTile / 2;
-  BFloat16Pair both_rows[kHalf];
+// Adds up what the lanes of a quad have of 32 keys, in pairs of columns, and leaves to each lane
+// the sums of both rows and the keys that are its own.
+__device__ __forceinline__ __half2 share_quad(const __half2 (&sums)[kSumsPerTile][kThreadRows],
+                                              bool is_second_half, bool is_odd) {
+  __half2 rows[kSumsPerTile];
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const BFloat16Pair first = __floats2bfloat162_rn(sums[i][0], sums[i][1]);
-    const BFloat16Pair second = __floats2bfloat162_rn(sums[kHalf + i][0], sums[kHalf + i][1]);
-    both_rows[i] =
-        __hadd2(is_second_half ? second : first, shuffled(is_second_half ? first : second, 2));
+  for (int i = 0; i < kSumsPerTile; ++i) {
+    rows[i] = __hadd2(__lows2half2(sums[i][0], sums[i][1]), __highs2half2(sums[i][0], sums[i][1]));
   }
-  uint32_t found[kHalf / 2];
-#pragma unroll
-  for (int i = 0; i < kHalf / 2; ++i) {
-    const BFloat16Pair first = __lows2bfloat162(both_rows[2 * i], both_rows[2 * i + 1]);
-    const BFloat16Pair second = __highs2bfloat162(both_rows[2 * i], both_rows[2 * i + 1]);
-    found[i] = bits_of(
-        __hadd2(is_second_row ? second : first, shuffled(is_second_row ? first : second, 1)));
-  }
-  return uint2{found[0], found[1]};
-}
-
-// exp2 without the unit that all others wait for: the exponent and a straight line between powers
-// of two, within 3 %. `scaled` is (log2 of it + kLinearOffset) / kLinearRange; below 0 it gives 0,
-// from 1 on infinity.
-constexpr float kLinearRange = 255.0f;
-constexpr float kLinearOffset = 127.0f - 0.043f;
-
-__device__ __forceinline__ float exp2_linear(float scaled) {
-  const uint32_t one = 0x3f800000u;
-  const uint32_t mantissa_above_one = __float_as_uint(__saturatef(scaled) + 1.0f);
-  return __uint_as_float(mantissa_above_one * 255u - one * 255u);
+  return exchanged_sum(exchanged_sum(rows[0], rows[2], is_second_half, 2),
+                       exchanged_sum(rows[1], rows[3], is_second_half, 2), is_odd, 1);
 }
 
 template <class Traits>
@@ -80,7 +65,7 @@ class SampledSums {
         warpgroup_(uniform(static_cast<int>(threadIdx.x) / 128)),
         row_(row_of_thread(static_cast<int>(threadIdx.x) % 128)),
         is_second_half_(lane_ & 2),
-        is_second_row_(lane_ & 1) {}
+        is_odd_(lane_ & 1) {}
 
   __device__ void run() {
     DrawnUnits<Traits> walk(args_, shared_);
@@ -88,7 +73,7 @@ class SampledSums {
       const SampledUnit unit = walk.unit();
       const SampledStack stack = unit.stack(warpgroup_);
       place_ = table_of(args_, walk.table(), warpgroup_) +
-               (row_ + lane_ % 2 * 8) * kSumsPerTile * 2 + lane_ / 2 % 2 * kSumsPerTile;
+               (row_ + lane_ % 2 * 8) * kSumsPerRead * 2 + lane_ / 2 % 2 * kSumsPerTile;
       if (stack.candidate_end > 0) load_stack(unit);
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(unit, stack);
@@ -116,8 +101,10 @@ class SampledSums {
     for (int r = 0; r < kThreadRows; ++r) {
       const SampledRow row = args_.rows[idx * kStackRows + row_ + 8 * r];
       factor_[r] = row.factor;
-      shift_[r] = row.shift;
+      offset_[r] = __float2half2_rn(row.offset);
+      unit_[r] = -1.0f / kOwnWeight;
       candidate_end_[r] = row.candidate_end;
+      own_sum_[r] = row.own_sum;
       total_[r] = 0.0f;
     }
     auto* to = reinterpret_cast<uint4*>(shared_.q[warpgroup_]);
@@ -132,8 +119,8 @@ class SampledSums {
   // All tiles of the unit. Most of them are seen whole by every row, the last ones by fewer stacks.
   __device__ __forceinline__ void add_tiles(const SampledUnit& unit, const SampledStack& stack) {
     const int num_tiles = uniform(unit.num_tiles());
-    const int num_seen = uniform((stack.candidate_end + kSummaryKeys - 1) / kSummaryKeys);
-    const int num_whole = min(num_seen, uniform(stack.end_of_whole / kSummaryKeys));
+    const int num_seen = uniform((stack.candidate_end + kSampledKeys - 1) / kSampledKeys);
+    const int num_whole = min(num_seen, uniform(stack.end_of_whole / kSampledKeys));
     int tile = 0;
     for (; tile < num_whole; ++tile) add_tile<false>(tile);
     for (; tile < num_seen; ++tile) add_tile<true>(tile);
@@ -151,30 +138,34 @@ class SampledSums {
         cute::Shape<typename Traits::Layouts::Rows, typename Traits::Layouts::Columns>{});
     shared_.k_full[ring_.stage()].wait(ring_.parity());
     const float scale =
-        *reinterpret_cast<const float*>(shared_.k[ring_.stage()] + kTileColumns * Traits::kHeadDim);
+        *reinterpret_cast<const float*>(shared_.k[ring_.stage()] + kSampledKeys * Traits::kHeadDim);
     multiply(scores);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     release(shared_.k_empty[ring_.stage()]);
     ring_.advance();
-    if (kHides) hide(scores, tile * kSummaryKeys);
-    float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
-    if (kHides) {
-      // NOTE: it is 0 for a row or a tile of zeros, and 0 times -infinity would be NaN. A NaN
-      // stays.
-      CUTE_UNROLL
-      for (float& each : factor) each = each < FLT_MIN ? FLT_MIN : each;
-    }
-    TileSums sums;
-    float total[kThreadRows];
-    weigh<false>(scores, factor, sums, total);
-    if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < kMostWeight))) {
-      weigh<true>(scores, factor, sums, total);
+    if (kHides) hide(scores, tile * kSampledKeys);
+    const float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    const __half2 packed = weigh(scores, factor);
+    LaneSums sums = {__low2float(packed) * unit_[0], __high2float(packed) * unit_[1]};
+    // Some weight was too large, or a factor: of what is no number, for example.
+    if (__any_sync(~0u, !(__low2float(packed) + __high2float(packed) > -kMostPacked &&
+                          factor[0] + factor[1] < kMostFactor))) {
+      weigh_exactly(scores, factor, sums);
     }
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) total_[r] += total[r];
-    *reinterpret_cast<uint2*>(place_) = share_quad(sums, is_second_half_, is_second_row_);
-    place_ += kStackRows * kSumsPerTile * 2;
+    for (int r = 0; r < kThreadRows; ++r) total_[r] += sums[r];
+    write_sums(sums, tile);
+  }
+
+  // A lane gives one of its sums away, and writes two neighbours of one row.
+  __device__ __forceinline__ void write_sums(const LaneSums& sums, int tile) {
+    const uint32_t own = bits_of(__floats2bfloat162_rn(sums[0], sums[1]));
+    const uint32_t other = __shfl_xor_sync(~0u, own, 1);
+    const uint32_t both =
+        is_odd_ ? __byte_perm(other, own, 0x7632) : __byte_perm(own, other, 0x5410);
+    *reinterpret_cast<uint32_t*>(place_) = both;
+    place_ += tile % kTilesPerRead == 0 ? kTileBytes : kStackRows * kSumsPerRead * 2 - kTileBytes;
   }
 
   // Starts the product with the tile of keys that is there.
@@ -194,47 +185,73 @@ class SampledSums {
   __device__ __forceinline__ void hide(Scores& scores, int begin) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) {
-      const int key = begin + first_key_of(column_of(i, lane_));
-      if (key >= candidate_end_[row_of(i)]) scores(i) = -INFINITY;
+      const int key = begin + column_of(i, lane_);
+      if (key >= candidate_end_[row_of(i)]) {
+        scores(i) = -cutlass::platform::numeric_limits<cutlass::half_t>::infinity();
+      }
     }
   }
 
-  template <bool kIsCut>
-  __device__ __forceinline__ void weigh(const Scores& scores, const float (&factor)[kThreadRows],
-                                        TileSums& sums, float (&total)[kThreadRows]) const {
-    constexpr int kExactElements = kExactKeys / 2;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(Scores{}); ++i) {
-      const int r = row_of(i);
-      const bool is_exact = i < kExactElements;
-      const int sum = is_exact ? 0 : 1 + (i - kExactElements) / 4;
-      const bool is_first = i % 2 == 0 && (is_exact ? i < 4 : true);
-      float weight;
-      if (!kIsCut && sum >= kSumsPerTile - kLinearSums) {
-        weight =
-            exp2_linear(__fmaf_rn(scores(i), factor[r] * (1.0f / kLinearRange),
-                                  (kLinearOffset + kLog2Pool - shift_[r]) * (1.0f / kLinearRange)));
-      } else {
-        float above =
-            __fmaf_rn(scores(i), factor[r], is_exact ? -shift_[r] : kLog2Pool - shift_[r]);
-        if (kIsCut) above = above > kMostAbove ? kMostAbove : above;  // a NaN stays one
-        weight = exp2_approx(above);
-      }
-      sums[sum][r] = is_first ? weight : sums[sum][r] + weight;
-    }
+  // The lane's sums, in half precision and multiples of unit_.
+  __device__ __forceinline__ __half2 weigh(const Scores& scores,
+                                           const float (&factor)[kThreadRows]) const {
+    const cute::Tensor pairs = cute::recast<uint32_t>(scores);
+    __half2 factors[kThreadRows];
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
-      total[r] = ((sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r])) +
-                 ((sums[4][r] + sums[5][r]) + (sums[6][r] + sums[7][r]));
+      factors[r] = __float2half2_rn(factor[r] * (1.0f / kWeightRange));
+    }
+    __half2 parts[kSumsPerTile][kThreadRows];
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(pairs); ++i) {
+      const int r = i % kThreadRows;
+      __half2& part = parts[i / kPairsPerSum][r];
+      const __half2 weights = minus_weights(half_pair_of(pairs(i)), factors[r], offset_[r]);
+      part = i % kPairsPerSum < kThreadRows ? weights : __hadd2(part, weights);
+    }
+    return share_quad(parts, is_second_half_, is_odd_);
+  }
+
+  // In single precision, and as large as they are. Rows of which this tile weighs much find room
+  // for the next ones.
+  __device__ void weigh_exactly(const Scores& scores, const float (&factor)[kThreadRows],
+                                LaneSums& sums) {
+    constexpr int kElements = cute::size(Scores{}) / kSumsPerTile;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float unit = -unit_[r] * kOwnWeight;
+      const float offset = __low2float(offset_[r]);
+      const float most = kMostAbove - log2f(unit);
+      // NOTE: 0 times -infinity would be NaN for a row or a tile of zeros. A NaN stays.
+      const float positive = factor[r] < FLT_MIN ? FLT_MIN : factor[r];
+      float row_sum = 0.0f;
+      CUTE_UNROLL
+      for (int nth = 0; nth < kSumsPerTile; ++nth) {
+        float part = 0.0f;
+        CUTE_UNROLL
+        for (int i = nth * kElements; i < (nth + 1) * kElements; ++i) {
+          if (row_of(i) != r) continue;
+          const float above = __fmaf_rn(static_cast<float>(scores(i)), positive,
+                                        (offset - kWeightOffset) * kWeightRange);
+          part += exp2_approx(above > most ? most : above);
+        }
+        part = quad_sum(part);
+        row_sum += part;
+        if (lane_ % 4 == nth) sums[r] = part * unit;
+      }
+      if (row_sum > kOwnWeight) {
+        offset_[r] = __float2half2_rn(offset - log2f(row_sum) * (1.0f / kWeightRange));
+        unit_[r] *= exp2_approx((offset - __low2float(offset_[r])) * kWeightRange);
+      }
     }
   }
 
   __device__ void write_weights(int table) {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
-      const float total = args_.total_of_own + quad_sum(total_[r]);
-      // A row that does not exist weighs nothing; in one that sees nothing all shares are 0.
-      const bool exists = shift_[r] != INFINITY && total != 0.0f;
+      const float total = own_sum_[r] + quad_sum(total_[r]);
+      // In a row that sees nothing all shares are 0.
+      const bool exists = candidate_end_[r] >= 0 && total != 0.0f;
       if (lane_ % 4 == 0) {
         shared_.weights[table][warpgroup_][row_ + 8 * r] =
             bits_of(__float2bfloat162_rn(exists ? 1.0f / total : 0.0f));
@@ -242,10 +259,12 @@ class SampledSums {
     }
   }
 
-  // Sums of a tile that come from exp2_linear: as many as balance the units.
-  static constexpr int kLinearSums = 3;
-  static constexpr float kLog2Pool = 2.0f;
-  static_assert(kPoolSize == 4);
+  // Of a row that is read at once, those of one tile.
+  static constexpr int kTileBytes = kSumsPerTile * 2;
+  static_assert(kTilesPerRead == 2);
+  static constexpr int kPairsPerSum = kThreadRows * kSumKeys / 8;
+  // Two factors that half precision holds are less together.
+  static constexpr float kMostFactor = 60000.0f * kWeightRange;
 
   const SampledArgs& args_;
   Shared& shared_;
@@ -253,10 +272,12 @@ class SampledSums {
   int warpgroup_;
   int row_;
   bool is_second_half_;
-  bool is_second_row_;
+  bool is_odd_;
   char* place_ = nullptr;  // of the lane, in the table's next tile
   float factor_[kThreadRows];
-  float shift_[kThreadRows];
+  __half2 offset_[kThreadRows];
+  float unit_[kThreadRows];  // of weights in half precision
+  float own_sum_[kThreadRows];
   float total_[kThreadRows];
   int candidate_end_[kThreadRows];
   RingState<Traits::kStages> ring_;

@@ -23,7 +23,7 @@ struct SampledArgs {
   int num_candidate_rows;
   int num_q_blocks;
   int num_words;
-  float total_of_own;  // the weights of the keys of an own segment, 0 where there are none
+  bool has_own;  // some keys are nobody's candidates
 };
 
 template <int kHeadDim_, int kWarpgroups_>
@@ -63,21 +63,20 @@ struct SampledTraits {
   static_assert(kSharedBytes <= kSharedBytesPerCta);
 };
 
-// The first of a tile's keys that a column stands for.
-__device__ inline int first_key_of(int column) {
-  return column < kExactKeys ? column : kExactKeys + (column - kExactKeys) * kPoolSize;
-}
-
 // A query block of a selection; its first head.
 struct SampledPair {
   int hq;
   int block_idx;
 };
 
-// Sampled queries of some pairs.
+// Those of a stack.
+struct StackPairs {
+  int first;
+  int count;  // 0: there is no such stack
+};
+
+// What the rows of a stack see.
 struct SampledStack {
-  int first_pair;
-  int num_pairs;      // 0: there is none
   int end_of_whole;   // keys before it are candidates of every pair
   int candidate_end;  // keys from it on are candidates of none; 0 where no scores are needed
 };
@@ -100,6 +99,12 @@ __device__ inline int64_t stack_idx(const SampledArgs& args, int perm_head, int 
   return static_cast<int64_t>(perm_head) * args.plan.stacks_per_perm + stack;
 }
 
+__device__ inline StackPairs stack_pairs(const SampledArgs& args, int stack) {
+  const int first = stack * args.plan.pairs_per_stack;
+  return StackPairs{first,
+                    max(0, min(args.plan.pairs_per_stack, args.plan.pairs_per_perm - first))};
+}
+
 // One unit: the stacks that the warpgroups of a CTA work on at once.
 class SampledUnit {
  public:
@@ -112,14 +117,14 @@ class SampledUnit {
     hkv = hp / (num_perm / static_cast<int>(problem.num_kv_heads));
   }
 
+  __device__ StackPairs pairs(int nth) const { return stack_pairs(args_, first_stack + nth); }
+
   __device__ SampledStack stack(int nth) const {
-    const int per_stack = args_.plan.pairs_per_stack;
     SampledStack stack{};
-    stack.first_pair = (first_stack + nth) * per_stack;
-    stack.num_pairs = max(0, min(per_stack, args_.plan.pairs_per_perm - stack.first_pair));
-    if (stack.num_pairs == 0) return stack;
-    const QueryBlock first = block_of(args_, pair(stack.first_pair).block_idx);
-    const QueryBlock last = block_of(args_, pair(stack.first_pair + stack.num_pairs - 1).block_idx);
+    const StackPairs found = pairs(nth);
+    if (found.count == 0) return stack;
+    const QueryBlock first = block_of(args_, pair(found.first).block_idx);
+    const QueryBlock last = block_of(args_, pair(found.first + found.count - 1).block_idx);
     const auto kv_block_size = static_cast<int>(args_.params.blocking.kv_block_size);
     stack.end_of_whole = static_cast<int>(first.num_candidates) * kv_block_size;
     if (!is_in_dense_tail(first, args_.params.problem, args_.params.rule, args_.params.is_causal)) {
@@ -127,6 +132,7 @@ class SampledUnit {
     }
     return stack;
   }
+
   __device__ SampledPair pair(int idx) const {
     const int selections = args_.plan.selections_per_perm;
     const int heads = static_cast<int>(heads_per_perm(args_.params.problem));
@@ -137,7 +143,7 @@ class SampledUnit {
     int end = 0;
     for (int nth = 0; nth < args_.plan.num_warpgroups; ++nth)
       end = max(end, stack(nth).candidate_end);
-    return (end + kSummaryKeys - 1) / kSummaryKeys;
+    return (end + kSampledKeys - 1) / kSampledKeys;
   }
 
  private:
@@ -160,12 +166,13 @@ struct Sample {
 };
 
 __device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& unit,
-                                   const SampledStack& stack, int row) {
-  const int nth_pair = row / args.plan.rows_per_pair;
-  const int nth = row % args.plan.rows_per_pair;
+                                   const StackPairs& pairs, int row) {
+  // Rows of a pair are a power of two, and a division takes twenty instructions.
+  const int nth_pair = row >> (31 - __clz(args.plan.rows_per_pair));
+  const int nth = row & (args.plan.rows_per_pair - 1);
   Sample sample{};
-  if (nth_pair >= stack.num_pairs) return sample;
-  const SampledPair pair = unit.pair(stack.first_pair + nth_pair);
+  if (nth_pair >= pairs.count) return sample;
+  const SampledPair pair = unit.pair(pairs.first + nth_pair);
   sample.block = block_of(args, pair.block_idx);
   const auto num_heads =
       static_cast<int>(heads_per_selection(args.params.problem, args.params.rule));
@@ -189,6 +196,17 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      plan.units_per_perm - 1 - from_longest);
 }
 
+// By a warp, for what takes long: without turns that others need. One lane asks; after a sleep,
+// lanes that ask each for itself do so one after the other.
+template <class Barrier>
+__device__ void wait_long(Barrier& barrier, uint32_t parity, uint32_t nanoseconds) {
+  if (threadIdx.x % 32 == 0) {
+    while (!barrier.try_wait(parity)) __nanosleep(nanoseconds);
+  }
+  __syncwarp();
+  barrier.wait(parity);
+}
+
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
 template <class Traits>
 class DrawnUnits {
@@ -199,9 +217,7 @@ class DrawnUnits {
   // Whether there is one more.
   __device__ bool next() {
     ++nth_;
-    auto& full = shared_.unit_full[ring_.stage()];
-    // Selecting warps wait long, and would take turns from those that multiply.
-    while (!full.try_wait(ring_.parity())) __nanosleep(64);
+    wait_long(shared_.unit_full[ring_.stage()], ring_.parity(), 64);
     idx_ = shared_.units[ring_.stage()];
     shared_.unit_empty[ring_.stage()].arrive();
     ring_.advance();

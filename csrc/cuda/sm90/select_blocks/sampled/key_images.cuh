@@ -1,4 +1,4 @@
-// The summary of permuted keys, tile by tile: single keys, then means.
+// The permuted keys in e4m3, tile by tile, as shared memory holds them.
 #pragma once
 
 #include "layout.cuh"
@@ -9,16 +9,17 @@ namespace pbs::cuda::sm90 {
 constexpr int kPiece = 8;  // elements that a thread handles at once
 
 template <int kHeadDim>
-constexpr int kSummarizeThreads = 2 * kHeadDim;
+constexpr int kImageThreads = 2 * kHeadDim;
 
 // One CTA a tile. A thread keeps its pieces until the largest element of the tile is known.
 template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kSummarizeThreads<kHeadDim>)
-    select_blocks_summary_kernel(const __grid_constant__ SampledArgs args) {
+__global__ void __launch_bounds__(kImageThreads<kHeadDim>)
+    select_blocks_key_images_kernel(const __grid_constant__ SampledArgs args) {
   using Source = cutlass::AlignedArray<Element, kPiece, 16>;
-  constexpr int kThreads = kSummarizeThreads<kHeadDim>;
-  constexpr int kPieces = kHeadDim / kPiece;  // of a column
-  constexpr int kItems = (kTileColumns * kPieces + kThreads - 1) / kThreads;
+  constexpr int kThreads = kImageThreads<kHeadDim>;
+  constexpr int kPieces = kHeadDim / kPiece;  // of a key
+  constexpr int kItems = kSampledKeys * kPieces / kThreads;
+  static_assert(kSampledKeys * kPieces % kThreads == 0);
   const cutlass::NumericArrayConverter<float, Element, kPiece> to_floats;
   const int tile = static_cast<int>(blockIdx.x) % args.plan.num_tiles;
   const int perm_head = static_cast<int>(blockIdx.x) / args.plan.num_tiles;
@@ -28,33 +29,23 @@ __global__ void __launch_bounds__(kSummarizeThreads<kHeadDim>)
                         perm_head / num_perm * keys.batch_stride +
                         perm_head % num_perm * keys.head_stride;
 
-  cutlass::Array<float, kPiece> values[kItems];
-  uint32_t largest = 0;
+  Source pieces[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int item = static_cast<int>(threadIdx.x) + i * kThreads;
-    const int column = item / kPieces;
-    values[i].clear();
-    const int first = tile * kSummaryKeys + first_key_of(column);
-    if (column >= kTileColumns || first >= args.num_candidate_rows) continue;
-    const Element* from = rows + first * keys.row_stride + item % kPieces * kPiece;
-    if (column < kExactKeys) {
-      values[i] = to_floats(*reinterpret_cast<const Source*>(from));
-    } else {
-      Source pooled[kPoolSize];
-#pragma unroll
-      for (int j = 0; j < kPoolSize; ++j) {
-        pooled[j] = *reinterpret_cast<const Source*>(from + j * keys.row_stride);
-      }
-#pragma unroll
-      for (int j = 0; j < kPoolSize; ++j) {
-        const cutlass::Array<float, kPiece> widened = to_floats(pooled[j]);
-#pragma unroll
-        for (int e = 0; e < kPiece; ++e) values[i][e] += widened[e] * (1.0f / kPoolSize);
-      }
+    const int key = tile * kSampledKeys + item / kPieces;
+    pieces[i].clear();
+    if (key < args.num_candidate_rows) {
+      pieces[i] =
+          *reinterpret_cast<const Source*>(rows + key * keys.row_stride + item % kPieces * kPiece);
     }
+  }
+  uint32_t largest = 0;
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) largest = max(largest, magnitude(values[i][e]));
+  for (const Source& piece : pieces) {
+    const cutlass::Array<float, kPiece> values = to_floats(piece);
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) largest = max(largest, magnitude(values[e]));
   }
 
   __shared__ uint32_t largest_of_warp[kThreads / 32];
@@ -68,13 +59,13 @@ __global__ void __launch_bounds__(kSummarizeThreads<kHeadDim>)
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int item = static_cast<int>(threadIdx.x) + i * kThreads;
-    if (item >= kTileColumns * kPieces) continue;
-    const auto narrow = narrowed(values[i], scale.inverse);
+    const auto narrow =
+        narrowed(cutlass::Array<float, kPiece>(to_floats(pieces[i])), scale.inverse);
     const int place =
         typename SampledLayouts<kHeadDim>::Tile{}(item / kPieces, item % kPieces * kPiece);
     *reinterpret_cast<uint2*>(to + place) = reinterpret_cast<const uint2&>(narrow);
   }
-  if (threadIdx.x == 0) *reinterpret_cast<float*>(to + kTileColumns * kHeadDim) = scale.scale;
+  if (threadIdx.x == 0) *reinterpret_cast<float*>(to + kSampledKeys * kHeadDim) = scale.scale;
   // Whoever follows waits for this kernel, and needs the one before, too.
   cudaGridDependencySynchronize();
 }
