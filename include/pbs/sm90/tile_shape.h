@@ -37,7 +37,7 @@ PBS_HOST_DEVICE constexpr HeadDimTiles head_dim_tiles(int head_dim) {
     case 128:
       return {128, 2, 2, 3, 128, 8};
     case 256:
-      return {64, 1, 2, 3, 128, 6};
+      return {64, 1, 2, 3, 128, 4};
   }
   return {};
 }
