@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rounding import cut_softmax, summary_to_e4m3, to_e4m3
+from rounding import Rounded, candidates_to_e4m3, cut_softmax, rounded_products
 
-# Sampled scores look at a summary of the permuted keys: of so many keys the first ones one by one,
-# the others as means of so many.
-SUMMARY_KEYS, EXACT_KEYS, POOL_SIZE = 256, 32, 4
+# Candidates that stand for own keys where there are none, as on CUDA.
+FIRST_KEYS = 32
 
 
 class Layout(NamedTuple):
@@ -223,15 +222,6 @@ def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
     return candidate_share, own_share.sum(-1)
 
 
-def summarize(k_perm):
-    """The permuted keys as sampled scores see them, (B, H, num_keys, D): each key of a group of
-    POOL_SIZE is their mean, which so counts once for each of them. A group that ends with the keys
-    is no candidate."""
-    means = block_mean(k_perm, POOL_SIZE).repeat_interleave(POOL_SIZE, 2)
-    is_exact = torch.arange(k_perm.shape[2]) % SUMMARY_KEYS < EXACT_KEYS
-    return torch.where(is_exact[:, None], k_perm, means[:, :, : k_perm.shape[2]])
-
-
 def sampled_mass(
     q, k, perm, layout, num_samples, *, scale=None, select_per="query_head", rounding=None
 ):
@@ -240,9 +230,9 @@ def sampled_mass(
 
     Of each query block so many are taken, or all if it has fewer, the i-th at the end of the i-th
     of so many equal parts; with select_per="kv_head" the i-th is of head i modulo the number of
-    heads that share a KV head. A query weighs the summary of every candidate, and each own key up
-    to its own position. With rounding="e4m3" queries meet the summary, and shares are limited, as
-    on CUDA."""
+    heads that share a KV head. A query weighs every candidate key, and each own key up to its own
+    position. With rounding="e4m3" queries meet the candidates, and shares are limited, as on
+    CUDA."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, _ = block_roles(layout)
     width, num_heads = kv_block_size or block_size, q.shape[1]
@@ -250,11 +240,10 @@ def sampled_mass(
     if perm is None:
         perm = torch.arange(num_keys).expand(*k.shape[:3])
     k_perm, _, _ = permute_kv(k, k, perm)
-    summary = summarize(k_perm)
     if rounding == "e4m3":
-        summary = summary_to_e4m3(summary, max(candidate_ends, default=0), SUMMARY_KEYS)
-    permuted_keys = repeat_heads(summary, num_heads)
-    first_keys = repeat_heads(k_perm[:, :, :EXACT_KEYS], num_heads)
+        rounded_keys = candidates_to_e4m3(k_perm, max(candidate_ends, default=0))
+        rounded_keys = [repeat_heads(x, num_heads) for x in rounded_keys]
+    permuted_keys = repeat_heads(k_perm, num_heads)
     original_keys = repeat_heads(k, num_heads).double()
     group = num_heads // k.shape[1] if select_per == "kv_head" else 1
     first_head = torch.arange(num_heads)[:, None] // group * group
@@ -264,8 +253,7 @@ def sampled_mass(
         nth = torch.arange(count)
         rows = rows[(nth + 1) * len(rows) // count - 1]
         samples = q[:, first_head + nth % group, rows].double()
-        met = to_e4m3(samples, -1) if rounding == "e4m3" else samples
-        permuted = scale_for(q, scale) * met @ permuted_keys[:, :, :end].mT
+        permuted = scale_for(q, scale) * samples @ permuted_keys[:, :, :end].mT
         # Own keys follow the candidates, up to the last sample's own position.
         own = torch.arange(end, num_keys)
         if is_causal:
@@ -275,9 +263,9 @@ def sampled_mass(
         if is_causal:
             original = original.masked_fill(own > position[:, None], -torch.inf)
         if rounding == "e4m3":
-            first = scale_for(q, scale) * samples @ first_keys[:, :, :end].mT
-            sizes = EXACT_KEYS, POOL_SIZE, SUMMARY_KEYS
-            weights = cut_softmax(permuted, original, first, *sizes)
+            first = permuted[..., :FIRST_KEYS]
+            met = rounded_products(samples, Rounded(*(x[:, :, :end] for x in rounded_keys)))
+            weights = cut_softmax(scale_for(q, scale) * met, original, first)
         else:
             weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
         padded = F.pad(weights, (0, -len(own) % width))

@@ -83,10 +83,10 @@ def test_floors_by_hand():
     sampling = {"score": "sampled", "mass": "block", "num_samples": 16, "permute_per": "kv_head"}
     sampled = dataclasses.replace(config, threshold=None, **sampling)
     longer = problem._replace(num_tokens=512, config=sampled)
-    # 16 of 128 queries; 88 for the first segment's keys, by those of the last two query blocks; fp8
+    # 16 of 128 queries; the first segment's 256 keys, by those of the last two query blocks; fp8
     # products count half.
     q, k, mask_and_counts = 512 * 4 * 64 * 2, 512 * 2 * 64 * 2, 4 * 4 * (1 + 1) * 4
-    product = 64 * 16 * 88
+    product = 64 * 16 * 256
     assert floors.select_blocks(longer) == (q // 8 + k + mask_and_counts, 4 * 2 * product)
     shared = dataclasses.replace(sampled, select_per="kv_head")
     found = floors.select_blocks(longer._replace(config=shared))

@@ -5,6 +5,8 @@ from doc_tables import (
     TUNING,
     UNSEEN,
     assert_presets,
+    assert_says,
+    find,
     read,
     says,
     table_with,
@@ -16,6 +18,19 @@ from doc_tables import (
 from pbs_attn.bench import curves
 
 PAGE = ROOT / "docs" / "experiments.md"
+
+
+def test_a_summary_loses_repeats():
+    rows = read("quality_summary_smollm2_cpu.csv")
+    found = table_with({"selection", "density of the repeat"}, PAGE)
+    assert len(found) == len(rows) / 2
+    for said in found:
+        place = {name: said[name] for name in ("tokens", "threshold")}
+        place["settings"] = said["selection"]
+        text = {"loss": "loss_above_dense", "density": "density"}
+        assert_says(said, find(rows, probe="text", **place), text)
+        copy = {"loss of a repeat": "loss_above_dense", "density of the repeat": "density"}
+        assert_says(said, find(rows, probe="copy", **place), copy)
 
 
 def test_preset_table():

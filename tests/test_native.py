@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import reference as ref
+import rounding
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -457,9 +458,10 @@ def test_sampled_tables_hold_what_units_see(native, case):
     ]
     seen = [block.num_candidates * case.kv_block_size for block in blocks]
     assert seen == sorted(seen)
-    assert max(seen) <= plan.num_tiles * native.summary_keys < max(seen) + native.summary_keys
-    # Candidates end with a sum of weights, so that a group of a mean has all of its keys.
-    assert not any(end % 32 for end in seen)
+    assert native.sampled_keys == rounding.TILE_KEYS
+    assert max(seen) <= plan.num_tiles * native.sampled_keys < max(seen) + native.sampled_keys
+    # Candidates end with a sum of weights, so that none is of candidates and other keys.
+    assert not any(end % native.sum_keys for end in seen)
 
 
 @pytest.mark.parametrize(
@@ -475,17 +477,17 @@ def test_sampled_plan_of_nothing(native, empty):
 
 
 def documented_parts(case, plan):
-    """docs/ops.md, Memory: the summary, the sampled queries, the tables."""
+    """docs/ops.md, Memory: the keys, the sampled queries, the tables."""
     perms = case.batch * case.num_perm_heads
-    tiles = math.ceil(case.num_kv / 256)
+    tiles = math.ceil(case.num_kv / 128)
     rows = next(2**i for i in range(7) if 2**i >= case.num_samples)
     selections = 1 if case.shares_heads else case.num_q_heads // case.num_perm_heads
     stacks = perms * math.ceil(case.num_q_blocks * selections * rows / 64)
     warpgroups = 2 if stacks < 6 * case.num_sms else 4
     return [
-        perms * tiles * (88 * case.head_dim + 16),
+        perms * tiles * (128 * case.head_dim + 16),
         64 * stacks * (case.head_dim + 16),
-        2048 * case.num_sms * warpgroups * tiles,
+        2048 * case.num_sms * warpgroups * math.ceil(tiles / 2),
     ]
 
 
@@ -499,7 +501,7 @@ def test_sampled_workspace_holds_its_parts(native, case):
     sizes = [
         plan.num_perm_heads * plan.num_tiles * native.key_tile_bytes(case.head_dim),
         stacks * native.stack_bytes(case.head_dim),
-        stacks * native.stack_rows * 16,
+        stacks * native.stack_rows * native.sampled_row_bytes,
         tables * native.table_bytes(plan),
         4,
     ]
@@ -507,8 +509,12 @@ def test_sampled_workspace_holds_its_parts(native, case):
     for begin, size, following in zip(begins, sizes, [*begins[1:], end], strict=True):
         assert begin % 128 == 0
         assert 0 <= following - (begin + size) < 128
-    # Two bytes for every 32 keys of each row.
-    assert native.table_bytes(plan) == 2 * plan.num_tiles * native.stack_rows * 256 // 32
+    assert native.sampled_row_bytes == 16  # one load
+    # Two bytes for every 32 keys of each row; those of two tiles are read at once.
+    num_reads = math.ceil(plan.num_tiles / 2)
+    assert native.table_bytes(plan) == 2 * num_reads * native.stack_rows * 256 // 32
+    assert native.tiles_per_read * native.sampled_keys == native.sums_per_read * native.sum_keys
+    assert 2 * native.sums_per_read == 16
     # Vectors and bulk copies of 16 bytes reach every tile, stack and table.
     assert native.key_tile_bytes(case.head_dim) % 16 == 0
     assert native.stack_bytes(case.head_dim) % (16 * 128) == 0
@@ -534,9 +540,7 @@ def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
     """SampledTraits::Shared, sm90/select_blocks/sampled/unit_walk.cuh."""
     stages = native.sampled_key_stages(head_dim)
     assert stages >= 2  # the next tile's load has to overlap with this one's product
-    columns = native.exact_keys + (native.summary_keys - native.exact_keys) // native.pool_size
-    assert native.tile_columns == columns == 88
-    assert native.key_tile_bytes(head_dim) == columns * head_dim + 16
+    assert native.key_tile_bytes(head_dim) == 128 * head_dim + 16
     stage = math.ceil(native.key_tile_bytes(head_dim) / native.swizzle_bytes) * native.swizzle_bytes
     for warpgroups in native.sampled_warpgroups:
         queries = warpgroups * native.stack_bytes(head_dim)

@@ -7,7 +7,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from rounding import to_e4m3
+from rounding import candidates_to_e4m3, to_e4m3
 
 SMALL = {"block_size": 2, "kv_block_size": 2, "segment_size": 4}
 # By the rows of a block, the last of each of three equal parts, or all of fewer.
@@ -243,23 +243,10 @@ def test_window_and_tail_by_hand(window, dense_tail, expected):
     assert not ref.always_visited(layout._replace(is_causal=False), window, dense_tail).any()
 
 
-def test_summary_by_hand():
-    k_perm = torch.arange(303.0).double().view(1, 1, 303, 1)
-    found = ref.summarize(k_perm)[0, 0, :, 0].tolist()
-    assert found[:32] == list(range(32))
-    assert found[32:40] == [33.5] * 4 + [37.5] * 4
-    assert found[252:256] == [253.5] * 4
-    assert found[256:288] == list(range(256, 288))
-    assert found[288:292] == [289.5] * 4
-
-
 @pytest.mark.parametrize("select_per", ["query_head", "kv_head"])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("lengths", [(13, 13), (5, 14)])
-def test_sampled_mass_naively(lengths, is_causal, select_per, monkeypatch):
-    """Of every 4 permuted keys the first two one by one, the others by their mean."""
-    for name, value in (("SUMMARY_KEYS", 4), ("EXACT_KEYS", 2), ("POOL_SIZE", 2)):
-        monkeypatch.setattr(ref, name, value)
+def test_sampled_mass_naively(lengths, is_causal, select_per):
     q, k, v = random_qkv(*lengths)
     num_queries, num_keys = lengths
     perm = random_perm(2, 2, num_keys, 4)
@@ -279,8 +266,7 @@ def test_sampled_mass_naively(lengths, is_causal, select_per, monkeypatch):
 
             shares = {}
             for j in candidate[i].nonzero().flatten().tolist():
-                pair = k_perm[b, h // 2, 2 * j : 2 * j + 2]
-                shares[j] = 2 * weight(pair.mean(0)) if j % 2 else sum(map(weight, pair))
+                shares[j] = sum(map(weight, k_perm[b, h // 2, 2 * j : 2 * j + 2]))
             own_start = (num_keys - num_queries + 4 * i if is_causal else num_keys) // 4 * 4
             keys = range(own_start, position + 1 if is_causal else num_keys)
             total = sum(shares.values()) + sum(weight(k[b, h // 2, key]) for key in keys)
@@ -290,33 +276,51 @@ def test_sampled_mass_naively(lengths, is_causal, select_per, monkeypatch):
 
 
 def test_e4m3_by_hand():
-    """Three bits of mantissa, and steps of 2^-9 in units of the largest over 448."""
-    x = torch.tensor([[448.0, 17.0, 19.0, 1.1, 0.0009], [-44.8, 1.7, 1.9, 0.11, 0.0]])
-    expected = torch.tensor([[448.0, 16.0, 20.0, 1.125, 0.0], [-44.8, 1.6, 2.0, 0.1125, 0.0]])
-    torch.testing.assert_close(to_e4m3(x, -1), expected.double())
+    """Three bits of mantissa, and steps of 2^-9 in units of the largest over 15."""
+    x = torch.tensor([[15.0, 8.4, 9.6, 1.1, 0.0009], [-1.5, 0.84, 0.96, 0.11, 0.0]])
+    expected = torch.tensor([[15.0, 8.0, 10.0, 1.125, 0.0], [-15.0, 8.0, 10.0, 1.125, 0.0]])
+    found = to_e4m3(x, -1)
+    assert torch.equal(found.multiples, expected.double())
+    torch.testing.assert_close(found.unit, torch.tensor([[1.0], [0.1]]).double())
     x[1] *= 10  # now one unit for all
-    assert to_e4m3(x, (0, 1))[1].tolist() == [-448.0, 16.0, 20.0, 1.125, 0.0]
-    assert not to_e4m3(torch.zeros(2, 3), -1).any()
+    found = to_e4m3(x, (0, 1))
+    assert found.unit.tolist() == [[1.0]]
+    assert found.multiples[1].tolist() == [-15.0, 8.0, 10.0, 1.125, 0.0]
+    assert not to_e4m3(torch.zeros(2, 3), -1).multiples.any()
+
+
+def test_tiles_of_candidates_have_their_own_units():
+    """Of 200 keys 160 are candidates. Each tile is rounded by its largest, the second one without
+    the keys behind the candidates."""
+    k_perm = torch.full((1, 1, 200, 2), 1.1)
+    k_perm[0, 0, 3, 0], k_perm[0, 0, 130, 1], k_perm[0, 0, 170, 0] = -15.0, 30.0, 1000.0
+    found = candidates_to_e4m3(k_perm, 160)
+    assert found.multiples.shape == (1, 1, 160, 2)
+    assert found.unit[0, 0, :, 0].tolist() == [1.0] * 128 + [2.0] * 32
+    rounded = (found.multiples * found.unit)[0, 0]
+    assert rounded[3].tolist() == [-15.0, 1.125]
+    assert rounded[130].tolist() == [1.125, 30.0]  # 0.55 in steps of a sixteenth
+    assert candidates_to_e4m3(k_perm, 0).multiples.shape == (1, 1, 0, 2)
 
 
 def test_rounded_mass_by_hand():
-    """The summary of two blocks is rounded by the largest of their tile. Own keys do not count in
-    it, and are exact."""
+    """The keys of two blocks are rounded by the largest of their tile. Own keys do not count in it,
+    and are exact."""
     k = torch.zeros(1, 1, 95, 2)
-    k[0, 0, :32, 0] = 17.0
-    k[0, 0, 0, 0] = 448.0
-    k[0, 0, 32:64, 0] = 19.0
-    k[0, 0, 32, 1] = -448.0
-    k[0, 0, 64:, 0] = 17.0
-    k[0, 0, 70, 1] = 10000.0
+    k[0, 0, :32, 0] = 8.25
+    k[0, 0, 0] = torch.tensor([15.0, 1.125])
+    k[0, 0, 32:64, 0] = 9.75
+    k[0, 0, 32, 1] = -15.0
+    k[0, 0, 64:, 0] = 8.25
+    k[0, 0, 70, 1] = 30.0
     layout = ref.Layout(1, 95, 32, 32, 64, True)
-    q = torch.tensor([[[[17.0, 0.0]]]])
-    masses, own = ref.sampled_mass(q, k, None, layout, 1, scale=17**-3, rounding="e4m3")
-    # The one row of the query is its own largest, so that 17 stays what it is. The 256 keys of a
-    # tile have 448 as their largest: 17 becomes 16, and a mean of 19 becomes 20.
-    first = 31 * math.exp(16 / 289) + math.exp(448 / 289)
-    second = 32 * math.exp(20 / 289)
-    owns = 31 * math.exp(17 / 289)
+    q = torch.tensor([[[[15.0, 1.125]]]])
+    masses, own = ref.sampled_mass(q, k, None, layout, 1, scale=0.01, rounding="e4m3")
+    # The one row of the query has 15 as its largest, so that it stays what it is. So has the tile:
+    # 8.25 becomes 8, and 9.75 becomes 10. The first key's sum, 226.265625, loses its last bits.
+    first = 31 * math.exp(1.2) + math.exp(2.2625)
+    second = 31 * math.exp(1.5) + math.exp(1.33125)
+    owns = 30 * math.exp(1.2375) + math.exp(1.575)
     expected = torch.tensor([first, second, 0.0]).double() / (first + second + owns)
     torch.testing.assert_close(masses[0, 0, 0], expected)
     torch.testing.assert_close(own[0, 0, 0].item(), owns / (first + second + owns))
@@ -330,8 +334,7 @@ def test_rounded_mass_is_limited_above_the_own_keys():
     exact, _ = ref.sampled_mass(q, k, None, layout, 1, scale=1.0)
     torch.testing.assert_close(exact[0, 0, 0], torch.tensor([0.0, 1.0, 0.0]).double())
     cut, _ = ref.sampled_mass(q, k, None, layout, 1, scale=1.0, rounding="e4m3")
-    # The keys of a mean share its 80 powers of two.
-    torch.testing.assert_close(cut[0, 0, 0], torch.tensor([0.8, 0.2, 0.0]).double())
+    torch.testing.assert_close(cut[0, 0, 0], torch.tensor([0.5, 0.5, 0.0]).double())
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

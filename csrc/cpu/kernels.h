@@ -18,20 +18,6 @@ struct ScoreStates {
   float* row_sum;  // (B, Hq, num_chunks, num_score_rows), of exp2(score - row_max)
 };
 
-// What stands for kSummaryKeys permuted keys, and where in it those of a row begin; `row` is a
-// multiple of kExactKeys, up to kSummaryKeys.
-constexpr int64_t kSummaryColumns = kExactKeys + (kSummaryKeys - kExactKeys) / kPoolSize;
-constexpr int64_t summary_column(int64_t row) {
-  return row == 0 ? 0 : kExactKeys + (row - kExactKeys) / kPoolSize;
-}
-
-// What sampled scores look at: of rows [0, num_rows) of k_perm. Empty where nothing is scored.
-struct KeySummary {
-  float* keys;  // (B, Hp, num_windows, kSummaryColumns, D)
-  int64_t num_windows;
-  int64_t num_rows;
-};
-
 // Whose selection it is: of a query block in heads_per_selection query heads from first_head on.
 struct SelectItem {
   int64_t b;
@@ -74,14 +60,9 @@ struct Kernels {
   void (*permute_block)(const PermuteKVParams&, int64_t item, float* scratch);
   int64_t (*permute_scratch)(const PermuteKVParams&);
 
-  // item: (b, perm head, window of kSummaryKeys).
-  void (*summarize_keys)(const SelectBlocksParams&, const KeySummary&, int64_t item,
-                         float* scratch);
-  int64_t (*summarize_scratch)(const SelectBlocksParams&);
-
   // item: that of select_item -> the masses of [candidates, own blocks] in scratch[0..n), of own
   // blocks where they count towards a sum. Writes nothing where needs_mass says no.
-  void (*block_mass)(const SelectBlocksParams&, const KeySummary&, int64_t item, float* scratch);
+  void (*block_mass)(const SelectBlocksParams&, int64_t item, float* scratch);
   int64_t (*select_scratch)(const SelectBlocksParams&);
 
   // item: (b, q head, query block).

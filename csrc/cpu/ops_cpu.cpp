@@ -92,23 +92,10 @@ class CpuBackend {
   }
 
   static void select_blocks(const SelectBlocksParams& params) {
-    const Problem& problem = params.problem;
     const cpu::Kernels& kernels = cpu::kernels();
-    const int64_t num_heads = problem.batch * problem.num_perm_heads;
-    cpu::KeySummary summary{};
-    if (!reads_means(params.rule.score) && params.rule.threshold < 1.0) {
-      summary.num_rows = num_candidate_rows(problem, params.blocking, params.is_causal);
-      summary.num_windows = ceil_div(summary.num_rows, kSummaryKeys);
-    }
-    const std::unique_ptr<float[]> memory(
-        new float[num_heads * summary.num_windows * cpu::kSummaryColumns * problem.head_dim]);
-    summary.keys = memory.get();
-    for_each_item(
-        num_heads * summary.num_windows, kernels.summarize_scratch(params),
-        [&](int64_t item, float* own) { kernels.summarize_keys(params, summary, item, own); });
     for_each_item(cpu::num_select_items(params), kernels.select_scratch(params),
                   [&](int64_t item, float* own) {
-                    kernels.block_mass(params, summary, item, own);
+                    kernels.block_mass(params, item, own);
                     cpu::select_top_mass(params, item, own);
                   });
   }

@@ -82,8 +82,7 @@ int64_t select_scratch(const SelectBlocksParams& params) {
   __builtin_unreachable();
 }
 
-void block_mass(const SelectBlocksParams& params, const KeySummary& summary, int64_t item_idx,
-                float* scratch) {
+void block_mass(const SelectBlocksParams& params, int64_t item_idx, float* scratch) {
   const SelectItem item = select_item(params, item_idx);
   const QueryBlock block =
       query_block(item.q_block_idx, params.problem, params.blocking, params.is_causal);
@@ -93,7 +92,7 @@ void block_mass(const SelectBlocksParams& params, const KeySummary& summary, int
     case Score::kMean:
       return mean_mass(params, block, item, scratch, rest);
     case Score::kSampled:
-      return sampled_mass(params, summary, block, item, scratch, rest);
+      return sampled_mass(params, block, item, scratch, rest);
   }
 }
 

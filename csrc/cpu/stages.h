@@ -17,18 +17,14 @@ int64_t score_scratch(const ScoreKeysParams& params);
 void permute_block(const PermuteKVParams& params, int64_t item, float* scratch);
 int64_t permute_scratch(const PermuteKVParams& params);
 
-void summarize_keys(const SelectBlocksParams& params, const KeySummary& summary, int64_t item,
-                    float* scratch);
-int64_t summarize_scratch(const SelectBlocksParams& params);
-void block_mass(const SelectBlocksParams& params, const KeySummary& summary, int64_t item,
-                float* scratch);
+void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch);
 int64_t select_scratch(const SelectBlocksParams& params);
 // What block_mass calls, by score; `mass` is (num_mass_entries).
 void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
                float* mass, float* scratch);
 int64_t mean_scratch(const SelectBlocksParams& params);
-void sampled_mass(const SelectBlocksParams& params, const KeySummary& summary,
-                  const QueryBlock& block, const SelectItem& item, float* mass, float* scratch);
+void sampled_mass(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
+                  float* mass, float* scratch);
 int64_t sampled_scratch(const SelectBlocksParams& params);
 
 void attend_block(const AttendParams& params, int64_t item, float* scratch);

@@ -14,8 +14,6 @@ const Kernels& table() {
       score_scratch,
       permute_block,
       permute_scratch,
-      summarize_keys,
-      summarize_scratch,
       block_mass,
       select_scratch,
       attend_block,

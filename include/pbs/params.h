@@ -149,12 +149,6 @@ struct SelectRule {
   int64_t dense_tail;   // last queries whose blocks visit every key, if causal
 };
 
-// kSampled looks at a summary of the keys: of every kSummaryKeys permuted keys the first
-// kExactKeys one by one, the heavy ones of a segment, and the others by means of kPoolSize.
-constexpr int kSummaryKeys = 256;
-constexpr int kExactKeys = 32;
-constexpr int kPoolSize = 4;
-
 // Query heads that share a selection.
 PBS_HOST_DEVICE constexpr int64_t heads_per_selection(const Problem& problem,
                                                       const SelectRule& rule) {

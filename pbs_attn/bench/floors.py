@@ -13,8 +13,6 @@ from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
 
 FLOAT32 = INT32 = 4
-# Sampled scores look at so many of each 256 permuted keys: 32 keys, and the means of 4 others.
-SUMMARY_SHARE = (32 + 224 / 4) / 256
 FP8_SPEEDUP = 2  # of matrix products, over bfloat16
 
 
@@ -88,8 +86,8 @@ def permute_kv(problem: Problem) -> Work:
 
 
 def select_blocks(problem: Problem) -> Work:
-    """Mean queries by mean keys; or each sampled query by the summary of the keys before its own
-    segment, in fp8. Query blocks of the dense tail sample nothing."""
+    """Mean queries by mean keys; or each sampled query by every key before its own segment, in fp8.
+    Query blocks of the dense tail sample nothing."""
     words = -(-problem.num_kv_blocks // 32)
     mask_and_counts = problem.num_q_heads * problem.num_q_blocks * (words + 1) * INT32
     num_tokens, config = problem.num_tokens, problem.config
@@ -102,7 +100,7 @@ def select_blocks(problem: Problem) -> Work:
     num_heads = problem.num_kv_heads if is_shared else problem.num_q_heads
     num_scored = max(0, num_tokens - config.dense_tail) // config.block_size
     num_keys = candidates[:num_scored].sum().item() * config.key_block_size
-    logits = num_heads * config.num_samples * num_keys * SUMMARY_SHARE
+    logits = num_heads * config.num_samples * num_keys
     samples = problem.rows(num_heads) * config.num_samples // config.block_size
     read = samples + problem.rows(problem.num_perm_heads)
     return Work(read + mask_and_counts, 2 * problem.head_dim * logits / FP8_SPEEDUP)

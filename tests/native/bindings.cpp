@@ -147,10 +147,11 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("stack_bytes", &sm90::stack_bytes);
   m.def("sampled_key_stages", &sm90::sampled_key_stages);
   m.attr("stack_rows") = sm90::kStackRows;
-  m.attr("summary_keys") = pbs::kSummaryKeys;
-  m.attr("exact_keys") = pbs::kExactKeys;
-  m.attr("pool_size") = pbs::kPoolSize;
-  m.attr("tile_columns") = sm90::kTileColumns;
+  m.attr("sampled_keys") = sm90::kSampledKeys;
+  m.attr("sum_keys") = sm90::kSumKeys;
+  m.attr("tiles_per_read") = sm90::kTilesPerRead;
+  m.attr("sums_per_read") = sm90::kSumsPerRead;
+  m.attr("sampled_row_bytes") = sizeof(sm90::SampledRow);
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
   m.attr("sampled_warpgroups") = std::make_pair(sm90::kFewWarpgroups, sm90::kManyWarpgroups);
