@@ -370,7 +370,7 @@ def pairs_of(case, plan, unit_idx):
     num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)
     from_longest, head = divmod(in_group, num_heads)
     b, hp = divmod(first_head + head, case.num_perm_heads)
-    num_pairs = plan.num_warpgroups * plan.pairs_per_stack
+    num_pairs = plan.stacks_per_unit * plan.pairs_per_stack
     first = (plan.units_per_perm - 1 - from_longest) * num_pairs
     heads_per_perm = case.num_q_heads // case.num_perm_heads
     heads_per_selection = heads_per_perm // plan.selections_per_perm
@@ -392,17 +392,17 @@ def test_sampled_rows_fill_a_stack(native, case):
     # Every pair has a stack, every stack a unit, and none of either is empty.
     assert plan.stacks_per_perm * plan.pairs_per_stack - plan.pairs_per_perm >= 0
     assert (plan.stacks_per_perm - 1) * plan.pairs_per_stack < plan.pairs_per_perm
-    assert plan.units_per_perm * plan.num_warpgroups - plan.stacks_per_perm >= 0
-    assert (plan.units_per_perm - 1) * plan.num_warpgroups < plan.stacks_per_perm
+    assert plan.units_per_perm * plan.stacks_per_unit - plan.stacks_per_perm >= 0
+    assert (plan.units_per_perm - 1) * plan.stacks_per_unit < plan.stacks_per_perm
 
 
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases())
 def test_many_stacks_get_many_warpgroups(native, case):
     plan = native.sampled_plan(*case)
-    few, many = native.sampled_warpgroups
+    few, many = native.sampled_stacks
     has_many = plan.stacks_per_perm * plan.num_perm_heads >= 6 * case.num_sms
-    assert plan.num_warpgroups == (many if has_many else few)
+    assert plan.stacks_per_unit == (many if has_many else few)
 
 
 @settings(deadline=None, max_examples=200)
@@ -497,7 +497,7 @@ def test_sampled_workspace_holds_its_parts(native, case):
     plan = native.sampled_plan(*case)
     *begins, end = native.sampled_workspace(plan)
     stacks = plan.num_perm_heads * plan.stacks_per_perm
-    tables = plan.num_ctas * native.sampled_tables * plan.num_warpgroups
+    tables = plan.num_ctas * native.sampled_tables * plan.stacks_per_unit
     sizes = [
         plan.num_perm_heads * plan.num_tiles * native.key_tile_bytes(case.head_dim),
         stacks * native.stack_bytes(case.head_dim),
@@ -542,7 +542,7 @@ def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
     assert stages >= 2  # the next tile's load has to overlap with this one's product
     assert native.key_tile_bytes(head_dim) == 128 * head_dim + 16
     stage = math.ceil(native.key_tile_bytes(head_dim) / native.swizzle_bytes) * native.swizzle_bytes
-    for warpgroups in native.sampled_warpgroups:
+    for warpgroups in native.sampled_stacks:
         queries = warpgroups * native.stack_bytes(head_dim)
         weights = 4 * native.sampled_tables * warpgroups * native.stack_rows
         drawn = 4 * (native.drawn_units + 1)

@@ -113,7 +113,7 @@ PYBIND11_MODULE(pbs_native, m) {
   py::class_<sm90::SampledPlan>(m, "SampledPlan")
       .def_readonly("rows_per_pair", &sm90::SampledPlan::rows_per_pair)
       .def_readonly("pairs_per_stack", &sm90::SampledPlan::pairs_per_stack)
-      .def_readonly("num_warpgroups", &sm90::SampledPlan::num_warpgroups)
+      .def_readonly("stacks_per_unit", &sm90::SampledPlan::stacks_per_unit)
       .def_readonly("selections_per_perm", &sm90::SampledPlan::selections_per_perm)
       .def_readonly("pairs_per_perm", &sm90::SampledPlan::pairs_per_perm)
       .def_readonly("stacks_per_perm", &sm90::SampledPlan::stacks_per_perm)
@@ -154,7 +154,7 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("sampled_row_bytes") = sizeof(sm90::SampledRow);
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
-  m.attr("sampled_warpgroups") = std::make_pair(sm90::kFewWarpgroups, sm90::kManyWarpgroups);
+  m.attr("sampled_stacks") = std::make_pair(sm90::kFewStacks, sm90::kManyStacks);
   // Of one query block: how many of its candidates a score chooses among, and whether it is in the
   // dense tail.
   m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,

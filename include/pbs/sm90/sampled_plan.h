@@ -4,8 +4,8 @@
 // A pair is a query block and a selection: that of a query head, or of all that share a
 // permutation. The pairs of a permutation follow each other by query block, then by head, so that
 // neighbours see the same keys. The sampled queries of some pairs are stacked to the rows of one
-// product, a tile of permuted keys is its columns. A CTA works on one unit after the other: as many
-// stacks as it has warpgroups to multiply.
+// product, a tile of permuted keys is its columns. A CTA works on one unit after the other,
+// some stacks of one permutation.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +25,11 @@ constexpr int kSumsPerRead = kTilesPerRead * kSumsPerTile;
 
 constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-// Warpgroups that multiply. Four hide each other's waits; but on short prompts the longest unit of
-// four stacks takes longer than all others together.
-constexpr int kFewWarpgroups = 2;
-constexpr int kManyWarpgroups = 4;
+constexpr int kSumWarpgroups = 4;  // that multiply
+// Stacks of a unit. Four share the keys that are loaded; but on short prompts the longest unit of
+// four takes longer than all others together, and two warpgroups share the work of a stack.
+constexpr int kFewStacks = 2;
+constexpr int kManyStacks = 4;
 
 // Tiles of keys in flight.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
@@ -58,7 +59,7 @@ constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the
 struct SampledPlan {
   int32_t rows_per_pair;  // of a stack: num_samples, filled up to a power of two
   int32_t pairs_per_stack;
-  int32_t num_warpgroups;  // kFewWarpgroups or kManyWarpgroups
+  int32_t stacks_per_unit;  // kFewStacks or kManyStacks
   int32_t selections_per_perm;
   int32_t pairs_per_perm;
   int32_t stacks_per_perm;
@@ -86,8 +87,8 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   plan.stacks_per_perm = narrow(ceil_div(plan.pairs_per_perm, plan.pairs_per_stack));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
   const int64_t num_stacks = static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads;
-  plan.num_warpgroups = num_stacks < kManyFrom * num_sms ? kFewWarpgroups : kManyWarpgroups;
-  plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.num_warpgroups));
+  plan.stacks_per_unit = num_stacks < kManyFrom * num_sms ? kFewStacks : kManyStacks;
+  plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.stacks_per_unit));
   plan.num_tiles =
       narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSampledKeys));
   const int64_t bytes_per_head =
@@ -104,7 +105,7 @@ struct SampledWorkspace {
   int64_t key_tiles = 0;  // (perm heads, num_tiles) of key_tile_bytes
   int64_t stacks;         // (perm heads, stacks_per_perm) of stack_bytes
   int64_t rows;           // (perm heads, stacks_per_perm, kStackRows) SampledRow
-  int64_t tables;         // (num_ctas, kSampledTables, num_warpgroups) of table_bytes
+  int64_t tables;         // (num_ctas, kSampledTables, stacks_per_unit) of table_bytes
   int64_t counter;        // one int32: units drawn
   int64_t end;
 };
@@ -126,7 +127,7 @@ constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan) {
   at.rows = behind(at.stacks, stacks * stack_bytes(plan.head_dim));
   at.tables = behind(at.rows, stacks * kStackRows * static_cast<int64_t>(sizeof(SampledRow)));
   at.counter = behind(at.tables, static_cast<int64_t>(plan.num_ctas) * kSampledTables *
-                                     plan.num_warpgroups * table_bytes(plan));
+                                     plan.stacks_per_unit * table_bytes(plan));
   at.end = behind(at.counter, sizeof(int32_t));
   return at;
 }

@@ -78,15 +78,14 @@ class SampledRowsMask {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
-      wait_long(shared_.table_full[walk.table()], walk.parity(),
-                Traits::kWarpgroups == kFewWarpgroups ? 256 : 2000);
-      for (int i = warp_; i < Traits::kWarpgroups * pairs_per_stack; i += Traits::kSelectWarps) {
-        const int warpgroup = i / pairs_per_stack;
-        const StackPairs pairs = unit.pairs(warpgroup);
+      shared_.table_full[walk.table()].wait(walk.parity());
+      for (int i = warp_; i < Traits::kStacks * pairs_per_stack; i += Traits::kSelectWarps) {
+        const int stack = i / pairs_per_stack;
+        const StackPairs pairs = unit.pairs(stack);
         if (i % pairs_per_stack >= pairs.count) continue;
         const int first_row = i % pairs_per_stack * args_.plan.rows_per_pair;
-        const PairSums sums{table_of(args_, walk.table(), warpgroup) + first_row * kSumsPerRead * 2,
-                            shared_.weights[walk.table()][warpgroup] + first_row,
+        const PairSums sums{table_of(args_, walk.table(), stack) + first_row * kSumsPerRead * 2,
+                            shared_.weights[walk.table()][stack] + first_row,
                             args_.plan.rows_per_pair};
         const SampledPair pair = unit.pair(pairs.first + i % pairs_per_stack);
         switch (args_.params.blocking.kv_block_size / kSumKeys) {

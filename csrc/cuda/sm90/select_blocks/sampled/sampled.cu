@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.k_full[stage].init(1);
-      shared.k_empty[stage].init(Traits::kConsumers / 32);
+      shared.k_empty[stage].init(4 * Traits::kStacks);  // a warpgroup a stack
     }
     for (int unit = 0; unit < kDrawnUnits; ++unit) {
       shared.unit_full[unit].init(1);
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <int kHeadDim, int kWarpgroups>
+template <int kHeadDim, int kStacks>
 cudaError_t launch_scores(const SampledArgs& args, cudaStream_t stream) {
-  using Traits = SampledTraits<kHeadDim, kWarpgroups>;
+  using Traits = SampledTraits<kHeadDim, kStacks>;
   return launch_kernel(select_blocks_sampled_kernel<Traits>, args, args.plan.num_ctas,
                        Traits::kThreads, Traits::kSharedBytes, stream);
 }
@@ -75,9 +75,8 @@ cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
                           /*starts_early=*/true);
     if (error != cudaSuccess) return error;
   }
-  return plan.num_warpgroups == kFewWarpgroups
-             ? launch_scores<kHeadDim, kFewWarpgroups>(args, stream)
-             : launch_scores<kHeadDim, kManyWarpgroups>(args, stream);
+  return plan.stacks_per_unit == kFewStacks ? launch_scores<kHeadDim, kFewStacks>(args, stream)
+                                            : launch_scores<kHeadDim, kManyStacks>(args, stream);
 }
 
 SampledPlan plan_of(const SelectBlocksParams& params) {

@@ -26,17 +26,17 @@ struct SampledArgs {
   bool has_own;  // some keys are nobody's candidates
 };
 
-template <int kHeadDim_, int kWarpgroups_>
+template <int kHeadDim_, int kStacks_>
 struct SampledTraits {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kStacks = kStacks_;  // of a unit
   static constexpr int kStages = sampled_key_stages(kHeadDim);
-  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kConsumers = 128 * kSumWarpgroups;
   static constexpr int kOthers = 256;
   static constexpr int kSelectWarps = kOthers / 32 - 1;  // and one that loads
   static constexpr int kThreads = kConsumers + kOthers;
-  static constexpr int kOtherRegisters = kWarpgroups == kFewWarpgroups ? 88 : 64;
-  static constexpr int kConsumerRegisters = kWarpgroups == kFewWarpgroups ? 168 : 88;
+  static constexpr int kOtherRegisters = 64;
+  static constexpr int kConsumerRegisters = 88;
   static constexpr int kRegistersAtLaunch = 65536 / kThreads / 8 * 8;
   static_assert(kConsumers * kConsumerRegisters + kOthers * kOtherRegisters <=
                 kThreads * kRegistersAtLaunch);
@@ -47,10 +47,11 @@ struct SampledTraits {
       static_cast<int>(ceil_div(kTileBytes, kSwizzleBytes)) * kSwizzleBytes;
 
   struct Shared {
-    alignas(kSwizzleBytes) char q[kWarpgroups][stack_bytes(kHeadDim)];
+    alignas(kSwizzleBytes) char q[kStacks][stack_bytes(kHeadDim)];
     alignas(kSwizzleBytes) char k[kStages][kStageBytes];
+    float totals[kStacks][kSumWarpgroups / kStacks][kStackRows];
     // 1 / (sum of a row), as two equal bfloat16.
-    uint32_t weights[kSampledTables][kWarpgroups][kStackRows];
+    uint32_t weights[kSampledTables][kStacks][kStackRows];
     int units[kDrawnUnits];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_empty[kStages];
@@ -105,11 +106,11 @@ __device__ inline StackPairs stack_pairs(const SampledArgs& args, int stack) {
                     max(0, min(args.plan.pairs_per_stack, args.plan.pairs_per_perm - first))};
 }
 
-// One unit: the stacks that the warpgroups of a CTA work on at once.
+// One unit: the stacks that a CTA works on at once.
 class SampledUnit {
  public:
   __device__ SampledUnit(const SampledArgs& args, int perm_head, int nth)
-      : args_(args), perm_head(perm_head), first_stack(nth * args.plan.num_warpgroups) {
+      : args_(args), perm_head(perm_head), first_stack(nth * args.plan.stacks_per_unit) {
     const Problem& problem = args.params.problem;
     const auto num_perm = static_cast<int>(problem.num_perm_heads);
     b = perm_head / num_perm;
@@ -141,7 +142,7 @@ class SampledUnit {
 
   __device__ int num_tiles() const {
     int end = 0;
-    for (int nth = 0; nth < args_.plan.num_warpgroups; ++nth)
+    for (int nth = 0; nth < args_.plan.stacks_per_unit; ++nth)
       end = max(end, stack(nth).candidate_end);
     return (end + kSampledKeys - 1) / kSampledKeys;
   }
@@ -196,17 +197,6 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      plan.units_per_perm - 1 - from_longest);
 }
 
-// By a warp, for what takes long: without turns that others need. One lane asks; after a sleep,
-// lanes that ask each for itself do so one after the other.
-template <class Barrier>
-__device__ void wait_long(Barrier& barrier, uint32_t parity, uint32_t nanoseconds) {
-  if (threadIdx.x % 32 == 0) {
-    while (!barrier.try_wait(parity)) __nanosleep(nanoseconds);
-  }
-  __syncwarp();
-  barrier.wait(parity);
-}
-
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
 template <class Traits>
 class DrawnUnits {
@@ -217,7 +207,7 @@ class DrawnUnits {
   // Whether there is one more.
   __device__ bool next() {
     ++nth_;
-    wait_long(shared_.unit_full[ring_.stage()], ring_.parity(), 64);
+    shared_.unit_full[ring_.stage()].wait(ring_.parity());
     idx_ = shared_.units[ring_.stage()];
     shared_.unit_empty[ring_.stage()].arrive();
     ring_.advance();
@@ -235,11 +225,11 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// The sums of a stack.
-__device__ inline char* table_of(const SampledArgs& args, int table, int warpgroup) {
+// The sums of a stack of the unit.
+__device__ inline char* table_of(const SampledArgs& args, int table, int stack) {
   const int64_t idx =
-      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * args.plan.num_warpgroups +
-      warpgroup;
+      (static_cast<int64_t>(blockIdx.x) * kSampledTables + table) * args.plan.stacks_per_unit +
+      stack;
   return args.tables + idx * table_bytes(args.plan);
 }
 

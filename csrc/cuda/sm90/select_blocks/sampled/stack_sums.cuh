@@ -1,0 +1,207 @@
+// Sums of the weights that the sampled queries of one stack give to keys, 32 keys each, from
+// accumulators that a warpgroup holds. Stacked queries are the rows of a product, a tile of
+// permuted keys its columns.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cfloat>
+
+#include "common/exp2.cuh"
+#include "unit_walk.cuh"
+#include "weights.cuh"
+
+namespace pbs::cuda::sm90 {
+
+// A weight larger than this times those of the own segment counts as if it were as large, so that
+// all sums are finite.
+constexpr float kMostAbove = 80.0f;  // powers of two
+
+using BFloat16Pair = __nv_bfloat162;
+
+__device__ inline uint32_t bits_of(BFloat16Pair pair) {
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ inline BFloat16Pair pair_of(uint32_t bits) {
+  return reinterpret_cast<const BFloat16Pair&>(bits);
+}
+
+// A lane's sums of a tile: of both of its rows, and of the 32 keys that its place in the quad says.
+using LaneSums = float[kThreadRows];
+static_assert(kSumsPerTile == 4, "a lane of a quad has one");
+
+// Of a lane that keeps the second of two values, or the first, and of its neighbour that keeps the
+// other: the sum of both lanes' values.
+__device__ __forceinline__ __half2 exchanged_sum(__half2 first, __half2 second, bool keeps_second,
+                                                 int mask) {
+  const uint32_t low = bits_of(first), high = bits_of(second);
+  const uint32_t received = __shfl_xor_sync(~0u, keeps_second ? low : high, mask);
+  return __hadd2(half_pair_of(keeps_second ? high : low), half_pair_of(received));
+}
+
+// Adds up what the lanes of a quad have of 32 keys, in pairs of columns, and leaves to each lane
+// the sums of both rows and the keys that are its own. NOTE: a product with ones does this in fewer
+// instructions, and waits for all other products.
+__device__ __forceinline__ __half2 share_quad(const __half2 (&parts)[kSumsPerTile][kThreadRows]) {
+  const bool is_second_half = threadIdx.x & 2;
+  __half2 rows[kSumsPerTile];
+#pragma unroll
+  for (int i = 0; i < kSumsPerTile; ++i) {
+    rows[i] =
+        __hadd2(__lows2half2(parts[i][0], parts[i][1]), __highs2half2(parts[i][0], parts[i][1]));
+  }
+  return exchanged_sum(exchanged_sum(rows[0], rows[2], is_second_half, 2),
+                       exchanged_sum(rows[1], rows[3], is_second_half, 2), threadIdx.x & 1, 1);
+}
+
+template <class Traits>
+class StackSums {
+ public:
+  using Scores = decltype(cute::partition_fragment_C(
+      typename Traits::Mma{},
+      cute::Shape<typename Traits::Layouts::Rows, typename Traits::Layouts::Columns>{}));
+
+  __device__ void start(const SampledRow* rows, char* table) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const SampledRow row = rows[first_row() + 8 * r];
+      factor_[r] = row.factor;
+      offset_[r] = __float2half2_rn(row.offset);
+      unit_[r] = -1.0f / kOwnWeight;
+      candidate_end_[r] = row.candidate_end;
+      own_sum_[r] = row.own_sum;
+      total_[r] = 0.0f;
+    }
+    const int lane = static_cast<int>(threadIdx.x);
+    place_ = table + (first_row() + lane % 2 * 8) * kSumsPerRead * 2 + lane / 2 % 2 * kSumsPerTile;
+  }
+
+  // With kHides, rows may see a part of the tile, or nothing of it.
+  template <bool kHides>
+  __device__ __forceinline__ void add(Scores& scores, int tile, float scale) {
+    if (kHides) hide(scores, tile * kSampledKeys);
+    const float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
+    const float2 packed = __half22float2(weigh(scores, factor));
+    LaneSums sums = {packed.x * unit_[0], packed.y * unit_[1]};
+    // Some weight was too large, or a factor: of what is no number, for example.
+    const bool is_exact = packed.x + packed.y > -kMostPacked && factor[0] + factor[1] < kMostFactor;
+    if (__any_sync(~0u, !is_exact)) weigh_exactly(scores, factor, sums);
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) total_[r] += sums[r];
+    write_sums(sums, tile);
+  }
+
+  // Of all keys so far, by row of the thread.
+  __device__ float total(int r) const { return quad_sum(total_[r]); }
+
+  // Writes what the weights of a row are to be multiplied by, as two equal bfloat16.
+  __device__ void write_weight(uint32_t* weights, int r, float total) const {
+    total += own_sum_[r];
+    // A row that does not exist weighs nothing; in one that sees nothing all shares are 0.
+    const float weight = candidate_end_[r] >= 0 && total != 0.0f ? 1.0f / total : 0.0f;
+    if (threadIdx.x % 4 == 0) {
+      weights[first_row() + 8 * r] = bits_of(__float2bfloat162_rn(weight));
+    }
+  }
+
+  __device__ static int first_row() { return row_of_thread(static_cast<int>(threadIdx.x) % 128); }
+
+ private:
+  // A lane gives one of its sums away, and writes two neighbours of one row.
+  __device__ __forceinline__ void write_sums(const LaneSums& sums, int tile) const {
+    constexpr int kTileBytes = kSumsPerTile * 2;  // of the bytes of a row that are read at once
+    constexpr int kReadBytes = kStackRows * kSumsPerRead * 2;
+    const uint32_t own = bits_of(__floats2bfloat162_rn(sums[0], sums[1]));
+    const uint32_t other = __shfl_xor_sync(~0u, own, 1);
+    const uint32_t both =
+        threadIdx.x % 2 != 0 ? __byte_perm(other, own, 0x7632) : __byte_perm(own, other, 0x5410);
+    char* place = place_ + tile / kTilesPerRead * kReadBytes + tile % kTilesPerRead * kTileBytes;
+    *reinterpret_cast<uint32_t*>(place) = both;
+  }
+
+  // NOTE: whoever takes single elements of accumulators makes ptxas wait for every product.
+  __device__ __forceinline__ void hide(Scores& scores, int begin) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    cute::Tensor pairs = cute::recast<uint32_t>(scores);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(pairs); ++i) {
+      // The two keys of a pair belong to one block.
+      const bool is_hidden = begin + column_of(2 * i, lane) >= candidate_end_[i % kThreadRows];
+      if (is_hidden) pairs(i) = bits_of(__float2half2_rn(-INFINITY));
+    }
+  }
+
+  // The lane's sums, in half precision and multiples of unit_.
+  __device__ __forceinline__ __half2 weigh(const Scores& scores,
+                                           const float (&factor)[kThreadRows]) const {
+    const cute::Tensor pairs = cute::recast<uint32_t>(scores);
+    __half2 factors[kThreadRows];
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      factors[r] = __float2half2_rn(factor[r] * (1.0f / kWeightRange));
+    }
+    __half2 parts[kSumsPerTile][kThreadRows];
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(pairs); ++i) {
+      const int r = i % kThreadRows;
+      __half2& part = parts[i / kPairsPerSum][r];
+      const __half2 weights = minus_weights(half_pair_of(pairs(i)), factors[r], offset_[r]);
+      part = i % kPairsPerSum < kThreadRows ? weights : __hadd2(part, weights);
+    }
+    return share_quad(parts);
+  }
+
+  __device__ static float exact_weight(float score, float factor, float shift, float most) {
+    const float above = __fmaf_rn(score, factor, shift);
+    return exp2_approx(above > most ? most : above);  // a NaN stays
+  }
+
+  // In single precision, and as large as they are. Rows of which this tile weighs much find room
+  // for the next ones.
+  __device__ void weigh_exactly(const Scores& scores, const float (&factor)[kThreadRows],
+                                LaneSums& sums) {
+    const cute::Tensor pairs = cute::recast<uint32_t>(scores);
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float offset = __low2float(offset_[r]);
+      const float shift = (offset - kWeightOffset) * kWeightRange;
+      const float unit = -unit_[r] * kOwnWeight;
+      const float most = kMostAbove - log2f(unit);
+      // NOTE: 0 times -infinity would be NaN for a row or a tile of zeros. A NaN stays.
+      const float positive = factor[r] < FLT_MIN ? FLT_MIN : factor[r];
+      float row_sum = 0.0f;
+      CUTE_UNROLL
+      for (int nth = 0; nth < kSumsPerTile; ++nth) {
+        float part = 0.0f;
+        CUTE_UNROLL
+        for (int i = 0; i < kPairsPerSum; i += kThreadRows) {
+          const float2 pair = __half22float2(half_pair_of(pairs(nth * kPairsPerSum + i + r)));
+          part += exact_weight(pair.x, positive, shift, most);
+          part += exact_weight(pair.y, positive, shift, most);
+        }
+        part = quad_sum(part);
+        row_sum += part;
+        if (static_cast<int>(threadIdx.x) % 4 == nth) sums[r] = part * unit;
+      }
+      if (row_sum > kOwnWeight) {
+        offset_[r] = __float2half2_rn(offset - log2f(row_sum) * (1.0f / kWeightRange));
+        unit_[r] *= exp2_approx((offset - __low2float(offset_[r])) * kWeightRange);
+      }
+    }
+  }
+
+  static constexpr int kPairsPerSum = kThreadRows * kSumKeys / 8;
+  // Two sums, and two factors, that half precision holds are less.
+  static constexpr float kMostPacked = 2 * 65536.0f;
+  static constexpr float kMostFactor = 60000.0f * kWeightRange;
+
+  float factor_[kThreadRows];
+  __half2 offset_[kThreadRows];
+  float unit_[kThreadRows];  // of sums in half precision; changes with offset_
+  int candidate_end_[kThreadRows];
+  float own_sum_[kThreadRows];
+  float total_[kThreadRows];
+  char* place_;  // of the lane, in the first tile of the table
+};
+
+}  // namespace pbs::cuda::sm90
