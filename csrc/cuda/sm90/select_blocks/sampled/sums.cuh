@@ -5,24 +5,23 @@
 
 namespace pbs::cuda::sm90 {
 
-// Two warpgroups multiply while two others make sums of what they have multiplied. Otherwise all
-// four would wait for the tensor cores at the same time, and then for everything else.
+// Who multiplies: one warpgroup after the other. If all did at once, all would wait for the tensor
+// cores, and then for everything else.
 class Turns {
  public:
-  __device__ explicit Turns(int warpgroup) : is_second_(warpgroup >= kSumWarpgroups / 2) {
-    if (is_second_) cutlass::arch::NamedBarrier::arrive(kThreads, kFirstBarrier);
+  __device__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {
+    if (warpgroup == kSumWarpgroups - 1) end();
   }
   __device__ void begin() const {
-    cutlass::arch::NamedBarrier::sync(kThreads, kFirstBarrier + (is_second_ ? 1 : 0));
+    cutlass::arch::NamedBarrier::sync(256, kFirstBarrier + warpgroup_);
   }
   __device__ void end() const {
-    cutlass::arch::NamedBarrier::arrive(kThreads, kFirstBarrier + (is_second_ ? 0 : 1));
+    cutlass::arch::NamedBarrier::arrive(256, kFirstBarrier + (warpgroup_ + 1) % kSumWarpgroups);
   }
 
  private:
-  static constexpr int kThreads = 128 * kSumWarpgroups;
   static constexpr int kFirstBarrier = 1 + kSumWarpgroups;  // after those of the stacks
-  bool is_second_;
+  int warpgroup_;
 };
 
 template <class Traits>

@@ -197,6 +197,14 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      plan.units_per_perm - 1 - from_longest);
 }
 
+// By a whole warp, for what takes long. A barrier's own wait wakes up whenever any barrier changes,
+// and takes turns from those that multiply. NOTE: lanes that branch each for itself would not sleep
+// at the same time.
+template <class Barrier>
+__device__ void wait_asleep(Barrier& barrier, uint32_t parity, uint32_t nanoseconds) {
+  while (!__all_sync(~0u, barrier.try_wait(parity))) __nanosleep(nanoseconds);
+}
+
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
 template <class Traits>
 class DrawnUnits {
@@ -207,7 +215,7 @@ class DrawnUnits {
   // Whether there is one more.
   __device__ bool next() {
     ++nth_;
-    shared_.unit_full[ring_.stage()].wait(ring_.parity());
+    wait_asleep(shared_.unit_full[ring_.stage()], ring_.parity(), 64);
     idx_ = shared_.units[ring_.stage()];
     shared_.unit_empty[ring_.stage()].arrive();
     ring_.advance();
