@@ -52,6 +52,11 @@ struct alignas(16) SampledRow {
   int32_t candidate_end;  // keys before it are candidates; -1 where there is no such row
 };
 
+// CTAs of sampled queries at once on a multiprocessor. Where fewer are needed, more warps share the
+// keys of the own segments, up to kMostKeyParts.
+constexpr int kSampleCtasPerSm = 4;
+constexpr int kMostKeyParts = 4;
+
 constexpr int64_t kManyFrom = 6;  // stacks a CTA: then the lengths of units even out
 
 constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the same time
@@ -66,6 +71,7 @@ struct SampledPlan {
   int32_t units_per_perm;
   int32_t num_perm_heads;   // of all batches
   int32_t heads_per_group;  // whose units are dealt out together
+  int32_t key_parts;        // of the own segment's keys, that warps share to find what they weigh
   int32_t num_ctas;
   int32_t num_tiles;  // of the candidates of a permutation
   int32_t head_dim;
@@ -87,6 +93,11 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   plan.stacks_per_perm = narrow(ceil_div(plan.pairs_per_perm, plan.pairs_per_stack));
   plan.num_perm_heads = narrow(problem.batch * problem.num_perm_heads);
   const int64_t num_stacks = static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads;
+  plan.key_parts = 1;
+  while (plan.key_parts < kMostKeyParts && problem.head_dim <= 128 &&
+         2 * plan.key_parts * num_stacks <= kSampleCtasPerSm * num_sms) {
+    plan.key_parts *= 2;
+  }
   plan.stacks_per_unit = num_stacks < kManyFrom * num_sms ? kFewStacks : kManyStacks;
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.stacks_per_unit));
   plan.num_tiles =

@@ -78,8 +78,7 @@ class SampledRowsMask {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
-      wait_asleep(shared_.table_full[walk.table()], walk.parity(),
-                  Traits::kStacks == kFewStacks ? 256 : 2000);
+      TableFull<Traits>::wait(walk.table());
       for (int i = warp_; i < Traits::kStacks * pairs_per_stack; i += Traits::kSelectWarps) {
         const int stack = i / pairs_per_stack;
         const StackPairs pairs = unit.pairs(stack);

@@ -8,7 +8,9 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kSampleThreads = 128;  // a warp for 16 rows
+constexpr int kSampleThreads = 128;  // a warp for 16 rows, and a part of the keys
+
+using RowSums = float2[kThreadRows];  // maximum, and sum of exponentials against it
 
 // 8 elements of two bytes.
 union Words {
@@ -35,26 +37,31 @@ __device__ void multiply_16x8x16(float (&acc)[4], uint32_t a0, uint32_t a1, uint
 // A warp's 16 queries. A lane has pieces of two of them, 8 rows apart: those of columns
 // 8 * (lane % 4) of every 32. The order of columns does not matter to a product as long as the keys
 // have the same.
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, int kKeyParts>
 class SampledQueries {
  public:
   __device__ SampledQueries(const SampledArgs& args, int perm_head, int stack)
       : args_(args),
+        thread_(static_cast<int>(threadIdx.x) % kSampleThreads),
+        part_(static_cast<int>(threadIdx.x) / kSampleThreads),
         unit_(args, perm_head, /*nth=*/0),
         pairs_(stack_pairs(args, stack)),
         image_(args.stacks +
                stack_idx(args, perm_head, stack) * static_cast<int64_t>(stack_bytes(kHeadDim))),
         states_(args.rows + stack_idx(args, perm_head, stack) * kStackRows),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        row_(row_of_thread(static_cast<int>(threadIdx.x))) {}
+        row_(row_of_thread(thread_)) {}
 
   __device__ void run() {
     find_rows();
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) load(r);
+    if (part_ == 0) {
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) write(r);
+      for (int r = 0; r < kThreadRows; ++r) write(r);
+    }
     add_keys();
+    if (kKeyParts > 1 && !merge_parts()) return;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) write_state(r);
   }
@@ -80,7 +87,7 @@ class SampledQueries {
 
   // Each lane finds one of the 16 rows, and asks the others for the two that it works on.
   __device__ void find_rows() {
-    const int first = row_of_thread(static_cast<int>(threadIdx.x) / 32 * 32);
+    const int first = row_of_thread(thread_ / 32 * 32);
     const Row own = find_row(first + lane_ % 16);
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
@@ -158,10 +165,10 @@ class SampledQueries {
     const int begin = __reduce_min_sync(~0u, min(rows_[0].begin, rows_[1].begin));
     const int end = __reduce_max_sync(~0u, max(rows_[0].end, rows_[1].end));
     if (begin >= end) return;
-    Keys next = load_keys(begin, end);
-    for (int key = begin; key < end; key += kStep) {
+    Keys next = load_keys(begin + part_ * kStep, end);
+    for (int key = begin + part_ * kStep; key < end; key += kKeyParts * kStep) {
       const Keys keys = next;
-      next = load_keys(key + kStep, end);
+      next = load_keys(key + kKeyParts * kStep, end);
       float scores[kGroups][4];
       multiply(keys, scores);
       add_scores(scores, key);
@@ -232,6 +239,31 @@ class SampledQueries {
     }
   }
 
+  // Whether it is the first part, which then has the sums of all.
+  __device__ bool merge_parts() {
+    __shared__ RowSums sums[kMostKeyParts - 1][kSampleThreads];
+    if (part_ > 0) {
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+        sums[part_ - 1][thread_][r] = float2{tops_[r], sums_[r]};
+      }
+    }
+    __syncthreads();
+    if (part_ > 0) return false;
+#pragma unroll
+    for (int i = 0; i < kKeyParts - 1; ++i) {
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+        const float2 other = sums[i][thread_][r];
+        const float top = fmaxf(tops_[r], other.x);
+        const float base = top == -INFINITY ? 0.0f : top;
+        sums_[r] = sums_[r] * exp2_approx(tops_[r] - base) + other.y * exp2_approx(other.x - base);
+        tops_[r] = top;
+      }
+    }
+    return true;
+  }
+
   __device__ void write_state(int r) {
     const float top = quad_max(tops_[r]);
     const float base = top == -INFINITY ? 0.0f : top;
@@ -255,6 +287,8 @@ class SampledQueries {
   }
 
   const SampledArgs& args_;
+  int thread_;
+  int part_;          // of the keys
   SampledUnit unit_;  // any of the permutation
   StackPairs pairs_;
   char* image_;
@@ -271,14 +305,15 @@ class SampledQueries {
 };
 
 // One CTA a stack.
-template <class Element, int kHeadDim>
-__global__ void __launch_bounds__(kSampleThreads, kHeadDim <= 128 ? 4 : 2)
+template <class Element, int kHeadDim, int kKeyParts>
+__global__ void __launch_bounds__(kSampleThreads* kKeyParts,
+                                  kHeadDim <= 128 ? kSampleCtasPerSm / kKeyParts : 2)
     select_blocks_samples_kernel(const __grid_constant__ SampledArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // the summary of the keys is another matter
   const auto idx = static_cast<int>(blockIdx.x);
   if (idx == 0 && threadIdx.x == 0) *args.counter = 0;
-  SampledQueries<Element, kHeadDim>(args, idx / args.plan.stacks_per_perm,
-                                    idx % args.plan.stacks_per_perm)
+  SampledQueries<Element, kHeadDim, kKeyParts>(args, idx / args.plan.stacks_per_perm,
+                                               idx % args.plan.stacks_per_perm)
       .run();
 }
 

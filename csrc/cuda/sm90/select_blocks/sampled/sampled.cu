@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.unit_empty[unit].init(Traits::kThreads - 32);
     }
     for (int table = 0; table < kSampledTables; ++table) {
-      shared.table_full[table].init(Traits::kConsumers);
       shared.table_empty[table].init(32 * Traits::kSelectWarps);
     }
     cutlass::arch::fence_barrier_init();
@@ -62,12 +61,28 @@ cudaError_t launch_scores(const SampledArgs& args, cudaStream_t stream) {
                        Traits::kThreads, Traits::kSharedBytes, stream);
 }
 
+template <class Element, int kHeadDim, int kKeyParts>
+cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
+  const int64_t num_stacks =
+      static_cast<int64_t>(args.plan.num_perm_heads) * args.plan.stacks_per_perm;
+  return launch_kernel(select_blocks_samples_kernel<Element, kHeadDim, kKeyParts>, args, num_stacks,
+                       kKeyParts * kSampleThreads, 0, stream);
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
+  if constexpr (kHeadDim <= 128) {
+    if (args.plan.key_parts == 4) return launch_samples<Element, kHeadDim, 4>(args, stream);
+    if (args.plan.key_parts == 2) return launch_samples<Element, kHeadDim, 2>(args, stream);
+  }
+  return launch_samples<Element, kHeadDim, 1>(args, stream);
+}
+
 template <class Element, int kHeadDim>
 cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
   const SampledPlan& plan = args.plan;
   const int64_t num_heads = plan.num_perm_heads;
-  cudaError_t error = launch_kernel(select_blocks_samples_kernel<Element, kHeadDim>, args,
-                                    num_heads * plan.stacks_per_perm, kSampleThreads, 0, stream);
+  cudaError_t error = launch_samples<Element, kHeadDim>(args, stream);
   if (error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
     error = launch_kernel(select_blocks_key_images_kernel<Element, kHeadDim>, args,

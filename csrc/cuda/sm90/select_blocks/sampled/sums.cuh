@@ -13,14 +13,13 @@ class Turns {
     if (warpgroup == kSumWarpgroups - 1) end();
   }
   __device__ void begin() const {
-    cutlass::arch::NamedBarrier::sync(256, kFirstBarrier + warpgroup_);
+    cutlass::arch::NamedBarrier::sync(256, kTurnBarrier + warpgroup_);
   }
   __device__ void end() const {
-    cutlass::arch::NamedBarrier::arrive(256, kFirstBarrier + (warpgroup_ + 1) % kSumWarpgroups);
+    cutlass::arch::NamedBarrier::arrive(256, kTurnBarrier + (warpgroup_ + 1) % kSumWarpgroups);
   }
 
  private:
-  static constexpr int kFirstBarrier = 1 + kSumWarpgroups;  // after those of the stacks
   int warpgroup_;
 };
 
@@ -46,7 +45,7 @@ class SampledSums {
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(uniform(unit.num_tiles()), num_seen, uniform(stack.end_of_whole / kSampledKeys));
       if (num_seen > 0) write_weights(walk.table());
-      shared_.table_full[walk.table()].arrive();
+      TableFull<Traits>::arrive(walk.table());
     }
   }
 
@@ -57,7 +56,7 @@ class SampledSums {
 
   __device__ static int warpgroup() { return uniform(static_cast<int>(threadIdx.x) / 128); }
   __device__ void sync_stack() const {
-    cutlass::arch::NamedBarrier::sync(128 * kParts, 1 + stack_idx_);
+    cutlass::arch::NamedBarrier::sync(128 * kParts, kStackBarrier + stack_idx_);
   }
 
   // The image of the stack, all its loads in flight, and what the thread's rows may see.

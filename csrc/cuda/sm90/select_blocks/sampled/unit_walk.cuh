@@ -57,7 +57,6 @@ struct SampledTraits {
     cutlass::arch::ClusterBarrier k_empty[kStages];
     cutlass::arch::ClusterBarrier unit_full[kDrawnUnits];
     cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];
-    cutlass::arch::ClusterBarrier table_full[kSampledTables];
     cutlass::arch::ClusterBarrier table_empty[kSampledTables];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + kSwizzleBytes;
@@ -197,14 +196,6 @@ __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
                      plan.units_per_perm - 1 - from_longest);
 }
 
-// By a whole warp, for what takes long. A barrier's own wait wakes up whenever any barrier changes,
-// and takes turns from those that multiply. NOTE: lanes that branch each for itself would not sleep
-// at the same time.
-template <class Barrier>
-__device__ void wait_asleep(Barrier& barrier, uint32_t parity, uint32_t nanoseconds) {
-  while (!__all_sync(~0u, barrier.try_wait(parity))) __nanosleep(nanoseconds);
-}
-
 // The units of a CTA, one after the other, as its loader draws them; for everybody else.
 template <class Traits>
 class DrawnUnits {
@@ -215,7 +206,7 @@ class DrawnUnits {
   // Whether there is one more.
   __device__ bool next() {
     ++nth_;
-    wait_asleep(shared_.unit_full[ring_.stage()], ring_.parity(), 64);
+    shared_.unit_full[ring_.stage()].wait(ring_.parity());
     idx_ = shared_.units[ring_.stage()];
     shared_.unit_empty[ring_.stage()].arrive();
     ring_.advance();
@@ -231,6 +222,29 @@ class DrawnUnits {
   RingState<kDrawnUnits> ring_;
   int nth_ = -1;
   int idx_ = 0;
+};
+
+// Named barriers, from each of these on; 0 is that of all threads.
+constexpr int kStackBarrier = 1;
+constexpr int kTurnBarrier = kStackBarrier + kManyStacks;
+constexpr int kTableBarrier = kTurnBarrier + kSumWarpgroups;
+
+// Whether the sums of a table are there, for selecting warps. They wait long: at a barrier in
+// shared memory they would wake up whenever any of them changes, and take turns from those that
+// multiply.
+template <class Traits>
+class TableFull {
+ public:
+  __device__ static void arrive(int table) {
+    __threadfence_block();
+    cutlass::arch::NamedBarrier::arrive(kThreads, kTableBarrier + table);
+  }
+  __device__ static void wait(int table) {
+    cutlass::arch::NamedBarrier::sync(kThreads, kTableBarrier + table);
+  }
+
+ private:
+  static constexpr int kThreads = Traits::kThreads - 32;  // without the warp that loads
 };
 
 // The sums of a stack of the unit.
