@@ -119,9 +119,9 @@ class SampledSums {
     const int stage = wait_for_keys(tile);
     turns_.begin();
     multiply(scores, stage);
+    turns_.end();  // the next one's product waits behind this one
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    turns_.end();
     // NOTE: all sums wait for it. Read before, it would let ptxas move the end of the turn behind
     // them.
     const float scale = *reinterpret_cast<const volatile float*>(shared_.k[stage] +
