@@ -64,8 +64,7 @@ RARE = [
         Case(128, 16384, num_q_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
         FLOAT16,
     ),
-    # Sampled scores with four warpgroups: several units a CTA, the last of each head with fewer
-    # stacks than warpgroups.
+    # Sampled scores with four stacks a unit: several units a CTA, the last of each head with fewer.
     (
         Case(
             1500,
@@ -114,23 +113,26 @@ RARE = [
         ),
         FLOAT16,
     ),
-    # Four warpgroups of each head dim: a stack for each of so many heads.
+    # A stack for each of so many heads: two a unit, whose own segments two parts of a CTA share, and
+    # four, without parts. Fewer stacks have four parts.
     *(
         (
             Case(
                 40,
                 300,
-                num_q_heads=450,
-                num_kv_heads=450,
+                num_q_heads=num_heads,
+                num_kv_heads=num_heads,
                 head_dim=head_dim,
                 batch=2,
                 score="sampled",
                 mass="block",
                 threshold=0.1,
             ),
-            BFLOAT16,
+            dtype,
         )
-        for head_dim in HEAD_DIMS
+        for head_dim, dtype, num_heads in itertools.product(
+            HEAD_DIMS, (BFLOAT16, FLOAT16), (100, 450)
+        )
     ),
 ]
 

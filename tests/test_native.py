@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import reference as ref
 import rounding
+import sanitize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -398,11 +399,77 @@ def test_sampled_rows_fill_a_stack(native, case):
 
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases())
-def test_many_stacks_get_many_warpgroups(native, case):
+def test_many_stacks_make_units_of_many(native, case):
     plan = native.sampled_plan(*case)
-    few, many = native.sampled_stacks
+    few, many = native.stacks_per_unit
     has_many = plan.stacks_per_perm * plan.num_perm_heads >= 6 * case.num_sms
     assert plan.stacks_per_unit == (many if has_many else few)
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases())
+def test_few_stacks_share_their_own_keys_among_more_warps(native, case):
+    """As many parts as leave room for all stacks at once, with four CTAs a multiprocessor."""
+    plan = native.sampled_plan(*case)
+    num_stacks = plan.stacks_per_perm * plan.num_perm_heads
+    fits = [parts for parts in (2, 4) if parts * num_stacks <= 4 * case.num_sms]
+    assert plan.key_parts == (max([1, *fits]) if case.head_dim <= 128 else 1)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("num_stacks", "key_parts", "is_many"),
+    [
+        (1, 4, False),
+        (132, 4, False),
+        (133, 2, False),
+        (264, 2, False),
+        (265, 1, False),
+        (791, 1, False),
+        (792, 1, True),
+    ],
+)
+def test_sampled_plan_by_number_of_stacks(native, num_stacks, key_parts, is_many, head_dim):
+    """On 132 multiprocessors. One query block a head is one stack."""
+    heads = (num_stacks,) * 3
+    case = SampledCase(1, *heads, 64, 600, head_dim, 64, 32, 256, True, 16, False, 132)
+    plan = native.sampled_plan(*case)
+    assert plan.stacks_per_perm * plan.num_perm_heads == num_stacks
+    assert plan.key_parts == (key_parts if head_dim <= 128 else 1)
+    assert plan.stacks_per_unit == native.stacks_per_unit[is_many]
+
+
+def test_the_sanitizer_reaches_every_sampled_kernel(native):
+    """On 132 multiprocessors: launch_samples and launch_scores, sm90/select_blocks/sampled."""
+    samples, scores = set(), set()
+    for case, dtype in sanitize.cases():
+        if case.score != "sampled":
+            continue
+        by_query_head = case.permute_per == "query_head"
+        plan = native.sampled_plan(
+            case.batch,
+            case.num_q_heads,
+            case.num_kv_heads,
+            case.num_q_heads if by_query_head else case.num_kv_heads,
+            case.num_queries,
+            case.num_keys,
+            case.head_dim,
+            case.block_size,
+            case.kv_block,
+            case.segment_size,
+            case.is_causal,
+            case.num_samples,
+            case.select_per == "kv_head",
+            132,
+        )
+        assert plan.num_tiles > 0
+        samples.add((dtype, case.head_dim, plan.key_parts))
+        scores.add((case.head_dim, plan.stacks_per_unit))
+    dtypes = (sanitize.BFLOAT16, sanitize.FLOAT16)
+    narrow = [head_dim for head_dim in HEAD_DIMS if head_dim <= 128]
+    wide = [head_dim for head_dim in HEAD_DIMS if head_dim > 128]
+    assert samples == {*product(dtypes, narrow, (1, 2, 4)), *product(dtypes, wide, (1,))}
+    assert scores == set(product(HEAD_DIMS, native.stacks_per_unit))
 
 
 @settings(deadline=None, max_examples=200)
@@ -542,12 +609,14 @@ def test_sampled_tiles_fit_in_shared_memory(native, head_dim):
     assert stages >= 2  # the next tile's load has to overlap with this one's product
     assert native.key_tile_bytes(head_dim) == 128 * head_dim + 16
     stage = math.ceil(native.key_tile_bytes(head_dim) / native.swizzle_bytes) * native.swizzle_bytes
-    for warpgroups in native.sampled_stacks:
-        queries = warpgroups * native.stack_bytes(head_dim)
-        weights = 4 * native.sampled_tables * warpgroups * native.stack_rows
-        drawn = 4 * (native.drawn_units + 1)
-        barriers = 8 * 2 * (stages + native.drawn_units + native.sampled_tables)
-        used = queries + stages * stage + weights + drawn + barriers
+    for num_stacks in native.stacks_per_unit:
+        assert native.sum_warpgroups % num_stacks == 0  # as many warpgroups for each of them
+        queries = num_stacks * native.stack_bytes(head_dim)
+        totals = 4 * native.sum_warpgroups * native.stack_rows
+        weights = 4 * native.sampled_tables * num_stacks * native.stack_rows
+        drawn = 4 * (native.drawn_units + 1)  # up to the alignment of a barrier
+        barriers = 8 * (2 * stages + 2 * native.drawn_units + native.sampled_tables)
+        used = queries + stages * stage + totals + weights + drawn + barriers
         # The struct ends at a multiple of its alignment, and starts at one.
         used = math.ceil(used / native.swizzle_bytes) * native.swizzle_bytes
         assert used + native.swizzle_bytes <= native.shared_bytes_per_cta

@@ -120,6 +120,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("units_per_perm", &sm90::SampledPlan::units_per_perm)
       .def_readonly("num_perm_heads", &sm90::SampledPlan::num_perm_heads)
       .def_readonly("heads_per_group", &sm90::SampledPlan::heads_per_group)
+      .def_readonly("key_parts", &sm90::SampledPlan::key_parts)
       .def_readonly("num_ctas", &sm90::SampledPlan::num_ctas)
       .def_readonly("num_tiles", &sm90::SampledPlan::num_tiles)
       .def_readonly("head_dim", &sm90::SampledPlan::head_dim);
@@ -154,7 +155,8 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("sampled_row_bytes") = sizeof(sm90::SampledRow);
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
-  m.attr("sampled_stacks") = std::make_pair(sm90::kFewStacks, sm90::kManyStacks);
+  m.attr("sum_warpgroups") = sm90::kSumWarpgroups;
+  m.attr("stacks_per_unit") = std::make_pair(sm90::kFewStacks, sm90::kManyStacks);
   // Of one query block: how many of its candidates a score chooses among, and whether it is in the
   // dense tail.
   m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,
