@@ -1,6 +1,8 @@
 """Sampled scores on a GPU, against the reference that rounds as the kernel does: settings, sizes,
 extreme and missing values."""
 
+import math
+
 import pytest
 import reference as ref
 import torch
@@ -9,6 +11,9 @@ from test_stages_gpu import HALVES, assert_sampled, assert_selection, select_on_
 from tolerances import SAMPLED_RTOL
 
 pytestmark = pytest.mark.gpu
+LOG2E = math.log2(math.e)
+# Of logits of 40 powers of two: half precision rounds them to 1/32 here.
+LEANING_RTOL = 0.15
 ops = torch.ops.pbs
 
 SAMPLED = Case(
@@ -65,19 +70,17 @@ def test_sampled_score_follows_its_rule(
 
 
 @pytest.mark.parametrize(
-    ("warpgroups", "batch", "num_q_heads", "num_kv_heads", "num_queries"),
-    [(2, 2, 8, 4, 2700), (4, 2, 32, 8, 1250)],
+    ("stacks_per_unit", "batch", "num_q_heads", "num_kv_heads", "num_queries"),
+    [(2, 1, 36, 9, 1300), (4, 2, 48, 12, 900)],
 )
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_sampled_score_of_several_units_a_cta(
-    head_dim, warpgroups, batch, num_q_heads, num_kv_heads, num_queries
+    head_dim, stacks_per_unit, batch, num_q_heads, num_kv_heads, num_queries
 ):
-    """With either number of warpgroups (include/pbs/sm90/sampled_plan.h): each block of 64 samples
-    is a stack."""
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    """With either number of stacks (include/pbs/sm90/sampled_plan.h): more than 32 samples of a
+    query block are one. The reference takes time by samples, and half a stack has none."""
     num_stacks = batch * num_q_heads * -(-num_queries // 64)
-    if (num_stacks >= 6 * num_sms) != (warpgroups == 4) or num_stacks / warpgroups < num_sms:
-        pytest.skip(f"sizes are for about 132 multiprocessors, not {num_sms}")
+    skip_unless_planned(num_stacks, stacks_per_unit)
     case = SAMPLED._replace(
         num_queries=num_queries,
         num_keys=num_queries,
@@ -85,9 +88,36 @@ def test_sampled_score_of_several_units_a_cta(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        num_samples=64,
+        num_samples=33,
     )
     assert_selection(case, 0, torch.bfloat16)
+
+
+def skip_unless_planned(num_stacks, stacks_per_unit, least_units=2):
+    """Unless the plan makes units of so many stacks, and of those so many for each CTA."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    is_many = num_stacks >= 6 * num_sms
+    if is_many != (stacks_per_unit == 4) or num_stacks < least_units * stacks_per_unit * num_sms:
+        pytest.skip(f"sizes are for about 132 multiprocessors, not {num_sms}")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("key_parts", [4, 2, 1])
+def test_sampled_score_by_key_parts(key_parts, head_dim, dtype):
+    """About the most stacks that still share the keys of their own segments among so many parts, or
+    a few more than share any. Each query head makes as many rows as a stack has."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    num_kv_heads = {4: num_sms // 4, 2: num_sms // 2, 1: num_sms // 2 + 1}[key_parts]
+    case = SAMPLED._replace(
+        num_queries=100,
+        num_keys=400,
+        num_q_heads=4 * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_samples=17,
+    )
+    assert_selection(case, 0, dtype)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +146,16 @@ def test_sampled_score_of_several_units_a_cta(
 )
 def test_sampled_score_of_rare_sizes(changed):
     assert_selection(SAMPLED._replace(**changed), 0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("num_keys", [1100, 1024])  # with own keys in any case, and without
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sampled_score_of_a_negative_scale(is_causal, num_keys, dtype):
+    """Queries prefer the keys that lean away from them."""
+    case = SAMPLED._replace(num_keys=num_keys, is_causal=is_causal, scale=-0.3)
+    _, masses = assert_selection(case, 0, dtype)
+    assert (masses > 2 * case.threshold).any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -152,6 +192,70 @@ def test_sampled_score_of_growing_logits(factor, last):
     if factor == 3000 and last == 500:
         assert (masses[:, :, -1, 8:15] > 0.04).all()
         assert mask[:, :, -1, 8:15].all()
+
+
+# Levels of tiles, in powers of two: what their keys weigh beside an own key, for one query head
+# after the other. Weights of 2^11 times what a row has room for make it move its offset.
+LEVELS = [
+    [13, 13, 13, 13, 27, 27, 27, 27, 41, 41, 41, 41],
+    [6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39],
+    [41, 40, 38, 36, 41, 39, 37, 35, 40, 38, 36, 34],
+    [0, 0, 0, 0, 0, 0, 13, 12, 14, 25, 26, 27],
+]
+
+
+def leaning_qk(case, dtype):
+    """Queries of head h lean towards a direction of their own, which keys follow by LEVELS; keys
+    behind the last tile do not."""
+    q, k, _ = clustered_qkv(case, dtype, seed=7)
+    q[..., : len(LEVELS)] = k[..., : len(LEVELS)] = 0
+    slope = 8.0  # log2(e) times it, in powers of two for each unit of a key
+    for nth, levels in enumerate(LEVELS):
+        q[:, nth :: len(LEVELS), :, nth] = slope * case.head_dim**0.5
+        by_key = torch.tensor(levels).repeat_interleave(128) / (slope * LOG2E)
+        k[:, :, : len(by_key), nth] = by_key.to(dtype)
+    return q, k
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("is_causal", "num_own"), [(True, 40), (False, 40), (False, 0)], ids=str)
+def test_sampled_score_where_the_own_segment_is_light(is_causal, num_own, head_dim, dtype):
+    """Far keys weigh up to 2^41 times as much, in several tiles one after the other. Without own
+    keys, rows compare with the first candidates."""
+    case = SAMPLED._replace(
+        num_queries=40,
+        num_keys=12 * 128 + num_own,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        is_causal=is_causal,
+        threshold=0.01,
+    )
+    assert_leaning(case, dtype)
+
+
+def test_sampled_score_where_many_own_segments_are_light():
+    """The same with four stacks a unit."""
+    case = SAMPLED._replace(
+        num_queries=20 * 64,
+        num_keys=12 * 128 + 40,
+        num_q_heads=40,
+        num_kv_heads=10,
+        is_causal=False,
+        num_samples=33,
+        threshold=0.01,
+    )
+    skip_unless_planned(40 * 20, stacks_per_unit=4, least_units=1)
+    assert_leaning(case, torch.bfloat16)
+
+
+def assert_leaning(case, dtype):
+    mask, _ = assert_sampled(case, *leaning_qk(case, dtype), rtol=LEANING_RTOL)
+    candidate, _ = ref.block_roles(case.layout)
+    for nth in range(len(LEVELS)):  # each of them tells heavy blocks from light ones
+        chosen = mask[:, nth :: len(LEVELS)]
+        assert chosen.sum(-1).min() > 1
+        assert not (chosen | ~candidate).all(-1).any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

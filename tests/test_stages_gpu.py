@@ -408,9 +408,9 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     if score == "sampled":
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         tiles, stacks = -(-num_tokens // 128), perm_heads * -(-blocks * heads // perm_heads // 4)
-        warpgroups = 2 if stacks < 6 * num_sms else 4
+        stacks_per_unit = 2 if stacks < 6 * num_sms else 4
         workspace = perm_heads * tiles * (128 * head_dim + 16) + 64 * stacks * (head_dim + 16)
-        workspace += 2048 * num_sms * warpgroups * -(-tiles // 2) + 640
+        workspace += 2048 * num_sms * stacks_per_unit * -(-tiles // 2) + 640
         documented += max(0, workspace - 2 * heads * num_tokens * head_dim)
     else:
         documented += 4 * (perm_heads + kv_heads * (mass == "causal")) * blocks * head_dim
