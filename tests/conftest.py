@@ -1,4 +1,5 @@
 import functools
+import os
 
 import pytest
 import torch
@@ -6,6 +7,13 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    """Workers of pytest-xdist share the cores. Without this each would start a thread for every
+    core, and references on the CPU would take several times as long."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
 
 
 def has_gpu():
