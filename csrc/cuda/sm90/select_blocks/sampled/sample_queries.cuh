@@ -309,7 +309,7 @@ template <class Element, int kHeadDim, int kKeyParts>
 __global__ void __launch_bounds__(kSampleThreads* kKeyParts,
                                   kHeadDim <= 128 ? kSampleCtasPerSm / kKeyParts : 2)
     select_blocks_samples_kernel(const __grid_constant__ SampledArgs args) {
-  cudaTriggerProgrammaticLaunchCompletion();  // the summary of the keys is another matter
+  cudaTriggerProgrammaticLaunchCompletion();  // the images of the keys are another matter
   const auto idx = static_cast<int>(blockIdx.x);
   if (idx == 0 && threadIdx.x == 0) *args.counter = 0;
   SampledQueries<Element, kHeadDim, kKeyParts>(args, idx / args.plan.stacks_per_perm,
