@@ -113,7 +113,7 @@ RARE = [
         ),
         FLOAT16,
     ),
-    # A stack for each of so many heads: two a unit, whose own segments two parts of a CTA share, and
+    # A stack for each of so many heads: two a unit, whose own keys two parts of a CTA share, and
     # four, without parts. Fewer stacks have four parts.
     *(
         (
