@@ -113,8 +113,8 @@ RARE = [
         ),
         FLOAT16,
     ),
-    # A stack for each of so many heads: two a unit, whose own keys two parts of a CTA share, and
-    # four, without parts. Fewer stacks have four parts.
+    # A stack for each of so many heads: one a unit, whose own keys two parts of a CTA share; two a
+    # unit and four, without parts. Fewer stacks have four parts.
     *(
         (
             Case(
@@ -131,7 +131,7 @@ RARE = [
             dtype,
         )
         for head_dim, dtype, num_heads in itertools.product(
-            HEAD_DIMS, (BFLOAT16, FLOAT16), (100, 450)
+            HEAD_DIMS, (BFLOAT16, FLOAT16), (100, 200, 450)
         )
     ),
 ]

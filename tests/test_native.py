@@ -401,9 +401,9 @@ def test_sampled_rows_fill_a_stack(native, case):
 @given(case=sampled_cases())
 def test_many_stacks_make_units_of_many(native, case):
     plan = native.sampled_plan(*case)
-    few, many = native.stacks_per_unit
-    has_many = plan.stacks_per_perm * plan.num_perm_heads >= 6 * case.num_sms
-    assert plan.stacks_per_unit == (many if has_many else few)
+    num_stacks = plan.stacks_per_perm * plan.num_perm_heads
+    sizes = [num_stacks >= 2 * case.num_sms, num_stacks >= 6 * case.num_sms]
+    assert plan.stacks_per_unit == native.stacks_per_unit[sum(sizes)]
 
 
 @settings(deadline=None, max_examples=200)
@@ -418,25 +418,28 @@ def test_few_stacks_share_their_own_keys_among_more_warps(native, case):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
-    ("num_stacks", "key_parts", "is_many"),
+    ("num_stacks", "key_parts", "stacks_per_unit"),
     [
-        (1, 4, False),
-        (132, 4, False),
-        (133, 2, False),
-        (264, 2, False),
-        (265, 1, False),
-        (791, 1, False),
-        (792, 1, True),
+        (1, 4, 1),
+        (132, 4, 1),
+        (133, 2, 1),
+        (263, 2, 1),
+        (264, 2, 2),
+        (265, 1, 2),
+        (791, 1, 2),
+        (792, 1, 4),
     ],
 )
-def test_sampled_plan_by_number_of_stacks(native, num_stacks, key_parts, is_many, head_dim):
+def test_sampled_plan_by_number_of_stacks(
+    native, num_stacks, key_parts, stacks_per_unit, head_dim
+):
     """On 132 multiprocessors. One query block a head is one stack."""
     heads = (num_stacks,) * 3
     case = SampledCase(1, *heads, 64, 600, head_dim, 64, 32, 256, True, 16, False, 132)
     plan = native.sampled_plan(*case)
     assert plan.stacks_per_perm * plan.num_perm_heads == num_stacks
     assert plan.key_parts == (key_parts if head_dim <= 128 else 1)
-    assert plan.stacks_per_unit == native.stacks_per_unit[is_many]
+    assert plan.stacks_per_unit == stacks_per_unit
 
 
 def test_the_sanitizer_reaches_every_sampled_kernel(native):

@@ -71,16 +71,16 @@ def test_sampled_score_follows_its_rule(
 
 @pytest.mark.parametrize(
     ("stacks_per_unit", "batch", "num_q_heads", "num_kv_heads", "num_queries"),
-    [(2, 1, 36, 9, 1300), (4, 2, 48, 12, 900)],
+    [(1, 1, 12, 3, 1300), (2, 1, 36, 9, 1300), (4, 2, 48, 12, 900)],
 )
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_sampled_score_of_several_units_a_cta(
     head_dim, stacks_per_unit, batch, num_q_heads, num_kv_heads, num_queries
 ):
-    """With either number of stacks (include/pbs/sm90/sampled_plan.h): more than 32 samples of a
+    """With every number of stacks (include/pbs/sm90/sampled_plan.h): more than 32 samples of a
     query block are one. The reference takes time by samples, and half a stack has none."""
     num_stacks = batch * num_q_heads * -(-num_queries // 64)
-    skip_unless_planned(num_stacks, stacks_per_unit)
+    skip_unless_planned(num_stacks, stacks_per_unit, least_units=1.9)
     case = SAMPLED._replace(
         num_queries=num_queries,
         num_keys=num_queries,
@@ -93,11 +93,11 @@ def test_sampled_score_of_several_units_a_cta(
     assert_selection(case, 0, torch.bfloat16)
 
 
-def skip_unless_planned(num_stacks, stacks_per_unit, least_units=2):
+def skip_unless_planned(num_stacks, stacks_per_unit, least_units):
     """Unless the plan makes units of so many stacks, and of those so many for each CTA."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    is_many = num_stacks >= 6 * num_sms
-    if is_many != (stacks_per_unit == 4) or num_stacks < least_units * stacks_per_unit * num_sms:
+    planned = 1 if num_stacks < 2 * num_sms else 2 if num_stacks < 6 * num_sms else 4
+    if planned != stacks_per_unit or num_stacks < least_units * stacks_per_unit * num_sms:
         pytest.skip(f"sizes are for about 132 multiprocessors, not {num_sms}")
 
 

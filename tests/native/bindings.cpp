@@ -156,7 +156,8 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
   m.attr("sum_warpgroups") = sm90::kSumWarpgroups;
-  m.attr("stacks_per_unit") = std::make_pair(sm90::kFewStacks, sm90::kManyStacks);
+  m.attr("stacks_per_unit") =
+      std::make_tuple(sm90::kFewestStacks, sm90::kFewStacks, sm90::kManyStacks);
   // Of one query block: how many of its candidates a score chooses among, and whether it is in the
   // dense tail.
   m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,

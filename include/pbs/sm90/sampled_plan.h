@@ -27,7 +27,9 @@ constexpr int kDrawnUnits = 3;     // by a CTA, at once
 constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
 constexpr int kSumWarpgroups = 4;  // that multiply
 // Stacks of a unit. Four share the keys that are loaded; but on short prompts the longest unit of
-// four takes longer than all others together, and two warpgroups share the work of a stack.
+// four takes longer than all others together. Then two or four warpgroups share the work of a
+// stack.
+constexpr int kFewestStacks = 1;
 constexpr int kFewStacks = 2;
 constexpr int kManyStacks = 4;
 
@@ -57,14 +59,16 @@ struct alignas(16) SampledRow {
 constexpr int kSampleCtasPerSm = 4;
 constexpr int kMostKeyParts = 4;
 
-constexpr int64_t kManyFrom = 6;  // stacks a CTA: then the lengths of units even out
+// Stacks a CTA from which on the lengths of units of few and of many even out.
+constexpr int64_t kFewFrom = 2;
+constexpr int64_t kManyFrom = 6;
 
 constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the same time
 
 struct SampledPlan {
   int32_t rows_per_pair;  // of a stack: num_samples, filled up to a power of two
   int32_t pairs_per_stack;
-  int32_t stacks_per_unit;  // kFewStacks or kManyStacks
+  int32_t stacks_per_unit;  // kFewestStacks, kFewStacks or kManyStacks
   int32_t selections_per_perm;
   int32_t pairs_per_perm;
   int32_t stacks_per_perm;
@@ -98,7 +102,9 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
          2 * plan.key_parts * num_stacks <= kSampleCtasPerSm * num_sms) {
     plan.key_parts *= 2;
   }
-  plan.stacks_per_unit = num_stacks < kManyFrom * num_sms ? kFewStacks : kManyStacks;
+  plan.stacks_per_unit = num_stacks < kFewFrom * num_sms    ? kFewestStacks
+                         : num_stacks < kManyFrom * num_sms ? kFewStacks
+                                                            : kManyStacks;
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.stacks_per_unit));
   plan.num_tiles =
       narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSampledKeys));

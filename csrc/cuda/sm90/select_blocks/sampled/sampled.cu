@@ -90,8 +90,15 @@ cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
                           /*starts_early=*/true);
     if (error != cudaSuccess) return error;
   }
-  return plan.stacks_per_unit == kFewStacks ? launch_scores<kHeadDim, kFewStacks>(args, stream)
-                                            : launch_scores<kHeadDim, kManyStacks>(args, stream);
+  switch (plan.stacks_per_unit) {
+    case kFewestStacks:
+      return launch_scores<kHeadDim, kFewestStacks>(args, stream);
+    case kFewStacks:
+      return launch_scores<kHeadDim, kFewStacks>(args, stream);
+    case kManyStacks:
+      return launch_scores<kHeadDim, kManyStacks>(args, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 SampledPlan plan_of(const SelectBlocksParams& params) {
