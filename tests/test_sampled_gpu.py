@@ -149,16 +149,6 @@ def test_sampled_score_of_rare_sizes(changed):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("num_keys", [1100, 1024])  # with own keys in any case, and without
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_sampled_score_of_a_negative_scale(is_causal, num_keys, dtype):
-    """Queries prefer the keys that lean away from them."""
-    case = SAMPLED._replace(num_keys=num_keys, is_causal=is_causal, scale=-0.3)
-    _, masses = assert_selection(case, 0, dtype)
-    assert (masses > 2 * case.threshold).any()
-
-
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sampled_score_without_a_permutation(is_causal, dtype):
     case = SAMPLED._replace(is_causal=is_causal)

@@ -78,7 +78,7 @@ class SampledRowsMask {
     while (walk.next()) {
       const SampledUnit unit = walk.unit();
       const int sink = find_sink(args_.params, unit.b, unit.hp);
-      TableFull<Traits>::wait(walk.table());
+      TableFull<Traits>::wait(shared_, walk.table(), walk.parity());
       for (int i = warp_; i < Traits::kStacks * pairs_per_stack; i += Traits::kSelectWarps) {
         const int stack = i / pairs_per_stack;
         const StackPairs pairs = unit.pairs(stack);

@@ -132,8 +132,7 @@ class SampledQueries {
         reinterpret_cast<const cutlass::Array<Element, 8>&>(queries_[r][chunk]));
   }
 
-  // Writes the row to the image of the stack, with the sign of the scores' scale, and keeps the
-  // scale of its elements.
+  // Writes the row to the image of the stack, and keeps the scale of its elements.
   __device__ void write(int r) {
     uint32_t largest = 0;
 #pragma unroll
@@ -146,10 +145,9 @@ class SampledQueries {
     largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
     const NarrowScale scale(largest);
     scales_[r] = scale.scale;
-    const float inverse = copysignf(scale.inverse, args_.params.scale);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const auto narrow = narrowed(floats(r, i), inverse);
+      const auto narrow = narrowed(floats(r, i), scale.inverse);
       const int place =
           typename SampledLayouts<kHeadDim>::Stack{}(row_ + 8 * r, 32 * i + lane_ % 4 * 8);
       *reinterpret_cast<uint2*>(image_ + place) = reinterpret_cast<const uint2&>(narrow);
@@ -270,7 +268,7 @@ class SampledQueries {
     const float sum = quad_sum(sums_[r] * exp2_approx(tops_[r] - base));
     SampledRow state{0.0f, 0.0f, 0.0f, -1};  // there is no such row
     if (rows_[r].query >= 0) {
-      state.factor = scales_[r] * fabsf(args_.params.scale) * kLog2e;
+      state.factor = scales_[r] * args_.params.scale * kLog2e;
       set_own(state, base + log2f(sum));
       state.candidate_end = rows_[r].candidate_end;
     }

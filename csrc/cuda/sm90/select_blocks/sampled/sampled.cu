@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.unit_empty[unit].init(Traits::kThreads - 32);
     }
     for (int table = 0; table < kSampledTables; ++table) {
+      shared.table_full[table].init(Traits::kConsumers);
       shared.table_empty[table].init(32 * Traits::kSelectWarps);
     }
     cutlass::arch::fence_barrier_init();

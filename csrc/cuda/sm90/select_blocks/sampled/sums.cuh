@@ -45,7 +45,7 @@ class SampledSums {
       shared_.table_empty[walk.table()].wait(walk.parity() ^ 1);
       add_tiles(uniform(unit.num_tiles()), num_seen, uniform(stack.end_of_whole / kSampledKeys));
       if (num_seen > 0) write_weights(walk.table());
-      TableFull<Traits>::arrive(walk.table());
+      TableFull<Traits>::arrive(shared_, walk.table());
     }
   }
 

@@ -57,6 +57,7 @@ struct SampledTraits {
     cutlass::arch::ClusterBarrier k_empty[kStages];
     cutlass::arch::ClusterBarrier unit_full[kDrawnUnits];
     cutlass::arch::ClusterBarrier unit_empty[kDrawnUnits];
+    cutlass::arch::ClusterBarrier table_full[kSampledTables];
     cutlass::arch::ClusterBarrier table_empty[kSampledTables];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + kSwizzleBytes;
@@ -230,17 +231,20 @@ constexpr int kTurnBarrier = kStackBarrier + kManyStacks;
 constexpr int kTableBarrier = kTurnBarrier + kSumWarpgroups;
 
 // Whether the sums of a table are there, for selecting warps. They wait long: at a barrier in
-// shared memory they would wake up whenever any of them changes, and take turns from those that
-// multiply.
+// shared memory alone they would wake up whenever any of them changes, and take turns from those
+// that multiply. So a named barrier wakes them, after the one that orders what they read.
 template <class Traits>
 class TableFull {
  public:
-  __device__ static void arrive(int table) {
-    __threadfence_block();
+  using Shared = typename Traits::Shared;
+
+  __device__ static void arrive(Shared& shared, int table) {
+    shared.table_full[table].arrive();
     cutlass::arch::NamedBarrier::arrive(kThreads, kTableBarrier + table);
   }
-  __device__ static void wait(int table) {
+  __device__ static void wait(Shared& shared, int table, uint32_t parity) {
     cutlass::arch::NamedBarrier::sync(kThreads, kTableBarrier + table);
+    shared.table_full[table].wait(parity);
   }
 
  private:
