@@ -3,6 +3,7 @@ figure is that of a value."""
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def assert_figures(pattern, values, path=KERNEL_LOG):
     assert len(said) == len(values), (pattern, said, values)
     for text, value in zip(said, values, strict=True):
         assert says(text, float(value)), (pattern, text, value)
+
+
+# Cells of tables that are written from CSVs
+
+
+def rounded(value, digits=3):
+    """Without the sign of a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def mean(rows, column):
+    """As a cell: empty where nothing was measured."""
+    values = [float(row[column]) for row in rows if row[column] != ""]
+    return rounded(statistics.fmean(values)) if values else ""
+
+
+def lengths_of(rows):
+    return sorted({row["tokens"] for row in rows}, key=int)
+
+
+def signed(value, digits=1):
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 # The first generation of the selection, up to 0.2.0: texts that nothing was chosen by, and presets

@@ -7,7 +7,8 @@ the same columns. tests/test_docs_tables.py holds the pages against them.
 import statistics
 import string
 
-from doc_tables import ROOT, find, read
+from doc_tables import ROOT, find, lengths_of, mean, read, rounded, signed
+from preset_tables import held_out_texts, quality, ruler, ruler_tasks, tuning_ruler, tuning_texts
 
 CHOOSING, EXPERIMENTS, KERNEL_LOG = (
     ROOT / "docs" / name for name in ("choosing.md", "experiments.md", "kernel-log.md")
@@ -15,35 +16,6 @@ CHOOSING, EXPERIMENTS, KERNEL_LOG = (
 README = ROOT / "README.md"
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
 SELECTION = "selection_h200.csv"
-
-
-def rounded(value, digits=3):
-    """Without the sign of a zero."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def mean(rows, column):
-    """As a cell: empty where nothing was measured."""
-    values = [float(row[column]) for row in rows if row[column] != ""]
-    return rounded(statistics.fmean(values)) if values else ""
-
-
-def lengths_of(rows):
-    return sorted({row["tokens"] for row in rows}, key=int)
-
-
-# docs/choosing.md
-
-
-def ruler():
-    """What 0.2.0's default, and the prototype nearest to today's, are above dense."""
-    near = {"A": "0.2.0's default", "C": "near `balanced`"}
-    rows = {letter: line for letter, *line in prototype_scores("a")[1]}
-    names = ["prototype"]
-    for length in lengths_of(read(PROTOTYPES)):
-        names += [f"{length} tokens", f"density at {length}"]
-    places = len(ABOUT) - 1
-    return names, [[name, *rows[letter][places : places + 6]] for letter, name in near.items()]
 
 
 # docs/kernel-log.md
@@ -73,7 +45,7 @@ def select_blocks():
 # docs/experiments.md
 
 
-def operator():
+def operator_with_summary():
     """Milliseconds of one call with a summary of the keys, and of cuDNN's dense kernel."""
     rows = read(SELECTION)
     lines = []
@@ -137,7 +109,7 @@ def prototype_scores(run):
 
 def points_above(rows):
     above = statistics.fmean(float(row["above_dense"]) for row in rows)
-    return f"{round(above, 1) + 0.0:+.1f}"
+    return signed(above)
 
 
 def prototypes_of_three_tasks():
@@ -162,8 +134,13 @@ def prototypes_on_texts():
 TABLES = [
     (CHOOSING, ruler),
     (README, ruler),
+    (CHOOSING, quality),
     (KERNEL_LOG, select_blocks),
-    (EXPERIMENTS, operator),
+    (EXPERIMENTS, ruler_tasks),
+    (EXPERIMENTS, tuning_ruler),
+    (EXPERIMENTS, tuning_texts),
+    (EXPERIMENTS, held_out_texts),
+    (EXPERIMENTS, operator_with_summary),
     (EXPERIMENTS, prototypes_of_three_tasks),
     (EXPERIMENTS, prototypes_of_five_tasks),
     (EXPERIMENTS, prototypes_on_texts),

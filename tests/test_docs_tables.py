@@ -4,7 +4,19 @@ import statistics
 
 import pytest
 from doc_tables import assert_figures, read
-from measured_tables import EXPERIMENTS, PROTOTYPES, TABLES, as_markdown, prototypes, write
+from measured_tables import (
+    CHOOSING,
+    EXPERIMENTS,
+    PROTOTYPES,
+    README,
+    TABLES,
+    as_markdown,
+    prototypes,
+    write,
+)
+from preset_tables import QUALITY, TUNING, by_threshold, of_preset, ruler_scores, tuning_points
+
+from pbs_attn.bench.ruler_table import average
 
 
 @pytest.mark.parametrize(
@@ -61,3 +73,104 @@ def test_dense_scores_of_prototypes():
                 groups.setdefault(int(row["tokens"]), []).append(float(row["score"]))
         values = [statistics.fmean(groups[tokens]) for tokens in sorted(groups)]
         assert_figures(words, values, EXPERIMENTS)
+
+
+def scores_of(preset, **place):
+    """Of the held-out prompts: of a length, of tasks, or of both."""
+    rows = [
+        row
+        for row in read("ruler_qwen_h200.csv")
+        if all(row[name] in values for name, values in place.items())
+    ]
+    return ruler_scores(rows, preset).values()
+
+
+def test_figures_of_ruler():
+    length = average(list(scores_of("fast", tokens=["32768"])))
+    for page in (CHOOSING, README):
+        assert_figures("loses # points at 32768 tokens", [-length.above], page)
+    assert length.above < -2 * length.error
+    several = [
+        average(list(scores_of("fast", text=[f"niah_multi{x}"]))) for x in ("value", "query")
+    ]
+    assert_figures("values of one key, loses # points, and", [-several[0].above], CHOOSING)
+    assert all(score.above < 0 for score in scores_of("fast", text=["niah_multivalue"]))
+    values = [-score.above for score in several] + [-s.above / s.error for s in several]
+    words = "`fast` loses # of niah_multivalue and # of niah_multiquery, # and # standard errors"
+    assert_figures(words.replace("#", "# points", 1), values, EXPERIMENTS)
+    short = average(list(scores_of("balanced", tokens=["16384"])))
+    assert_figures("`balanced` is # points above dense at 16384 tokens", [short.above], CHOOSING)
+    for tokens in ("8192", "16384", "32768"):
+        score = average(list(scores_of("balanced", tokens=[tokens])))
+        assert score.above > -score.error
+    tasks = {row["text"] for row in read("ruler_qwen_h200.csv")}
+    scores = [average(list(scores_of("balanced", text=[task]))) for task in tasks]
+    assert len(scores) == 7
+    assert all(abs(score.above) <= 1.2 * score.error for score in scores)
+
+
+def test_figures_of_texts():
+    def value(model, preset, probe, column):
+        rows = of_preset(read(QUALITY[model]), preset)
+        return statistics.fmean(float(row[column]) for row in rows if row["probe"] == probe)
+
+    loss = "loss_above_dense"
+    small, *_ = [model for model in QUALITY if "SmolLM2" in model]
+    large = [model for model in QUALITY if model != small]
+    most = max(value(model, "balanced", "text", loss) for model in QUALITY)
+    assert_figures("`balanced` loses at most # nats of text", [most], CHOOSING)
+    fast, balanced = (value(small, preset, "text", "op_ms") for preset in ("fast", "balanced"))
+    repeat = value(small, "fast", "copy", loss)
+    words = "repeats on the small model: # nats. It also loses # of text there, for # % less time"
+    saved = 100 * (1 - fast / balanced)
+    assert_figures(words, [repeat, value(small, "fast", "text", loss), saved], CHOOSING)
+    assert_figures("`fast` loses # nats a token of them", [repeat], README)
+    values = [max(value(model, "fast", "text", loss) for model in large)]
+    values.append(value("Qwen2.5-Coder-1.5B, 16384", "fast", "copy", loss))
+    assert_figures("On Qwen, `fast` loses at most # of text, and # of a repeat", values, CHOOSING)
+    for preset in ("dense", "balanced"):
+        assert value(small, preset, "pass key", "right") == 0.8
+
+
+def test_figures_of_tuning():
+    """Standard errors in parentheses are of prompts that no CSV has, but for held-out ones."""
+    rows = read("ruler_tuning_qwen_h200.csv")
+    dense = [float(row["score"]) for row in rows if row["selection"] == "dense"]
+    scores = [statistics.fmean(dense[first : first + 3]) for first in (0, 3, 6)]
+    assert_figures("dense scores #, # and #. 32 samples", scores, EXPERIMENTS)
+    groups = by_threshold(rows)
+
+    def points(samples, length):
+        group = [row for row in groups[samples, "0.01"] if row["tokens"] == length]
+        return -tuning_points(rows, group)
+
+    own, shared = "16 of a query head", "16 of a KV head"
+    words = "lose # (± 7.8) points at 16384 tokens and # (± 9.6) at 32768"
+    assert_figures(words, [points(own, "16384"), points(own, "32768")], EXPERIMENTS)
+    words = "a KV head lose # (± 8.6) points at 32768 tokens"
+    assert_figures(words, [points(shared, "32768")], EXPERIMENTS)
+    tasks = {row["text"] for row in rows}
+    held_out = average(list(scores_of("fast", tokens=["32768"], text=tasks)))
+    words = "The same three tasks lose # (± #) in the"
+    assert_figures(words, [-held_out.above, held_out.error], EXPERIMENTS)
+
+    def repeat(model, *place):
+        group = by_threshold(read(TUNING[model]))[place]
+        return statistics.fmean(
+            float(row["loss_above_dense"]) for row in group if row["probe"] == "copy"
+        )
+
+    large, small = TUNING
+    for words, model, *places in (
+        ("from 16 samples loses # nats of a repeat", small, (shared, "0.01")),
+        ("head lose #, at less density", small, (own, "0.01")),
+        ("the shared selection still loses #.", small, (shared, "0.005")),
+        ("32 samples of a KV head** lose # at 0.01", small, ("32 of a KV head", "0.01")),
+        (
+            "loses # of a repeat with 16 samples, and # with 32",
+            large,
+            (shared, "0.01"),
+            ("32 of a KV head", "0.01"),
+        ),
+    ):
+        assert_figures(words, [repeat(model, *place) for place in places], EXPERIMENTS)

@@ -1,0 +1,179 @@
+"""Tables of the presets of today, and of what they were chosen by."""
+
+import statistics
+
+from doc_tables import find, lengths_of, mean, read, rounded, signed
+
+from pbs_attn import PBSConfig
+from pbs_attn.bench.ruler_table import average, compare
+
+PRESETS = ("accurate", "balanced", "fast", "paper")
+QUALITY = {
+    "Qwen2.5-Coder-1.5B, 32768": "quality_qwen_32768_h200_2.csv",
+    "Qwen2.5-Coder-1.5B, 16384": "quality_qwen_16384_h200_2.csv",
+    "Qwen2.5-Coder-1.5B, 8192": "quality_qwen_8192_h200_2.csv",
+    "SmolLM2-135M, 8192": "quality_smollm2_h200_2.csv",
+}
+TUNING = {
+    "Qwen2.5-Coder-1.5B, 16384": "quality_tuning_qwen_16384_h200_2.csv",
+    "SmolLM2-135M, 8192": "quality_tuning_smollm2_h200_2.csv",
+}
+SAMPLED = {  # what rows call a selection
+    "balanced": "16 of a query head",
+    "fast": "16 of a KV head",
+    "fast,num_samples=32": "32 of a KV head",
+    "select_per=kv_head,num_samples=32": "32 of a KV head",
+}
+
+
+def of_preset(rows, preset):
+    """Those at its own threshold; of "dense", dense's."""
+    if preset == "dense":
+        return [row for row in rows if row["selection"] == "dense"]
+    threshold = getattr(PBSConfig, preset)().resolved_threshold
+    return [
+        row
+        for row in rows
+        if (row["selection"], row["settings"]) == ("pbs", preset)
+        and float(row["threshold"]) == threshold
+    ]
+
+
+def contestants(rows):
+    """By name, with their label in a table: the presets that were measured."""
+    names = [name for name in ("dense", *PRESETS) if of_preset(rows, name)]
+    return {name: name if name == "dense" else f"`{name}`" for name in names}
+
+
+def ruler_scores(rows, preset):
+    """By length and task, beside dense."""
+    groups = {}
+    for side, name in enumerate((preset, "dense")):
+        for row in of_preset(rows, name):
+            place = groups.setdefault((row["tokens"], row["text"]), ([], []))
+            place[side].append(row)
+    return {place: compare(*pair) for place, pair in groups.items()}
+
+
+# docs/choosing.md
+
+
+def ruler():
+    """Means over tasks, by length."""
+    rows = read("ruler_qwen_h200.csv")
+    lengths = lengths_of(rows)
+    names = ["preset"]
+    for length in lengths:
+        names += [f"{length} tokens", f"density at {length}"]
+    lines = []
+    for preset, label in contestants(rows).items():
+        scores, line = ruler_scores(rows, preset), [label]
+        for length in lengths:
+            score = average([value for place, value in scores.items() if place[0] == length])
+            of_length = [row for row in of_preset(rows, preset) if row["tokens"] == length]
+            line.append(rounded(score.mean, 1) if preset == "dense" else str(score))
+            line.append(mean(of_length, "density"))
+        lines.append(line)
+    return names, lines
+
+
+QUALITY_COLUMNS = {
+    "density": ("text", "density"),
+    "loss": ("text", "loss_above_dense"),
+    "agreement": ("text", "agreement"),
+    "loss of a repeat": ("copy", "loss_above_dense"),
+    "keys": ("pass key", "right"),
+}
+
+
+def quality_cells(rows):
+    """Means over texts, and over pass keys."""
+    return [
+        mean([row for row in rows if row["probe"] == probe], column)
+        for probe, column in QUALITY_COLUMNS.values()
+    ]
+
+
+def quality():
+    """Texts, repeats and pass keys."""
+    lines = []
+    for model, file in QUALITY.items():
+        rows = read(file)
+        for preset, label in contestants(rows).items():
+            of_name = of_preset(rows, preset)
+            lines.append([model, label, *quality_cells(of_name), mean(of_name, "op_ms")])
+    return ["model, tokens", "preset", *QUALITY_COLUMNS, "ms a layer"], lines
+
+
+# docs/experiments.md
+
+
+def ruler_tasks():
+    """By task, means over lengths."""
+    rows = read("ruler_qwen_h200.csv")
+    lines = {}
+    for preset in contestants(rows):
+        scores = ruler_scores(rows, preset)
+        for task in dict.fromkeys(task for _, task in scores):
+            score = average([value for place, value in scores.items() if place[1] == task])
+            cell = rounded(score.mean, 1) if preset == "dense" else str(score)
+            lines.setdefault(task, []).append(cell)
+    names = ["task", *contestants(rows).values()]
+    return names, [[task, *cells] for task, cells in lines.items()]
+
+
+def by_threshold(rows):
+    """Rows of PBS by who samples and threshold, the highest first."""
+    groups = {}
+    for row in rows:
+        if row["selection"] == "pbs":
+            groups.setdefault((SAMPLED[row["settings"]], row["threshold"]), []).append(row)
+    order = list(dict.fromkeys(SAMPLED.values()))
+    return dict(
+        sorted(groups.items(), key=lambda item: (order.index(item[0][0]), -float(item[0][1])))
+    )
+
+
+def tuning_ruler():
+    """Points above dense, means over tasks, by length."""
+    rows = read("ruler_tuning_qwen_h200.csv")
+    names = ["samples", "threshold"]
+    for length in lengths_of(rows):
+        names += [f"{length} tokens", f"density at {length}"]
+    lines = []
+    for place, group in by_threshold(rows).items():
+        line = list(place)
+        for length in lengths_of(rows):
+            of_length = [row for row in group if row["tokens"] == length]
+            line.append(signed(tuning_points(rows, of_length)) if of_length else "")
+            line.append(mean(of_length, "density"))
+        lines.append(line)
+    return names, lines
+
+
+def tuning_points(rows, group):
+    """What rows of one length score above dense's of `rows`."""
+    length = group[0]["tokens"]
+    dense = [row for row in rows if (row["selection"], row["tokens"]) == ("dense", length)]
+    return statistics.fmean(
+        float(row["score"]) - float(find(dense, text=row["text"])["score"]) for row in group
+    )
+
+
+def thresholds_on_texts(files, last):
+    """Every threshold that was measured, up to this column."""
+    columns = list(QUALITY_COLUMNS)
+    columns = columns[: columns.index(last) + 1]
+    lines = []
+    for model, file in files.items():
+        for place, group in by_threshold(read(file)).items():
+            lines.append([model, *place, *quality_cells(group)[: len(columns)]])
+    return ["model, tokens", "samples", "threshold", *columns], lines
+
+
+def tuning_texts():
+    return thresholds_on_texts(TUNING, "loss of a repeat")
+
+
+def held_out_texts():
+    return thresholds_on_texts(QUALITY, "keys")
