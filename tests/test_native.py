@@ -430,9 +430,7 @@ def test_few_stacks_share_their_own_keys_among_more_warps(native, case):
         (792, 1, 4),
     ],
 )
-def test_sampled_plan_by_number_of_stacks(
-    native, num_stacks, key_parts, stacks_per_unit, head_dim
-):
+def test_sampled_plan_by_number_of_stacks(native, num_stacks, key_parts, stacks_per_unit, head_dim):
     """On 132 multiprocessors. One query block a head is one stack."""
     heads = (num_stacks,) * 3
     case = SampledCase(1, *heads, 64, 600, head_dim, 64, 32, 256, True, 16, False, 132)
