@@ -188,6 +188,9 @@ def test_mask_words_that_many_ctas_count():
     visited[:, ::2, :, 127 * 1024 : 128 * 1024] = True
     visited[:, ::3, :, :1024] = True
     visited[..., -1] = True
+    # Every kind of head, from both ends: the reference repeats the keys for each.
+    some = [*range(6), *range(num_heads - 6, num_heads)]
+    out, q, visited = out[:, some], q[:, some], visited[:, some]
     exact, _ = ref.masked_attention(q, k, v, visited)
     assert_output(out, q, k, v, visited, exact)
 
