@@ -8,7 +8,17 @@ import statistics
 import string
 
 from doc_tables import ROOT, find, lengths_of, mean, read, rounded, signed
-from preset_tables import held_out_texts, quality, ruler, ruler_tasks, tuning_ruler, tuning_texts
+from preset_tables import (
+    held_out_texts,
+    memory,
+    operator,
+    operator_of_models,
+    quality,
+    ruler,
+    ruler_tasks,
+    tuning_ruler,
+    tuning_texts,
+)
 
 CHOOSING, EXPERIMENTS, KERNEL_LOG = (
     ROOT / "docs" / name for name in ("choosing.md", "experiments.md", "kernel-log.md")
@@ -135,6 +145,9 @@ TABLES = [
     (CHOOSING, ruler),
     (README, ruler),
     (CHOOSING, quality),
+    (CHOOSING, operator),
+    (CHOOSING, operator_of_models),
+    (CHOOSING, memory),
     (KERNEL_LOG, select_blocks),
     (EXPERIMENTS, ruler_tasks),
     (EXPERIMENTS, tuning_ruler),

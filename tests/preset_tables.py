@@ -18,6 +18,11 @@ TUNING = {
     "Qwen2.5-Coder-1.5B, 16384": "quality_tuning_qwen_16384_h200_2.csv",
     "SmolLM2-135M, 8192": "quality_tuning_smollm2_h200_2.csv",
 }
+MODELS = {"qwen2.5-1.5b": "Qwen2.5-1.5B", "smollm2-135m": "SmolLM2-135M"}
+PIPELINE = {
+    "balanced": "pipeline_balanced_h100.csv",
+    "fast": "pipeline_fast_h100.csv",
+}
 SAMPLED = {  # what rows call a selection
     "balanced": "16 of a query head",
     "fast": "16 of a KV head",
@@ -103,6 +108,54 @@ def quality():
             of_name = of_preset(rows, preset)
             lines.append([model, label, *quality_cells(of_name), mean(of_name, "op_ms")])
     return ["model, tokens", "preset", *QUALITY_COLUMNS, "ms a layer"], lines
+
+
+def pairs_of_pipeline():
+    """A row of each preset, by length."""
+    fast = read(PIPELINE["fast"])
+    return [(row, find(fast, tokens=row["tokens"])) for row in read(PIPELINE["balanced"])]
+
+
+def best_dense(row):
+    """Milliseconds, None where dense kernels were left out."""
+    times = [float(value) for name, value in row.items() if name.endswith("_dense_ms") and value]
+    return min(times, default=None)
+
+
+def operator():
+    """Milliseconds of one call beside the best dense kernel of the same run."""
+    names = ["tokens", "density"]
+    for preset in PIPELINE:
+        names += [f"`{preset}`", f"dense beside `{preset}`", f"dense / `{preset}`"]
+    lines = []
+    for pair in pairs_of_pipeline():
+        line = [pair[0]["tokens"], rounded(float(pair[0]["density"]))]
+        for row in pair:
+            dense, time = best_dense(row), float(row["attention_ms"])
+            of_dense = ["", ""] if dense is None else [rounded(dense, 2), rounded(dense / time, 2)]
+            line += [rounded(time, 2), *of_dense]
+        lines.append(line)
+    return names, lines
+
+
+def operator_of_models():
+    """The same at a density that a model takes."""
+    lines = []
+    for row in read("pipeline_models_h100.csv"):
+        dense, time = best_dense(row), float(row["attention_ms"])
+        cells = [rounded(time, 2), rounded(dense, 2), rounded(dense / time, 2)]
+        density = rounded(float(row["density"]))
+        lines.append([MODELS[row["preset"]], row["tokens"], density, *cells])
+    return ["heads of", "tokens", "density", "`balanced`", "dense", "dense / `balanced`"], lines
+
+
+def memory():
+    """GiB beyond inputs and output, the same with both presets."""
+    lines = []
+    for pair in pairs_of_pipeline():
+        (gib,) = {row["extra_gib"] for row in pair}
+        lines.append([pair[0]["tokens"], rounded(float(gib), 2)])
+    return ["tokens", "GiB"], lines
 
 
 # docs/experiments.md

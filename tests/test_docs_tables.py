@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from doc_tables import ROOT, assert_figures, read
+from doc_tables import ROOT, assert_figures, find, read
 from measured_tables import (
     CHOOSING,
     EXPERIMENTS,
@@ -14,7 +14,15 @@ from measured_tables import (
     prototypes,
     write,
 )
-from preset_tables import QUALITY, TUNING, by_threshold, of_preset, ruler_scores, tuning_points
+from preset_tables import (
+    PIPELINE,
+    QUALITY,
+    TUNING,
+    by_threshold,
+    of_preset,
+    ruler_scores,
+    tuning_points,
+)
 
 from pbs_attn.bench.ruler_table import average
 
@@ -140,6 +148,35 @@ def test_figures_of_texts():
     assert_figures("On Qwen, `fast` loses at most # of text, and # of a repeat", values, CHOOSING)
     for preset in ("dense", "balanced"):
         assert value(small, preset, "pass key", "right") == 0.8
+
+
+def test_figures_of_time():
+    times = {
+        (preset, row["tokens"]): float(row["attention_ms"])
+        for preset, file in PIPELINE.items()
+        for row in read(file)
+    }
+    words = "less time than `balanced` at 8192 tokens, # % at 32768 and # % at 1048576"
+    saved = [
+        100 * (1 - times["fast", tokens] / times["balanced", tokens])
+        for tokens in ("8192", "32768", "1048576")
+    ]
+    assert_figures(f"`fast` takes # % {words}", saved, CHOOSING)
+    row = find(read("pipeline_models_h100.csv"), preset="smollm2-135m")
+    words = "one call takes # ms on an H100 at density #, FlashAttention-4 #"
+    values = [float(row[name]) for name in ("attention_ms", "density", "fa4_dense_ms")]
+    assert_figures(words, values, README)
+    rows = of_preset(read(QUALITY["SmolLM2-135M, 8192"]), "balanced")
+    visited = [float(row["density"]) for row in rows if row["probe"] == "text"]
+    assert_figures(
+        "SmolLM2 has less than the # of its texts", [statistics.fmean(visited)], CHOOSING
+    )
+    words = (
+        "takes # ms at 32768 tokens and density 0.05 on an H100 (32 query and 8 KV heads), `fast` #"
+    )
+    dense = float(find(read(PIPELINE["balanced"]), tokens="32768")["fa4_dense_ms"])
+    values = [times[preset, "32768"] for preset in PIPELINE]
+    assert_figures(f"{words}, and FlashAttention-4 #.", [*values, dense], CHANGELOG)
 
 
 def test_figures_of_tuning():
