@@ -162,6 +162,8 @@ def test_figures_of_time():
         for tokens in ("8192", "32768", "1048576")
     ]
     assert_figures(f"`fast` takes # % {words}", saved, CHOOSING)
+    words = "It takes # % less time than `balanced` at 32768 tokens"
+    assert_figures(words, saved[1:2], EXPERIMENTS)
     row = find(read("pipeline_models_h100.csv"), preset="smollm2-135m")
     words = "one call takes # ms on an H100 at density #, FlashAttention-4 #"
     values = [float(row[name]) for name in ("attention_ms", "density", "fa4_dense_ms")]
