@@ -9,10 +9,12 @@ import string
 
 from doc_tables import ROOT, find, lengths_of, mean, read, rounded, signed
 from preset_tables import (
+    best_dense,
     held_out_texts,
     memory,
     operator,
     operator_of_models,
+    pairs_of_pipeline,
     quality,
     ruler,
     ruler_tasks,
@@ -50,6 +52,21 @@ def select_blocks():
             line.append(rounded(float(row["select_blocks_ms"])) if row else "")
         lines.append(line)
     return ["tokens", "density", *columns], lines
+
+
+def sampled_stage():
+    """Milliseconds of the stage, and of what attends to the blocks of `fast`."""
+    lines = []
+    for pair in pairs_of_pipeline():
+        cells = [rounded(float(row["select_blocks_ms"]), 2) for row in pair]
+        dense = best_dense(pair[1])
+        cells += [
+            rounded(float(pair[1]["attend_ms"]), 2),
+            "" if dense is None else rounded(dense, 2),
+        ]
+        lines.append([pair[0]["tokens"], rounded(float(pair[0]["density"])), *cells])
+    names = ["tokens", "density", "select_blocks of `balanced`", "select_blocks of `fast`"]
+    return [*names, "attend", "dense"], lines
 
 
 # docs/experiments.md
@@ -149,6 +166,7 @@ TABLES = [
     (CHOOSING, operator_of_models),
     (CHOOSING, memory),
     (KERNEL_LOG, select_blocks),
+    (KERNEL_LOG, sampled_stage),
     (EXPERIMENTS, ruler_tasks),
     (EXPERIMENTS, tuning_ruler),
     (EXPERIMENTS, tuning_texts),
