@@ -194,15 +194,15 @@ LEVELS = [
 ]
 
 
-def leaning_qk(case, dtype):
-    """Queries of head h lean towards a direction of their own, which keys follow by LEVELS; keys
+def leaning_qk(case, dtype, levels=LEVELS):
+    """Queries of head h lean towards a direction of their own, which keys follow by `levels`; keys
     behind the last tile do not."""
     q, k, _ = clustered_qkv(case, dtype, seed=7)
-    q[..., : len(LEVELS)] = k[..., : len(LEVELS)] = 0
+    q[..., : len(levels)] = k[..., : len(levels)] = 0
     slope = 8.0  # log2(e) times it, in powers of two for each unit of a key
-    for nth, levels in enumerate(LEVELS):
-        q[:, nth :: len(LEVELS), :, nth] = slope * case.head_dim**0.5
-        by_key = torch.tensor(levels).repeat_interleave(128) / (slope * LOG2E)
+    for nth, of_head in enumerate(levels):
+        q[:, nth :: len(levels), :, nth] = slope * case.head_dim**0.5
+        by_key = torch.tensor(of_head).repeat_interleave(128) / (slope * LOG2E)
         k[:, :, : len(by_key), nth] = by_key.to(dtype)
     return q, k
 
@@ -237,6 +237,25 @@ def test_sampled_score_where_many_own_segments_are_light():
     )
     skip_unless_planned(40 * 20, stacks_per_unit=4, least_units=1)
     assert_leaning(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("is_heaviest_first", [True, False])
+def test_sampled_score_above_the_limit(is_heaviest_first):
+    """Far keys of 2^100 and of 2^200 times the own segment's weight count alike, whichever come
+    first."""
+    tiles = [200] * 4 + [100] * 4 if is_heaviest_first else [100] * 4 + [200] * 4
+    case = SAMPLED._replace(
+        num_queries=40,
+        num_keys=12 * 128 + 40,
+        num_q_heads=4,
+        num_kv_heads=1,
+        is_causal=False,
+        threshold=0.02,
+    )
+    mask, _ = assert_sampled(
+        case, *leaning_qk(case, torch.bfloat16, [tiles] * 4), rtol=LEANING_RTOL
+    )
+    assert mask[..., : 8 * 128 // case.kv_block_size].all()
 
 
 def assert_leaning(case, dtype):

@@ -10,6 +10,9 @@ namespace pbs::cuda::sm90 {
 
 constexpr int kSampleThreads = 128;  // a warp for 16 rows, and a part of the keys
 
+// Powers of two that the rounding of an offset may move the own segment by.
+constexpr float kMostOwnShift = 4.0f;
+
 using RowSums = float2[kThreadRows];  // maximum, and sum of exponentials against it
 
 // 8 elements of two bytes.
@@ -281,7 +284,7 @@ class SampledQueries {
     state.offset = __half2float(__float2half_rn(kWeightOffset - log2_own * (1.0f / kWeightRange)));
     const float rest = log2_own + (state.offset - kWeightOffset) * kWeightRange;
     state.own_sum = args_.has_own ? exp2_approx(rest) : 0.0f;
-    if (isinf(state.offset) || isnan(rest)) state.own_sum = NAN;
+    if (!(fabsf(rest) < kMostOwnShift)) state.own_sum = NAN;
   }
 
   const SampledArgs& args_;

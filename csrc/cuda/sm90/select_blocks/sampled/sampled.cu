@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.k_full[stage].init(1);
-      shared.k_empty[stage].init(4 * Traits::kStacks);  // a warpgroup a stack
+      shared.k_empty[stage].init(
+          4 * Traits::kStacks);  // of each stack, the warpgroup that has the tile
     }
     for (int unit = 0; unit < kDrawnUnits; ++unit) {
       shared.unit_full[unit].init(1);

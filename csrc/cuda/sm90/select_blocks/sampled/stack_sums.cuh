@@ -5,8 +5,6 @@
 
 #include <cuda_bf16.h>
 
-#include <cfloat>
-
 #include "common/exp2.cuh"
 #include "unit_walk.cuh"
 #include "weights.cuh"
@@ -16,6 +14,9 @@ namespace pbs::cuda::sm90 {
 // A weight larger than this times those of the own segment counts as if it were as large, so that
 // all sums are finite.
 constexpr float kMostAbove = 80.0f;  // powers of two
+// What half precision holds above the weights of the own segment, or above where a row has moved
+// to.
+constexpr float kPackedAbove = 16.0f - kOwnExponent;
 
 using BFloat16Pair = __nv_bfloat162;
 
@@ -83,7 +84,7 @@ class StackSums {
     const float factor[kThreadRows] = {factor_[0] * scale, factor_[1] * scale};
     const float2 packed = __half22float2(weigh(scores, factor));
     LaneSums sums = {packed.x * unit_[0], packed.y * unit_[1]};
-    // Some weight was too large, or a factor: of what is no number, for example.
+    // A weight or a factor was too large for half precision, or is NaN.
     const bool is_exact = packed.x + packed.y > -kMostPacked && factor[0] + factor[1] < kMostFactor;
     if (__any_sync(~0u, !is_exact)) weigh_exactly(scores, factor, sums);
     CUTE_UNROLL
@@ -115,7 +116,8 @@ class StackSums {
     const uint32_t other = __shfl_xor_sync(~0u, own, 1);
     const uint32_t both =
         threadIdx.x % 2 != 0 ? __byte_perm(other, own, 0x7632) : __byte_perm(own, other, 0x5410);
-    char* place = place_ + tile / kTilesPerRead * kReadBytes + tile % kTilesPerRead * kTileBytes;
+    char* place = place_ + static_cast<int64_t>(tile / kTilesPerRead) * kReadBytes +
+                  tile % kTilesPerRead * kTileBytes;
     *reinterpret_cast<uint32_t*>(place) = both;
   }
 
@@ -151,9 +153,11 @@ class StackSums {
     return share_quad(parts);
   }
 
+  // A hidden key weighs nothing, whatever the factor of its tile. A NaN stays.
   __device__ static float exact_weight(float score, float factor, float shift, float most) {
+    if (score == -INFINITY) return 0.0f;
     const float above = __fmaf_rn(score, factor, shift);
-    return exp2_approx(above > most ? most : above);  // a NaN stays
+    return exp2_approx(above > most ? most : above);
   }
 
   // In single precision, and as large as they are. Rows of which this tile weighs much find room
@@ -167,8 +171,6 @@ class StackSums {
       const float shift = (offset - kWeightOffset) * kWeightRange;
       const float unit = -unit_[r] * kOwnWeight;
       const float most = kMostAbove - log2f(unit);
-      // NOTE: 0 times -infinity would be NaN for a row or a tile of zeros. A NaN stays.
-      const float positive = factor[r] < FLT_MIN ? FLT_MIN : factor[r];
       float row_sum = 0.0f;
       CUTE_UNROLL
       for (int nth = 0; nth < kSumsPerTile; ++nth) {
@@ -176,22 +178,24 @@ class StackSums {
         CUTE_UNROLL
         for (int i = 0; i < kPairsPerSum; i += kThreadRows) {
           const float2 pair = __half22float2(half_pair_of(pairs(nth * kPairsPerSum + i + r)));
-          part += exact_weight(pair.x, positive, shift, most);
-          part += exact_weight(pair.y, positive, shift, most);
+          part += exact_weight(pair.x, factor[r], shift, most);
+          part += exact_weight(pair.y, factor[r], shift, most);
         }
         part = quad_sum(part);
         row_sum += part;
         if (static_cast<int>(threadIdx.x) % 4 == nth) sums[r] = part * unit;
       }
-      if (row_sum > kOwnWeight) {
-        offset_[r] = __float2half2_rn(offset - log2f(row_sum) * (1.0f / kWeightRange));
+      // No further than to where all that half precision holds lies below the limit.
+      const float moved = fminf(log2f(row_sum), most - kPackedAbove);
+      if (row_sum > kOwnWeight && moved > 0.0f) {
+        offset_[r] = __float2half2_rn(offset - moved * (1.0f / kWeightRange));
         unit_[r] *= exp2_approx((offset - __low2float(offset_[r])) * kWeightRange);
       }
     }
   }
 
   static constexpr int kPairsPerSum = kThreadRows * kSumKeys / 8;
-  // Two sums, and two factors, that half precision holds are less.
+  // Upper bounds of the sum of two finite sums, and of the sum of two finite factors.
   static constexpr float kMostPacked = 2 * 65536.0f;
   static constexpr float kMostFactor = 60000.0f * kWeightRange;
 

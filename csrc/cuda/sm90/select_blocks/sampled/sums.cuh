@@ -12,11 +12,9 @@ class Turns {
   __device__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {
     if (warpgroup == kSumWarpgroups - 1) end();
   }
-  __device__ void begin() const {
-    cutlass::arch::NamedBarrier::sync(256, kTurnBarrier + warpgroup_);
-  }
+  __device__ void begin() const { sync_barrier(kTurnBarrier + warpgroup_, 256); }
   __device__ void end() const {
-    cutlass::arch::NamedBarrier::arrive(256, kTurnBarrier + (warpgroup_ + 1) % kSumWarpgroups);
+    arrive_barrier(kTurnBarrier + (warpgroup_ + 1) % kSumWarpgroups, 256);
   }
 
  private:
@@ -55,9 +53,7 @@ class SampledSums {
   using Scores = typename StackSums<Traits>::Scores;
 
   __device__ static int warpgroup() { return uniform(static_cast<int>(threadIdx.x) / 128); }
-  __device__ void sync_stack() const {
-    cutlass::arch::NamedBarrier::sync(128 * kParts, kStackBarrier + stack_idx_);
-  }
+  __device__ void sync_stack() const { sync_barrier(kStackBarrier + stack_idx_, 128 * kParts); }
 
   // The image of the stack, all its loads in flight, and what the thread's rows may see.
   __device__ void load_stack(const SampledUnit& unit, int table) {
@@ -122,10 +118,12 @@ class SampledSums {
     turns_.end();  // the next one's product waits behind this one
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    // NOTE: all sums wait for it. Read before, it would let ptxas move the end of the turn behind
-    // them.
-    const float scale = *reinterpret_cast<const volatile float*>(shared_.k[stage] +
-                                                                 kSampledKeys * Traits::kHeadDim);
+    // By the lane that frees the stage for all.
+    float scale = 0.0f;
+    if (threadIdx.x % 32 == 0) {
+      scale = *reinterpret_cast<const float*>(shared_.k[stage] + kSampledKeys * Traits::kHeadDim);
+    }
+    scale = __shfl_sync(~0u, scale, 0);
     release(shared_.k_empty[stage]);
     sums_.template add<kHides>(scores, tile, scale);
   }

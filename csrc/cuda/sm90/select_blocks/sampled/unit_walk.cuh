@@ -225,10 +225,21 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// Named barriers, from each of these on; 0 is that of all threads.
+// Named barriers of the hardware, from each of these on; 0 is that of all threads. They are more
+// than CUTLASS leaves to its users, and it uses none of its own here.
 constexpr int kStackBarrier = 1;
 constexpr int kTurnBarrier = kStackBarrier + kManyStacks;
 constexpr int kTableBarrier = kTurnBarrier + kSumWarpgroups;
+static_assert(kTableBarrier + kSampledTables <= 16);
+
+__device__ inline void sync_barrier(int barrier, int num_threads) {
+  cutlass::arch::NamedBarrier::sync(num_threads,
+                                    static_cast<cutlass::arch::ReservedNamedBarriers>(barrier));
+}
+__device__ inline void arrive_barrier(int barrier, int num_threads) {
+  cutlass::arch::NamedBarrier::arrive(num_threads,
+                                      static_cast<cutlass::arch::ReservedNamedBarriers>(barrier));
+}
 
 // Whether the sums of a table are there, for selecting warps. They wait long: at a barrier in
 // shared memory alone they would wake up whenever any of them changes, and take turns from those
@@ -240,10 +251,10 @@ class TableFull {
 
   __device__ static void arrive(Shared& shared, int table) {
     shared.table_full[table].arrive();
-    cutlass::arch::NamedBarrier::arrive(kThreads, kTableBarrier + table);
+    arrive_barrier(kTableBarrier + table, kThreads);
   }
   __device__ static void wait(Shared& shared, int table, uint32_t parity) {
-    cutlass::arch::NamedBarrier::sync(kThreads, kTableBarrier + table);
+    sync_barrier(kTableBarrier + table, kThreads);
     shared.table_full[table].wait(parity);
   }
 

@@ -1,8 +1,8 @@
 // The weights of keys, from scores in half precision, two at a time.
 //
-// The unit of powers of two would take longer than the products. So a weight is a straight line
-// between powers of two, within 3 %, which needs no more than the bits of half precision: 5 of
-// exponent and 10 of mantissa are one number of 15 bits that grows linearly with the logarithm.
+// The special function unit would take longer than the products. So a weight is a straight line
+// between powers of two, within 5 % with all roundings. It needs the bits of half precision only: 5
+// of exponent and 10 of mantissa are one number of 15 bits that grows linearly with the logarithm.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -27,7 +27,7 @@ __device__ __forceinline__ __half2 half_pair_of(uint32_t bits) {
   return reinterpret_cast<const __half2&>(bits);
 }
 
-// MINUS kOwnWeight times the weights of two keys, -infinity where they are too large to tell.
+// MINUS kOwnWeight times the weights of two keys, -infinity or NaN where they are too large.
 // `factor` and `offset` are 1 / kWeightRange of what makes logarithms of scores, two equal ones.
 __device__ __forceinline__ __half2 minus_weights(__half2 scores, __half2 factor, __half2 offset) {
   // From 0 to 1, and a NaN becomes 0.
