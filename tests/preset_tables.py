@@ -2,7 +2,7 @@
 
 import statistics
 
-from doc_tables import find, lengths_of, mean, read, rounded, signed
+from doc_tables import PRESET_COLUMNS, find, lengths_of, mean, read, rounded, signed
 
 from pbs_attn import PBSConfig
 from pbs_attn.bench.ruler_table import average, compare
@@ -82,20 +82,11 @@ def ruler():
     return names, lines
 
 
-QUALITY_COLUMNS = {
-    "density": ("text", "density"),
-    "loss": ("text", "loss_above_dense"),
-    "agreement": ("text", "agreement"),
-    "loss of a repeat": ("copy", "loss_above_dense"),
-    "keys": ("pass key", "right"),
-}
-
-
 def quality_cells(rows):
     """Means over texts, and over pass keys."""
     return [
         mean([row for row in rows if row["probe"] == probe], column)
-        for probe, column in QUALITY_COLUMNS.values()
+        for probe, column in PRESET_COLUMNS.values()
     ]
 
 
@@ -107,7 +98,7 @@ def quality():
         for preset, label in contestants(rows).items():
             of_name = of_preset(rows, preset)
             lines.append([model, label, *quality_cells(of_name), mean(of_name, "op_ms")])
-    return ["model, tokens", "preset", *QUALITY_COLUMNS, "ms a layer"], lines
+    return ["model, tokens", "preset", *PRESET_COLUMNS, "ms a layer"], lines
 
 
 def pairs_of_pipeline():
@@ -215,7 +206,7 @@ def tuning_points(rows, group):
 
 def thresholds_on_texts(files, last):
     """Every threshold that was measured, up to this column."""
-    columns = list(QUALITY_COLUMNS)
+    columns = list(PRESET_COLUMNS)
     columns = columns[: columns.index(last) + 1]
     lines = []
     for model, file in files.items():

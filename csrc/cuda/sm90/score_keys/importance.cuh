@@ -4,7 +4,7 @@
 #pragma once
 
 #include "key_parts.cuh"
-#include "row_state.cuh"
+#include "part_states.cuh"
 
 namespace pbs::cuda::sm90 {
 

@@ -11,6 +11,7 @@
 #include "pbs/sm90/score_parts.h"
 #include "sm90/ring.cuh"
 #include "sm90/tma.cuh"
+#include "sm90/turns.cuh"
 #include "sm90/warpgroup.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -204,21 +205,10 @@ class ScoreLoader {
   DynamicRingState k_;
 };
 
-// The warpgroups start their products one after the other. Products that were in work at once would
-// all end late, and leave the tensor cores to wait for exponentials.
-class ScoreTurns {
- public:
-  __device__ explicit ScoreTurns(int warpgroup) : warpgroup_(warpgroup) {
-    if (warpgroup == kScoreWarpgroups - 1) pass_on();
-  }
-  __device__ void await() const { cutlass::arch::NamedBarrier::sync(256, 1 + warpgroup_); }
-  __device__ void pass_on() const {
-    cutlass::arch::NamedBarrier::arrive(256, 1 + (warpgroup_ + 1) % kScoreWarpgroups);
-  }
-
- private:
-  int warpgroup_;
-};
+// The first barrier that CUTLASS leaves to its users is that of all consumers.
+constexpr int kScoreTurnBarrier =
+    static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) + 1;
+using ScoreTurns = Turns<kScoreWarpgroups, kScoreTurnBarrier>;
 
 // Products of a block by a tile, by one warpgroup: scores = rows . columns^T.
 template <class Traits>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../mean/mask_row.cuh"
-#include "sums.cuh"
+#include "stack_sums.cuh"
 
 namespace pbs::cuda::sm90 {
 

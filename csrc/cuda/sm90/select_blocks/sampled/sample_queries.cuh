@@ -3,6 +3,7 @@
 
 #include "common/exp2.cuh"
 #include "layout.cuh"
+#include "sm90/row_state.cuh"
 #include "unit_walk.cuh"
 #include "weights.cuh"
 
@@ -12,8 +13,6 @@ constexpr int kSampleThreads = 128;  // a warp for 16 rows, and a part of the ke
 
 // Powers of two that the rounding of an offset may move the own segment by.
 constexpr float kMostOwnShift = 4.0f;
-
-using RowSums = float2[kThreadRows];  // maximum, and sum of exponentials against it
 
 // 8 elements of two bytes.
 union Words {
@@ -242,11 +241,11 @@ class SampledQueries {
 
   // Whether it is the first part, which then has the sums of all.
   __device__ bool merge_parts() {
-    __shared__ RowSums sums[kMostKeyParts - 1][kSampleThreads];
+    __shared__ float2 states[kMostKeyParts - 1][kSampleThreads][kThreadRows];
     if (part_ > 0) {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        sums[part_ - 1][thread_][r] = float2{tops_[r], sums_[r]};
+        states[part_ - 1][thread_][r] = float2{tops_[r], sums_[r]};
       }
     }
     __syncthreads();
@@ -255,11 +254,10 @@ class SampledQueries {
     for (int i = 0; i < kKeyParts - 1; ++i) {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        const float2 other = sums[i][thread_][r];
-        const float top = fmaxf(tops_[r], other.x);
-        const float base = top == -INFINITY ? 0.0f : top;
-        sums_[r] = sums_[r] * exp2_approx(tops_[r] - base) + other.y * exp2_approx(other.x - base);
-        tops_[r] = top;
+        const float2 other = states[i][thread_][r];
+        const RowState all = merge(RowState{tops_[r], sums_[r]}, RowState{other.x, other.y});
+        tops_[r] = all.max;
+        sums_[r] = all.sum;
       }
     }
     return true;

@@ -16,6 +16,7 @@
 #include "pbs/dispatch.h"
 #include "sample_queries.cuh"
 #include "sm90/launch.h"
+#include "sums.cuh"
 
 namespace pbs::cuda::sm90 {
 namespace {
@@ -73,11 +74,12 @@ cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
 
 template <class Element, int kHeadDim>
 cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
+  if (args.plan.key_parts == 1) return launch_samples<Element, kHeadDim, 1>(args, stream);
   if constexpr (kHeadDim <= 128) {
-    if (args.plan.key_parts == 4) return launch_samples<Element, kHeadDim, 4>(args, stream);
     if (args.plan.key_parts == 2) return launch_samples<Element, kHeadDim, 2>(args, stream);
+    if (args.plan.key_parts == 4) return launch_samples<Element, kHeadDim, 4>(args, stream);
   }
-  return launch_samples<Element, kHeadDim, 1>(args, stream);
+  return cudaErrorInvalidValue;
 }
 
 template <class Element, int kHeadDim>

@@ -1,25 +1,10 @@
 // The warpgroups that multiply sampled queries by keys.
 #pragma once
 
+#include "sm90/turns.cuh"
 #include "stack_sums.cuh"
 
 namespace pbs::cuda::sm90 {
-
-// Who multiplies: one warpgroup after the other. If all did at once, all would wait for the tensor
-// cores, and then for everything else.
-class Turns {
- public:
-  __device__ explicit Turns(int warpgroup) : warpgroup_(warpgroup) {
-    if (warpgroup == kSumWarpgroups - 1) end();
-  }
-  __device__ void begin() const { sync_barrier(kTurnBarrier + warpgroup_, 256); }
-  __device__ void end() const {
-    arrive_barrier(kTurnBarrier + (warpgroup_ + 1) % kSumWarpgroups, 256);
-  }
-
- private:
-  int warpgroup_;
-};
 
 template <class Traits>
 class SampledSums {
@@ -88,13 +73,13 @@ class SampledSums {
     for (; tile < num_seen; tile += kParts) add_tile<true>(tile);
 #pragma unroll 1
     for (; tile < num_tiles; tile += kParts) {
-      turns_.begin();
-      turns_.end();
+      turns_.await();
+      turns_.pass_on();
       release(shared_.k_empty[wait_for_keys(tile)]);
     }
     if (tile - part_ < num_tiles) {  // others have one more
-      turns_.begin();
-      turns_.end();
+      turns_.await();
+      turns_.pass_on();
     }
     num_tiles_before_ += num_tiles;
   }
@@ -113,9 +98,9 @@ class SampledSums {
         typename Traits::Mma{},
         cute::Shape<typename Traits::Layouts::Rows, typename Traits::Layouts::Columns>{});
     const int stage = wait_for_keys(tile);
-    turns_.begin();
+    turns_.await();
     multiply(scores, stage);
-    turns_.end();  // the next one's product waits behind this one
+    turns_.pass_on();  // the next one's product waits behind this one
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     // By the lane that frees the stage for all.
@@ -164,7 +149,7 @@ class SampledSums {
 
   const SampledArgs& args_;
   Shared& shared_;
-  Turns turns_;
+  Turns<kSumWarpgroups, kTurnBarrier> turns_;
   int stack_idx_;  // in the unit
   int part_;
   StackSums<Traits> sums_;

@@ -5,6 +5,7 @@
 
 #include "layout.cuh"
 #include "pbs/params.h"
+#include "sm90/named_barrier.cuh"
 #include "sm90/ring.cuh"
 #include "sm90/warpgroup.cuh"
 
@@ -231,15 +232,6 @@ constexpr int kStackBarrier = 1;
 constexpr int kTurnBarrier = kStackBarrier + kManyStacks;
 constexpr int kTableBarrier = kTurnBarrier + kSumWarpgroups;
 static_assert(kTableBarrier + kSampledTables <= 16);
-
-__device__ inline void sync_barrier(int barrier, int num_threads) {
-  cutlass::arch::NamedBarrier::sync(num_threads,
-                                    static_cast<cutlass::arch::ReservedNamedBarriers>(barrier));
-}
-__device__ inline void arrive_barrier(int barrier, int num_threads) {
-  cutlass::arch::NamedBarrier::arrive(num_threads,
-                                      static_cast<cutlass::arch::ReservedNamedBarriers>(barrier));
-}
 
 // Whether the sums of a table are there, for selecting warps. They wait long: at a barrier in
 // shared memory alone they would wake up whenever any of them changes, and take turns from those
