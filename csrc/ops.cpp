@@ -2,6 +2,8 @@
 // defaults are the paper's choices, those of the whole are PBSConfig's.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(pbs, m) {
   m.def(
       "score_keys(Tensor q, Tensor k, *, int block_size=128, int segment_size=256, "
@@ -21,10 +23,22 @@ STABLE_TORCH_LIBRARY(pbs, m) {
       "attend(Tensor q, Tensor k, Tensor v, Tensor k_perm, Tensor v_perm, Tensor block_mask, *, "
       "int block_size=128, int? kv_block_size=None, int segment_size=256, bool is_causal=True, "
       "float? scale=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, *, bool is_causal=True, float? scale=None, "
+  const std::string attention =
+      "bool is_causal=True, float? scale=None, "
       "int block_size=128, int? kv_block_size=32, int segment_size=256, float? threshold=None, "
       "str permute_per=\"kv_head\", int? num_heavy=32, str mass=\"block\", "
       "str score=\"sampled\", int num_samples=16, str select_per=\"query_head\", "
-      "int window=128, int dense_tail=128) -> Tensor");
+      "int window=128, int dense_tail=128)";
+  const auto define = [&](const std::string& operands, const char* result) {
+    m.def((operands + ", *, " + attention + " -> " + result).c_str());
+  };
+  define("attention(Tensor q, Tensor k, Tensor v", "Tensor");
+  // Of sequences side by side. Lengths are on the CPU.
+  define("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+         "Tensor");
+  const std::string in_pages = ", Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table";
+  define("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache" + in_pages, "Tensor");
+  define("attention_paged_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) out" +
+             in_pages,
+         "()");
 }

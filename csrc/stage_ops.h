@@ -11,8 +11,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
 #include <tuple>
 
+#include "settings.h"
 #include "stage_params.h"
 
 namespace pbs {
@@ -35,16 +37,16 @@ struct StageOps {
     check_segment(segment_size, "block_size", block_size);
     const Blocking blocking{block_size, block_size, segment_size};
     problem.num_perm_heads = check_permute_per(permute_per, problem);
-    const ScoreKeysParams params =
-        score_keys_params(q, k, problem, blocking, check_scale(scale, problem.head_dim));
+    const ScoreKeysParams params = score_keys_params(
+        const_rows(q), const_rows(k), problem, blocking, check_scale(scale, problem.head_dim));
     backend.check_score_keys(params);
     return run_score_keys(backend, params, q);
   }
 
-  static Tensor run_score_keys(const Backend& backend, ScoreKeysParams params, const Tensor& q) {
+  static Tensor run_score_keys(const Backend& backend, ScoreKeysParams params, const Tensor& like) {
     const Problem& problem = params.problem;
-    Tensor scores =
-        new_tensor(q, {problem.batch, problem.num_perm_heads, problem.num_kv}, ScalarType::Float);
+    Tensor scores = new_tensor(like, {problem.batch, problem.num_perm_heads, problem.num_kv},
+                               ScalarType::Float);
     params.importance = scores.mutable_data_ptr<float>();
     backend.score_keys(params);
     return scores;
@@ -102,7 +104,8 @@ struct StageOps {
     problem.num_perm_heads = perm.size(1);
     problem.num_kv = k.size(2);
     problem.head_dim = k.size(3);
-    PermuteKVParams params = permute_kv_params(k, v, perm, problem, kv_block_size);
+    PermuteKVParams params =
+        permute_kv_params(const_rows(k), const_rows(v), perm, problem, kv_block_size);
     backend.check_permute_kv(params);
     const Tensor k_mean = new_tensor(k,
                                      {problem.batch, problem.num_perm_heads,
@@ -114,12 +117,12 @@ struct StageOps {
 
   // `k_mean` may be null.
   static std::tuple<Tensor, Tensor> run_permute_kv(const Backend& backend, PermuteKVParams params,
-                                                   const Tensor& k, const Tensor* k_mean) {
+                                                   const Tensor& like, const Tensor* k_mean) {
     const Problem& problem = params.problem;
     const std::initializer_list<int64_t> sizes = {problem.batch, problem.num_perm_heads,
                                                   problem.num_kv, problem.head_dim};
-    Tensor k_perm = new_tensor(k, sizes, k.scalar_type());
-    Tensor v_perm = new_tensor(k, sizes, k.scalar_type());
+    Tensor k_perm = new_tensor(like, sizes, like.scalar_type());
+    Tensor v_perm = new_tensor(like, sizes, like.scalar_type());
     params.k_perm = k_perm.mutable_data_ptr();
     params.v_perm = v_perm.mutable_data_ptr();
     if (k_mean != nullptr) params.k_mean = k_mean->mutable_data_ptr<float>();
@@ -159,7 +162,8 @@ struct StageOps {
     const SelectRule rule = check_rule(
         {score, mass, threshold, num_samples, select_per, window, dense_tail}, problem, blocking);
     SelectBlocksParams params =
-        select_blocks_params(q, k, k_perm.value_or(k), problem, blocking, factor, is_causal, rule);
+        select_blocks_params(const_rows(q), const_rows(k), const_rows(k_perm.value_or(k)), problem,
+                             blocking, factor, is_causal, rule);
     params.k_mean = k_mean.const_data_ptr<float>();
     if (perm.has_value()) params.perm = perm->const_data_ptr<int32_t>();
     backend.check_select_blocks(params);
@@ -167,14 +171,15 @@ struct StageOps {
   }
 
   static std::tuple<Tensor, Tensor> run_select_blocks(const Backend& backend,
-                                                      SelectBlocksParams params, const Tensor& q) {
+                                                      SelectBlocksParams params,
+                                                      const Tensor& like) {
     const Problem& problem = params.problem;
     const int64_t num_q_blocks = num_query_blocks(problem, params.blocking);
     const int64_t num_words = num_mask_words(num_key_blocks(problem, params.blocking));
-    Tensor block_mask = new_tensor(q, {problem.batch, problem.num_q_heads, num_q_blocks, num_words},
-                                   ScalarType::Int);
+    Tensor block_mask = new_tensor(
+        like, {problem.batch, problem.num_q_heads, num_q_blocks, num_words}, ScalarType::Int);
     Tensor counts =
-        new_tensor(q, {problem.batch, problem.num_q_heads, num_q_blocks}, ScalarType::Int);
+        new_tensor(like, {problem.batch, problem.num_q_heads, num_q_blocks}, ScalarType::Int);
     params.block_mask = reinterpret_cast<uint32_t*>(block_mask.mutable_data_ptr<int32_t>());
     params.counts = counts.mutable_data_ptr<int32_t>();
     backend.select_blocks(params);
@@ -206,70 +211,84 @@ struct StageOps {
     check_size("block_mask", block_mask, 3, num_mask_words(num_key_blocks(problem, blocking)),
                "words of 32 key blocks");
     check_contiguous("block_mask", block_mask);
-    const AttendParams params =
-        attend_params(q, k, v, k_perm, v_perm, block_mask, problem, blocking,
-                      check_scale(scale, problem.head_dim), is_causal);
+    AttendParams params = attend_params(const_rows(q), const_rows(k), const_rows(v),
+                                        const_rows(k_perm), const_rows(v_perm), block_mask, problem,
+                                        blocking, check_scale(scale, problem.head_dim), is_causal);
     backend.check_attend(params);
-    return run_attend(backend, params, q);
+    Tensor out = torch::stable::empty_like(q);
+    params.out = mutable_rows(out);
+    return {out, run_attend(backend, params, q)};
   }
 
-  static std::tuple<Tensor, Tensor> run_attend(const Backend& backend, AttendParams params,
-                                               const Tensor& q) {
+  // Writes params.out, returns the LSE.
+  static Tensor run_attend(const Backend& backend, AttendParams params, const Tensor& like) {
     const Problem& problem = params.problem;
-    Tensor out = torch::stable::empty_like(q);
     Tensor lse =
-        new_tensor(q, {problem.batch, problem.num_q_heads, problem.num_q}, ScalarType::Float);
-    params.out = MutableRows{out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
+        new_tensor(like, {problem.batch, problem.num_q_heads, problem.num_q}, ScalarType::Float);
     params.lse = lse.mutable_data_ptr<float>();
     backend.attend(params);
-    return {out, lse};
+    return lse;
   }
 
   // attention
 
-  static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
-                          std::optional<double> scale, int64_t block_size,
-                          std::optional<int64_t> kv_block_size, int64_t segment_size,
-                          std::optional<double> threshold, std::string permute_per,
-                          std::optional<int64_t> num_heavy, std::string mass, std::string score,
-                          int64_t num_samples, std::string select_per, int64_t window,
-                          int64_t dense_tail) {
+  static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                          const AttentionSettings& settings) {
     const Backend backend("attention", "q", q);
     Problem problem = check_query_key(q, k);
     check_key_value(k, v);
-    const int64_t heavy = check_num_heavy(num_heavy);
-    const Blocking blocking = check_blocking(block_size, kv_block_size, segment_size);
-    problem.num_perm_heads = check_permute_per(permute_per, problem);
-    const SelectRule rule = check_rule(
-        {score, mass, threshold, num_samples, select_per, window, dense_tail}, problem, blocking);
-    const float factor = check_scale(scale, problem.head_dim);
-    backend.check_attention(const_rows(q), const_rows(k), const_rows(v), problem, blocking, factor,
-                            rule);
+    const AttentionRule rule = check_settings(settings, problem);
+    const Operands operands{const_rows(q), const_rows(k), const_rows(v)};
+    backend.check_attention(operands.q, operands.k, operands.v, problem, rule.blocking, rule.scale,
+                            rule.select);
+    Tensor out = torch::stable::empty_like(q);
+    run_attention(backend, problem, rule, operands, mutable_rows(out), q);
+    return out;
+  }
 
-    const Tensor scores =
-        run_score_keys(backend, score_keys_params(q, k, problem, blocking, factor), q);
-    const Tensor perm =
-        run_sort_segments(backend, sort_segments_params(scores, segment_size, heavy), scores);
+  // What it allocates is like `like`, in dtype and device.
+  static void run_attention(const Backend& backend, const Problem& problem,
+                            const AttentionRule& rule, const Operands& operands,
+                            const MutableRows& out, const Tensor& like) {
+    const Blocking& blocking = rule.blocking;
+    const auto& [q, k, v] = operands;
+    const Tensor perm = run_order(backend, problem, rule, q, k, /*keeps_first=*/false, like);
     PermuteKVParams permuting = permute_kv_params(k, v, perm, problem, blocking.kv_block_size);
-    permuting.num_copied = num_candidate_rows(problem, blocking, is_causal);
+    permuting.num_copied = num_candidate_rows(problem, blocking, rule.is_causal);
     std::optional<Tensor> k_mean;
-    if (reads_means(rule.score)) {
-      k_mean = new_tensor(k,
+    if (reads_means(rule.select.score)) {
+      k_mean = new_tensor(like,
                           {problem.batch, problem.num_perm_heads, num_key_blocks(problem, blocking),
                            problem.head_dim},
                           ScalarType::Float);
     }
     const auto [k_perm, v_perm] =
-        run_permute_kv(backend, permuting, k, k_mean.has_value() ? &*k_mean : nullptr);
-    SelectBlocksParams selecting =
-        select_blocks_params(q, k, k_perm, problem, blocking, factor, is_causal, rule);
+        run_permute_kv(backend, permuting, like, k_mean.has_value() ? &*k_mean : nullptr);
+    SelectBlocksParams selecting = select_blocks_params(q, k, const_rows(k_perm), problem, blocking,
+                                                        rule.scale, rule.is_causal, rule.select);
     if (k_mean.has_value()) selecting.k_mean = k_mean->const_data_ptr<float>();
     selecting.perm = perm.const_data_ptr<int32_t>();
-    const Tensor block_mask = std::get<0>(run_select_blocks(backend, selecting, q));
-    return std::get<0>(run_attend(
-        backend,
-        attend_params(q, k, v, k_perm, v_perm, block_mask, problem, blocking, factor, is_causal),
-        q));
+    const Tensor block_mask = std::get<0>(run_select_blocks(backend, selecting, like));
+    AttendParams attending =
+        attend_params(q, k, v, const_rows(k_perm), const_rows(v_perm), block_mask, problem,
+                      blocking, rule.scale, rule.is_causal);
+    attending.out = out;
+    run_attend(backend, attending, like);
+  }
+
+  // The permutation of the keys; with keeps_first the first one stays where it is.
+  static Tensor run_order(const Backend& backend, const Problem& problem, const AttentionRule& rule,
+                          const ConstRows& q, const ConstRows& k, bool keeps_first,
+                          const Tensor& like) {
+    const Tensor scores =
+        run_score_keys(backend, score_keys_params(q, k, problem, rule.blocking, rule.scale), like);
+    if (keeps_first) {
+      Tensor first = scores;
+      first = torch::stable::narrow(first, 2, 0, 1);
+      torch::stable::fill_(first, std::numeric_limits<double>::infinity());
+    }
+    return run_sort_segments(
+        backend, sort_segments_params(scores, rule.blocking.segment_size, rule.num_heavy), scores);
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
@@ -278,7 +297,8 @@ struct StageOps {
     m.impl("permute_kv", TORCH_BOX(&permute_kv));
     m.impl("select_blocks", TORCH_BOX(&select_blocks));
     m.impl("attend", TORCH_BOX(&attend));
-    m.impl("attention", TORCH_BOX(&attention));
+    using Attention = WithSettings<&attention, const Tensor&, const Tensor&, const Tensor&>;
+    m.impl("attention", TORCH_BOX(&Attention::call));
   }
 };
 

@@ -6,14 +6,15 @@
 
 namespace pbs {
 
-inline ScoreKeysParams score_keys_params(const Tensor& q, const Tensor& k, const Problem& problem,
-                                         const Blocking& blocking, float scale) {
+inline ScoreKeysParams score_keys_params(const ConstRows& q, const ConstRows& k,
+                                         const Problem& problem, const Blocking& blocking,
+                                         float scale) {
   ScoreKeysParams params{};
   params.problem = problem;
   params.blocking = blocking;
   params.scale = scale;
-  params.q = const_rows(q);
-  params.k = const_rows(k);
+  params.q = q;
+  params.k = k;
   return params;
 }
 
@@ -28,20 +29,20 @@ inline SortSegmentsParams sort_segments_params(const Tensor& scores, int64_t seg
   return params;
 }
 
-inline PermuteKVParams permute_kv_params(const Tensor& k, const Tensor& v, const Tensor& perm,
+inline PermuteKVParams permute_kv_params(const ConstRows& k, const ConstRows& v, const Tensor& perm,
                                          const Problem& problem, int64_t kv_block_size) {
   PermuteKVParams params{};
   params.problem = problem;
   params.kv_block_size = kv_block_size;
   params.num_copied = problem.num_kv;
-  params.k = const_rows(k);
-  params.v = const_rows(v);
+  params.k = k;
+  params.v = v;
   params.perm = perm.const_data_ptr<int32_t>();
   return params;
 }
 
-inline SelectBlocksParams select_blocks_params(const Tensor& q, const Tensor& k,
-                                               const Tensor& k_perm, const Problem& problem,
+inline SelectBlocksParams select_blocks_params(const ConstRows& q, const ConstRows& k,
+                                               const ConstRows& k_perm, const Problem& problem,
                                                const Blocking& blocking, float scale,
                                                bool is_causal, const SelectRule& rule) {
   SelectBlocksParams params{};
@@ -50,14 +51,30 @@ inline SelectBlocksParams select_blocks_params(const Tensor& q, const Tensor& k,
   params.scale = scale;
   params.is_causal = is_causal;
   params.rule = rule;
-  params.q = const_rows(q);
-  params.k = const_rows(k);
-  params.k_perm = const_rows(k_perm);
+  params.q = q;
+  params.k = k;
+  params.k_perm = k_perm;
   return params;
 }
 
-inline AttendParams attend_params(const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& k_perm, const Tensor& v_perm,
+inline CopyPagesParams copy_pages_params(const Problem& problem, int64_t first_row,
+                                         int64_t num_rows, const ConstRows& k_pages,
+                                         const ConstRows& v_pages, const Pages& pages) {
+  CopyPagesParams params{};
+  params.dtype = problem.dtype;
+  params.head_dim = problem.head_dim;
+  params.num_heads = problem.num_kv_heads;
+  params.first_row = first_row;
+  params.num_rows = num_rows;
+  params.pages = pages;
+  params.num_checked = ceil_div(problem.num_kv, pages.page_size);
+  params.k_pages = writable(k_pages);
+  params.v_pages = writable(v_pages);
+  return params;
+}
+
+inline AttendParams attend_params(const ConstRows& q, const ConstRows& k, const ConstRows& v,
+                                  const ConstRows& k_perm, const ConstRows& v_perm,
                                   const Tensor& block_mask, const Problem& problem,
                                   const Blocking& blocking, float scale, bool is_causal) {
   AttendParams params{};
@@ -65,18 +82,13 @@ inline AttendParams attend_params(const Tensor& q, const Tensor& k, const Tensor
   params.blocking = blocking;
   params.scale = scale;
   params.is_causal = is_causal;
-  params.q = const_rows(q);
-  params.k = const_rows(k);
-  params.v = const_rows(v);
-  params.k_perm = const_rows(k_perm);
-  params.v_perm = const_rows(v_perm);
+  params.q = q;
+  params.k = k;
+  params.v = v;
+  params.k_perm = k_perm;
+  params.v_perm = v_perm;
   params.block_mask = reinterpret_cast<const uint32_t*>(block_mask.const_data_ptr<int32_t>());
   return params;
-}
-
-inline int64_t check_permute_per(const std::string& permute_per, const Problem& problem) {
-  return check_choice("permute_per", permute_per, "kv_head", "query_head") ? problem.num_q_heads
-                                                                           : problem.num_kv_heads;
 }
 
 inline void check_perm(const Tensor& perm, const Tensor& q, const Problem& problem) {
@@ -92,10 +104,7 @@ inline void check_perm(const Tensor& perm, const Tensor& q, const Problem& probl
 inline void check_permuted(const char* name, const Tensor& t, const Tensor& k,
                            const Problem& problem) {
   check_same_device(name, t, "k", k);
-  if (dtype_of(t) != dtype_of(k)) {
-    fail(name, " must have the dtype of k (", dtype_text(dtype_of(k)), "), got ",
-         dtype_text(dtype_of(t)));
-  }
+  check_same_dtype(name, t, "k", k);
   check_ndim(name, t, 4, "(batch, heads, tokens, head_dim)");
   check_size(name, t, 0, problem.batch, "batch of q");
   check_perm_heads(name, t.size(1), problem);

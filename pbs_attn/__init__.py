@@ -5,6 +5,7 @@ from ._library import build_info, compiled_info, has_kernel
 from .attention import Selection, attention, select
 from .config import PBSConfig
 from .masks import bool_to_mask, density, lists_to_mask, mask_to_bool, mask_to_lists
+from .sequences import attention_paged, attention_paged_, attention_varlen
 
 __version__ = compiled_info()["version"]
 
@@ -13,6 +14,9 @@ __all__ = [
     "Selection",
     "__version__",
     "attention",
+    "attention_paged",
+    "attention_paged_",
+    "attention_varlen",
     "bool_to_mask",
     "build_info",
     "density",

@@ -23,6 +23,10 @@ _library.load()
 
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 OPERATORS = (*STAGES, "attention")
+# Of sequences of different lengths. They have no batch that torch.vmap could add to.
+SEQUENCE_OPERATORS = ("attention_varlen", "attention_paged", "attention_paged_")
+# Their lengths, which the host reads.
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seq_lens")
 HEAD_DIMS: tuple[int, ...] = _library.build_info()["head_dims"]
 
 _registrations = torch.library.Library("pbs", "FRAGMENT")
@@ -48,7 +52,7 @@ def _settings(op: str) -> dict[str, str]:
     return settings
 
 
-SETTINGS.update({op: _settings(op) for op in OPERATORS})
+SETTINGS.update({op: _settings(op) for op in (*OPERATORS, *SEQUENCE_OPERATORS)})
 
 
 def _check_one_device(first: Tensor, *others: Tensor) -> None:
@@ -69,7 +73,8 @@ def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
     def register(shapes: Callable[..., Any]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             given = {a.name: arg for a, arg in zip(arguments, args, strict=False)} | kwargs
-            _check_one_device(*(arg for arg in given.values() if isinstance(arg, Tensor)))
+            tensors = (arg for name, arg in given.items() if name not in _LENGTHS)
+            _check_one_device(*(arg for arg in tensors if isinstance(arg, Tensor)))
             return shapes(**{**defaults, **given})
 
         torch.library.register_fake(f"pbs::{op}", kernel)
@@ -116,6 +121,21 @@ def _(q: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
 @_fake("attention")
 def _(q: Tensor, **others: Any) -> Tensor:
     return torch.empty_like(q)
+
+
+@_fake("attention_varlen")
+def _(q: Tensor, **others: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_fake("attention_paged")
+def _(q: Tensor, **others: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_fake("attention_paged_")
+def _(**others: Any) -> None:
+    return None
 
 
 def _inference_only(name: str) -> Callable[..., Any]:
@@ -197,7 +217,7 @@ def _of_subclass(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda subclass, func, types, args, kwargs: call(*args, **(kwargs or {}))
 
 
-for _name in OPERATORS:
+for _name in (*OPERATORS, *SEQUENCE_OPERATORS):
     _registrations.impl(_name, _inference_only(_name), "Autograd")
     _refuse = _refuse_layout(_name)
     for _kinds in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
@@ -206,7 +226,8 @@ for _name in OPERATORS:
     torch.library.register_torch_dispatch(
         f"pbs::{_name}", NestedTensor, _of_subclass(_refuse), lib=_registrations
     )
-    torch.library.register_vmap(f"pbs::{_name}", batching_rule(_name), lib=_registrations)
+    if _name in OPERATORS:
+        torch.library.register_vmap(f"pbs::{_name}", batching_rule(_name), lib=_registrations)
     for _device_type, _key in (
         ("cpu", torch._C.DispatchKey.AutocastCPU),
         ("cuda", torch._C.DispatchKey.AutocastCUDA),

@@ -189,12 +189,13 @@ void attend_block(const AttendParams& params, int64_t item, float* scratch) {
   const uint32_t* words =
       params.block_mask + ((b * problem.num_q_heads + hq) * num_q_blocks + q_block_idx) * num_words;
   for_each_selected(words, block.num_candidates, [&](int64_t kv_block_idx) {
-    const int64_t begin = kv_block_idx * blocking.kv_block_size;
-    visit_keys(params, tile, params.k_perm, params.v_perm, b, hp, begin,
-               begin + blocking.kv_block_size, false, 0);
+    const RowPlace place = place_of(params.pages, b, kv_block_idx * blocking.kv_block_size);
+    visit_keys(params, tile, params.k_perm, params.v_perm, place.b, hp, place.row,
+               place.row + blocking.kv_block_size, false, 0);
   });
-  visit_keys(params, tile, params.k, params.v, b, hkv, block.own_begin, block.own_end,
-             params.is_causal, block.first_position);
+  const int64_t first = params.first_k_row;
+  visit_keys(params, tile, params.k, params.v, b, hkv, block.own_begin - first,
+             block.own_end - first, params.is_causal, block.first_position - first);
   write_rows(params, tile, block, b, hq);
 }
 

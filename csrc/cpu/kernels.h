@@ -74,6 +74,8 @@ struct Kernels {
 const Kernels& kernels();
 
 void sort_segment(const SortSegmentsParams& params, int64_t item);
+// A row of a head's keys and of its values.
+void copy_page_row(const CopyPagesParams& params, int64_t item);
 
 // Sets the rows of block_mask and the counts of one select_item from its block masses.
 void select_top_mass(const SelectBlocksParams& params, int64_t item, const float* mass);

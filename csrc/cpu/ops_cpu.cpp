@@ -5,7 +5,7 @@
 #include <new>
 
 #include "kernels.h"
-#include "stage_ops.h"
+#include "sequence_ops.h"
 
 namespace pbs {
 namespace {
@@ -56,6 +56,8 @@ class CpuBackend {
   static void check_attention(const ConstRows&, const ConstRows&, const ConstRows&, const Problem&,
                               const Blocking&, float, const SelectRule&) {}
 
+  static void check_out(const ConstRows&, DType) {}
+
   static void score_keys(const ScoreKeysParams& params) {
     const Problem& problem = params.problem;
     std::memset(params.importance, 0,
@@ -91,6 +93,11 @@ class CpuBackend {
                   [&](int64_t item, float* own) { kernels.permute_block(params, item, own); });
   }
 
+  static void copy_pages(const CopyPagesParams& params) {
+    for_each_item(params.num_heads * params.num_rows, 0,
+                  [&](int64_t item, float*) { cpu::copy_page_row(params, item); });
+  }
+
   static void select_blocks(const SelectBlocksParams& params) {
     const cpu::Kernels& kernels = cpu::kernels();
     for_each_item(cpu::num_select_items(params), kernels.select_scratch(params),
@@ -109,6 +116,9 @@ class CpuBackend {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pbs, CPU, m) { StageOps<CpuBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pbs, CPU, m) {
+  StageOps<CpuBackend>::register_all(m);
+  SequenceOps<CpuBackend>::register_all(m);
+}
 
 }  // namespace pbs

@@ -106,8 +106,9 @@ void fold_candidates(const SelectBlocksParams& params, const QueryBlock& block,
   const int64_t hp = item.first_head / heads_per_perm(problem);
   for (int64_t j = 0; j < block.num_candidates; ++j) {
     int64_t stride = 0;
-    const float* keys = float_rows(params.k_perm, problem, item.b, hp, j * num_keys, num_keys,
-                                   samples.keys, &stride);
+    const RowPlace place = place_of(params.pages, item.b, j * num_keys);
+    const float* keys =
+        float_rows(params.k_perm, problem, place.b, hp, place.row, num_keys, samples.keys, &stride);
     fold_keys(samples, keys, stride, problem.head_dim, num_keys, j,
               [](float*, int64_t, int64_t) {});
   }
@@ -124,8 +125,8 @@ int64_t fold_own(const SelectBlocksParams& params, const QueryBlock& block, cons
   for (int64_t begin = block.own_begin; begin < block.own_end; begin += tile, ++entry) {
     const int64_t num_keys = smaller(tile, block.own_end - begin);
     int64_t stride = 0;
-    const float* keys =
-        float_rows(params.k, problem, item.b, hkv, begin, num_keys, samples.keys, &stride);
+    const float* keys = float_rows(params.k, problem, item.b, hkv, begin - params.first_k_row,
+                                   num_keys, samples.keys, &stride);
     const auto until_own_position = [&](float* scores, int64_t group, int64_t lane) {
       for (int64_t i = 0; params.is_causal && i < group; ++i) {
         const int64_t position = block.first_position + sampled_row(block, samples, lane + i);

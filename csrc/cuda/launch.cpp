@@ -15,6 +15,7 @@ constexpr Launchers kTable[] = {
         {sm90::score_keys_workspace, sm90::launch_score_keys},
         {sort_segments_workspace, launch_sort_segments},
         {sm90::permute_kv_workspace, sm90::launch_permute_kv},
+        {copy_pages_workspace, launch_copy_pages},
         {sm90::select_blocks_workspace, sm90::launch_select_blocks},
         {sm90::attend_workspace, sm90::launch_attend},
         kMaxSegmentSize,

@@ -19,6 +19,7 @@ struct Launchers {
   StageLaunch<ScoreKeysParams> score_keys;
   StageLaunch<SortSegmentsParams> sort_segments;
   StageLaunch<PermuteKVParams> permute_kv;
+  StageLaunch<CopyPagesParams> copy_pages;
   StageLaunch<SelectBlocksParams> select_blocks;
   StageLaunch<AttendParams> attend;
 

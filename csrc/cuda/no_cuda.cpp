@@ -1,6 +1,6 @@
 // The CUDA backend of a build without CUDA kernels. Registered all the same: the user learns why
 // there are none, instead of reading the dispatcher's list of backends.
-#include "stage_ops.h"
+#include "sequence_ops.h"
 
 namespace pbs {
 namespace {
@@ -27,15 +27,21 @@ struct NoCudaBackend {
   void check_attend(const Args&...) const {}
   template <class... Args>
   void check_attention(const Args&...) const {}
+  template <class... Args>
+  void check_out(const Args&...) const {}
   void score_keys(const ScoreKeysParams&) const {}
   void sort_segments(const SortSegmentsParams&) const {}
   void permute_kv(const PermuteKVParams&) const {}
+  void copy_pages(const CopyPagesParams&) const {}
   void select_blocks(const SelectBlocksParams&) const {}
   void attend(const AttendParams&) const {}
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pbs, CUDA, m) { StageOps<NoCudaBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pbs, CUDA, m) {
+  StageOps<NoCudaBackend>::register_all(m);
+  SequenceOps<NoCudaBackend>::register_all(m);
+}
 
 }  // namespace pbs

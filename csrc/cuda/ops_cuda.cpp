@@ -5,7 +5,7 @@
 #include "device.h"
 #include "launch.h"
 #include "pbs/arch.h"
-#include "stage_ops.h"
+#include "sequence_ops.h"
 
 namespace pbs {
 namespace {
@@ -124,6 +124,8 @@ class CudaBackend {
     check_rule_fits(problem, blocking, rule);
   }
 
+  static void check_out(const ConstRows& out, DType dtype) { check_aligned("out", out, dtype); }
+
   void score_keys(const ScoreKeysParams& params) const {
     run("score_keys", launchers_.score_keys, params);
   }
@@ -132,6 +134,9 @@ class CudaBackend {
   }
   void permute_kv(const PermuteKVParams& params) const {
     run("permute_kv", launchers_.permute_kv, params);
+  }
+  void copy_pages(const CopyPagesParams& params) const {
+    run("copy_pages", launchers_.copy_pages, params);
   }
   void select_blocks(const SelectBlocksParams& params) const {
     run("select_blocks", launchers_.select_blocks, params);
@@ -191,6 +196,9 @@ class CudaBackend {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pbs, CUDA, m) { StageOps<CudaBackend>::register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(pbs, CUDA, m) {
+  StageOps<CudaBackend>::register_all(m);
+  SequenceOps<CudaBackend>::register_all(m);
+}
 
 }  // namespace pbs

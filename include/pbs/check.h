@@ -55,6 +55,24 @@ inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
   }
 }
 
+inline void check_same_dtype(const char* name, const Tensor& t, const char* other_name,
+                             const Tensor& other) {
+  if (dtype_of(t) != dtype_of(other)) {
+    fail(name, " must have the dtype of ", other_name, " (", dtype_text(dtype_of(other)), "), got ",
+         dtype_text(dtype_of(t)));
+  }
+}
+
+inline void check_same_shape(const char* name, const Tensor& t, const char* other_name,
+                             const Tensor& other) {
+  for (int64_t dim = 0; dim < other.dim(); ++dim) {
+    if (t.size(dim) != other.size(dim)) {
+      fail(name, " must have the shape of ", other_name, " ", shape_text(other), ", got ",
+           shape_text(t));
+    }
+  }
+}
+
 // Python's None, which the dispatcher lets pass.
 inline void check_defined(const char* name, const Tensor& t) {
   if (!t.defined()) fail(name, " must be a tensor, got None");
@@ -85,8 +103,9 @@ inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t s
 }
 
 inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
-  if (t.size(3) > 1 && t.numel() > 0 && t.stride(3) != 1) {
-    fail(name, " must be contiguous in its last dimension, got stride ", t.stride(3));
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.numel() > 0 && t.stride(last) != 1) {
+    fail(name, " must be contiguous in its last dimension, got stride ", t.stride(last));
   }
 }
 
@@ -100,6 +119,13 @@ inline void check_head_dim(const char* name, int64_t head_dim) {
   }
 }
 
+inline void check_head_multiple(int64_t num_q_heads, const char* k_name, int64_t num_kv_heads) {
+  if (num_kv_heads == 0 || num_q_heads % num_kv_heads != 0) {
+    fail("q must have a multiple of the heads of ", k_name, " (", num_kv_heads, "), got ",
+         num_q_heads);
+  }
+}
+
 inline void check_num_keys(const char* name, int64_t num_kv) {
   if (num_kv > std::numeric_limits<int32_t>::max()) {
     fail(name, " must have fewer than 2^31 rows, got ", num_kv);
@@ -109,16 +135,9 @@ inline void check_num_keys(const char* name, int64_t num_kv) {
 // k (and v) of a pair: same device, dtype and shape.
 inline void check_key_value(const Tensor& k, const Tensor& v) {
   check_same_device("v", v, "k", k);
-  if (dtype_of(v) != dtype_of(k)) {
-    fail("v must have the dtype of k (", dtype_text(dtype_of(k)), "), got ",
-         dtype_text(dtype_of(v)));
-  }
+  check_same_dtype("v", v, "k", k);
   check_ndim("v", v, 4, "(batch, heads, tokens, head_dim)");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    if (v.size(dim) != k.size(dim)) {
-      fail("v must have the shape of k ", shape_text(k), ", got ", shape_text(v));
-    }
-  }
+  check_same_shape("v", v, "k", k);
   check_last_dim_contiguous("v", v);
 }
 
@@ -126,18 +145,13 @@ inline Problem check_query_key(const Tensor& q, const Tensor& k) {
   check_same_device("k", k, "q", q);
   Problem problem{};
   problem.dtype = check_float_dtype("q", q);
-  if (dtype_of(k) != dtype_of(q)) {
-    fail("k must have the dtype of q (", dtype_text(dtype_of(q)), "), got ",
-         dtype_text(dtype_of(k)));
-  }
+  check_same_dtype("k", k, "q", q);
   check_ndim("q", q, 4, "(batch, heads, tokens, head_dim)");
   check_ndim("k", k, 4, "(batch, heads, tokens, head_dim)");
   check_head_dim("q", q.size(3));
   check_size("k", k, 3, q.size(3), "head_dim of q");
   check_size("k", k, 0, q.size(0), "batch of q");
-  if (k.size(1) == 0 || q.size(1) % k.size(1) != 0) {
-    fail("q must have a multiple of the heads of k (", k.size(1), "), got ", q.size(1));
-  }
+  check_head_multiple(q.size(1), "k", k.size(1));
   if (q.size(2) > k.size(2)) {
     fail("q must have no more rows than k (", k.size(2), "), got ", q.size(2));
   }
@@ -298,6 +312,10 @@ inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
 
 inline ConstRows const_rows(const Tensor& t) {
   return ConstRows{t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline MutableRows mutable_rows(Tensor& t) {
+  return MutableRows{t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 }  // namespace pbs

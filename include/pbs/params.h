@@ -51,6 +51,41 @@ struct MutableRows {
   int64_t row_stride;
 };
 
+constexpr ConstRows const_rows(const MutableRows& rows) {
+  return ConstRows{rows.data, rows.batch_stride, rows.head_stride, rows.row_stride};
+}
+// Of rows that the operator may write, by its schema.
+constexpr MutableRows writable(const ConstRows& rows) {
+  return MutableRows{const_cast<void*>(rows.data), rows.batch_stride, rows.head_stride,
+                     rows.row_stride};
+}
+
+// Where the rows of one sequence lie in pages. The pages themselves are (num_pages, H, page_size,
+// D), whose batch is the page: row r is row r % page_size of page table[r / page_size]. Without a
+// table the rows of each batch follow each other.
+struct Pages {
+  const int32_t* table;  // (ceil(Nkv / page_size)), or null
+  int64_t page_size;
+  int64_t num_pages;
+};
+
+// Where row `row` of batch `b` lies: as the batch and row of what is laid out so.
+struct RowPlace {
+  int64_t b;
+  int64_t row;
+};
+PBS_HOST_DEVICE constexpr RowPlace place_of(const Pages& pages, int64_t b, int64_t row) {
+  if (pages.table == nullptr) return RowPlace{b, row};
+  return RowPlace{pages.table[row / pages.page_size], row % pages.page_size};
+}
+
+// (B, Hq, Nq, D), (B, Hkv, Nkv, D) and the like.
+struct Operands {
+  ConstRows q;
+  ConstRows k;
+  ConstRows v;
+};
+
 struct Problem {
   int64_t batch;
   int64_t num_q_heads;
@@ -191,9 +226,11 @@ struct SelectBlocksParams {
   float scale;
   bool is_causal;
   SelectRule rule;
+  int64_t first_k_row;   // of the own segments, which alone are read where it is not 0
+  Pages pages;           // of k_perm
   ConstRows q;           // (B, Hq, Nq, D)
-  ConstRows k;           // (B, Hkv, Nkv, D)
-  ConstRows k_perm;      // (B, Hp, Nkv, D), of sampled scores
+  ConstRows k;           // (B, Hkv, Nkv - first_k_row, D)
+  ConstRows k_perm;      // (B, Hp, Nkv, D), or pages; of sampled scores
   const float* k_mean;   // (B, Hp, num_kv_blocks, D), of mean scores
   const int32_t* perm;   // (B, Hp, Nkv) or null for the identity
   uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)
@@ -210,16 +247,34 @@ constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
   return num_key_blocks(params.problem, params.blocking) + num_own_entries(params.blocking);
 }
 
+// Copies rows [first_row, first_row + num_rows) of one sequence out of its pages, or into them.
+struct CopyPagesParams {
+  DType dtype;
+  int64_t head_dim;
+  int64_t num_heads;  // Hkv
+  int64_t first_row;
+  int64_t num_rows;
+  bool to_pages;
+  Pages pages;
+  int64_t num_checked;  // entries of the table: rows are NaN unless each of them is a page
+  MutableRows k_pages;  // (num_pages, Hkv, page_size, D)
+  MutableRows v_pages;
+  MutableRows k;  // (1, Hkv, num_rows, D)
+  MutableRows v;
+};
+
 struct AttendParams {
   Problem problem;
   Blocking blocking;
   float scale;
   bool is_causal;
+  int64_t first_k_row;         // of the own segments
+  Pages pages;                 // of k_perm and v_perm
   ConstRows q;                 // (B, Hq, Nq, D)
-  ConstRows k;                 // (B, Hkv, Nkv, D)
-  ConstRows v;                 // (B, Hkv, Nkv, D)
-  ConstRows k_perm;            // (B, Hp, Nkv, D)
-  ConstRows v_perm;            // (B, Hp, Nkv, D)
+  ConstRows k;                 // (B, Hkv, Nkv - first_k_row, D)
+  ConstRows v;                 // (B, Hkv, Nkv - first_k_row, D)
+  ConstRows k_perm;            // (B, Hp, Nkv, D), or pages
+  ConstRows v_perm;            // (B, Hp, Nkv, D), or pages
   const uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)
   MutableRows out;             // (B, Hq, Nq, D)
   float* lse;                  // (B, Hq, Nq)

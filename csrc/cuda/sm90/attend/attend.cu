@@ -19,6 +19,13 @@ namespace {
 // Keys and values may fill so much of the 50 MB of L2 before they push each other out.
 constexpr int64_t kL2Bytes = int64_t{20} << 20;
 
+// Of a power of two.
+int32_t log2_of(int64_t size) {
+  int32_t shift = 0;
+  while (int64_t{1} << shift < size) ++shift;
+  return shift;
+}
+
 const char* encode_all(AttendArgs& args) {
   const AttendParams& params = args.params;
   const Problem& problem = params.problem;
@@ -30,20 +37,31 @@ const char* encode_all(AttendArgs& args) {
   struct Input {
     CUtensorMap* map;
     const ConstRows* rows;
+    int64_t num_batches;
     int64_t num_heads;
     int64_t num_rows;
     int64_t box_rows;
     int64_t box_columns;
   };
+  const int64_t batch = problem.batch;
+  const int64_t num_own = problem.num_kv - params.first_k_row;
+  const bool is_paged = params.pages.table != nullptr;
+  const int64_t num_perm_batches = is_paged ? params.pages.num_pages : batch;
+  const int64_t num_perm_rows = is_paged ? params.pages.page_size : problem.num_kv;
+  const int64_t num_perm_heads = problem.num_perm_heads;
   const Input inputs[] = {
-      {&args.q, &params.q, problem.num_q_heads, problem.num_q, kTileRows, all},
-      {&args.k, &params.k, problem.num_kv_heads, problem.num_kv, keys, all},
-      {&args.v, &params.v, problem.num_kv_heads, problem.num_kv, keys, all},
-      {&args.k_perm, &params.k_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk_columns},
-      {&args.v_perm, &params.v_perm, problem.num_perm_heads, problem.num_kv, chunk, chunk_columns},
+      {&args.q, &params.q, batch, problem.num_q_heads, problem.num_q, kTileRows, all},
+      {&args.k, &params.k, batch, problem.num_kv_heads, num_own, keys, all},
+      {&args.v, &params.v, batch, problem.num_kv_heads, num_own, keys, all},
+      {&args.k_perm, &params.k_perm, num_perm_batches, num_perm_heads, num_perm_rows, chunk,
+       chunk_columns},
+      {&args.v_perm, &params.v_perm, num_perm_batches, num_perm_heads, num_perm_rows, chunk,
+       chunk_columns},
   };
   for (const Input& input : inputs) {
-    const char* error = encode_rows(input.map, *input.rows, problem, input.num_heads,
+    Problem of_input = problem;
+    of_input.batch = input.num_batches;
+    const char* error = encode_rows(input.map, *input.rows, of_input, input.num_heads,
                                     input.num_rows, input.box_rows, input.box_columns);
     if (error != nullptr) return error;
   }
@@ -76,6 +94,8 @@ const char* launch_attend(const AttendParams& params, void* workspace, void* str
   }
   args.num_mask_words =
       static_cast<int32_t>(num_mask_words(num_key_blocks(problem, params.blocking)));
+  args.page_shift = 31;
+  if (params.pages.table != nullptr) args.page_shift = log2_of(params.pages.page_size);
   if (const char* error = encode_all(args)) return error;
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -41,7 +41,7 @@ class KeyValueLoader {
     head_ = work.kv_head;
     for (int i = 0; i < work.tiles.num_own; ++i) {
       packer_.rows[0] = work.own_begin + own_tile_begin(work.tiles, i, kKeys);
-      load_tile(kLoadsKeys ? args_.k : args_.v, kKeys);
+      load_tile(kLoadsKeys ? args_.k : args_.v, kKeys, 31);
     }
     head_ = work.perm_head;
     load_selected(work.mask_words, work.num_candidates,
@@ -61,8 +61,8 @@ class KeyValueLoader {
         for (uint32_t bits = __shfl_sync(~0u, own, source); bits != 0; bits &= bits - 1) {
           const int block_row = ((base + source) * 32 + __ffs(bits) - 1) * kv_block_size;
           for (int row = block_row; row < block_row + kv_block_size; row += chunk_rows_) {
-            if (packer_.add(row, chunks_per_tile_)) {
-              load_tile(kLoadsKeys ? args_.k_perm : args_.v_perm, chunk_rows_);
+            if (packer_.add(row_in_pages(row), chunks_per_tile_)) {
+              load_tile(kLoadsKeys ? args_.k_perm : args_.v_perm, chunk_rows_, args_.page_shift);
             }
           }
         }
@@ -70,24 +70,36 @@ class KeyValueLoader {
     }
   }
 
-  // Loads one tile from the rows in packer_, box_rows at a time.
-  __device__ void load_tile(const CUtensorMap& map, int box_rows) {
+  // Of a row of the sequence, counted through all pages.
+  __device__ int row_in_pages(int row) const {
+    const int32_t* table = params_.pages.table;
+    if (table == nullptr) return row;
+    const int page = table[row >> args_.page_shift];
+    return page << args_.page_shift | (row & ((1 << args_.page_shift) - 1));
+  }
+
+  // Loads one tile from the rows in packer_, box_rows at a time. Pages, which are the batch then,
+  // have 2^page_shift rows.
+  __device__ void load_tile(const CUtensorMap& map, int box_rows, int page_shift) {
     auto& full = kLoadsKeys ? shared_.k_full[ring_.stage()] : shared_.v_full[ring_.stage()];
     auto& empty = kLoadsKeys ? shared_.k_empty[ring_.stage()] : shared_.v_empty[ring_.stage()];
     empty.wait(ring_.parity() ^ 1);
     if (cute::elect_one_sync()) {
+      const int row_mask = static_cast<int>((1u << page_shift) - 1);
       full.arrive_and_expect_tx(kKeys * Traits::kHeadDim * 2);
       Element* dst =
           (kLoadsKeys ? shared_.k : shared_.v) + ring_.stage() * kKeys * Traits::kHeadDim;
       if (box_rows == kKeys) {
-        copy_box(map, full, dst, packer_.rows[0], 0, head_, b_);
+        const int row = packer_.rows[0];
+        copy_box(map, full, dst, row & row_mask, 0, head_, b_ + (row >> page_shift));
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < kMaxChunks; ++chunk) {
           if (chunk * box_rows >= kKeys) break;
           for (int group = 0; group < Traits::kGroups; ++group) {
+            const int row = packer_.rows[chunk];
             copy_box(map, full, dst + (group * kKeys + chunk * box_rows) * Traits::kGroupColumns,
-                     packer_.rows[chunk], group, head_, b_);
+                     row & row_mask, group, head_, b_ + (row >> page_shift));
           }
         }
       }

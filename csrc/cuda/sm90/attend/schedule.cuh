@@ -79,7 +79,7 @@ class Scheduler {
     work.q_head = hq;
     work.kv_head = hq / static_cast<int>(heads_per_kv(problem));
     work.perm_head = hq / static_cast<int>(heads_per_perm(problem));
-    work.own_begin = static_cast<int>(block.own_begin);
+    work.own_begin = static_cast<int>(block.own_begin - params_.first_k_row);
     work.num_candidates = static_cast<int>(block.num_candidates);
     work.first_row = static_cast<int>(block.first_row);
     work.num_rows = static_cast<int>(block.num_rows);

@@ -29,6 +29,7 @@ struct AttendArgs {
   OrderLayout layout;
   int32_t* workspace;
   int32_t num_mask_words;  // of a row of block_mask
+  int32_t page_shift;      // logarithm of the rows of a page; 31 without pages
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
@@ -88,7 +89,7 @@ struct AttendTraits {
     int32_t q_head;
     int32_t kv_head;
     int32_t perm_head;
-    int32_t own_begin;
+    int32_t own_begin;  // row of what lies in memory
     int32_t num_candidates;
     int32_t first_row;
     int32_t num_rows;

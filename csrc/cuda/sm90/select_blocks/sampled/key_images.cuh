@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layout.cuh"
+#include "sm90/pages.cuh"
 #include "unit_walk.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -25,9 +26,9 @@ __global__ void __launch_bounds__(kImageThreads<kHeadDim>)
   const int perm_head = static_cast<int>(blockIdx.x) / args.plan.num_tiles;
   const auto num_perm = static_cast<int>(args.params.problem.num_perm_heads);
   const ConstRows& keys = args.params.k_perm;
-  const Element* rows = static_cast<const Element*>(keys.data) +
-                        perm_head / num_perm * keys.batch_stride +
-                        perm_head % num_perm * keys.head_stride;
+  const Pages& pages = args.params.pages;
+  const Element* head_rows =
+      static_cast<const Element*>(keys.data) + perm_head % num_perm * keys.head_stride;
 
   Source pieces[kItems];
 #pragma unroll
@@ -36,8 +37,10 @@ __global__ void __launch_bounds__(kImageThreads<kHeadDim>)
     const int key = tile * kSampledKeys + item / kPieces;
     pieces[i].clear();
     if (key < args.num_candidate_rows) {
+      const RowPlace place = place_in_pages(pages, perm_head / num_perm, key);
       pieces[i] =
-          *reinterpret_cast<const Source*>(rows + key * keys.row_stride + item % kPieces * kPiece);
+          *reinterpret_cast<const Source*>(head_rows + place.b * keys.batch_stride +
+                                           place.row * keys.row_stride + item % kPieces * kPiece);
     }
   }
   uint32_t largest = 0;

@@ -160,7 +160,8 @@ class SampledQueries {
   __device__ void add_keys() {
     const ConstRows& from = args_.has_own ? args_.params.k : args_.params.k_perm;
     keys_ = static_cast<const Element*>(from.data) + unit_.b * from.batch_stride +
-            (args_.has_own ? unit_.hkv : unit_.hp) * from.head_stride + lane_ % 4 * 8;
+            (args_.has_own ? unit_.hkv : unit_.hp) * from.head_stride + lane_ % 4 * 8 -
+            (args_.has_own ? args_.params.first_k_row : 0) * from.row_stride;
     row_stride_ = from.row_stride;
     const int begin = __reduce_min_sync(~0u, min(rows_[0].begin, rows_[1].begin));
     const int end = __reduce_max_sync(~0u, max(rows_[0].end, rows_[1].end));

@@ -1,0 +1,90 @@
+// copy_pages on CUDA: rows of keys and values of one sequence out of pages of any size, or into
+// them. A CTA copies kRows rows of one head of K or of V.
+#include <cuda_runtime.h>
+
+#include <limits>
+
+#include "common/launch.h"
+#include "common/launch_kernel.h"
+
+namespace pbs::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 64;
+constexpr int kAtOnce = 4;  // pieces of 16 bytes that a thread has in flight
+// NaN in each of the dtypes.
+constexpr uint32_t kNanWord = 0x7fff7fffu;
+
+// The start of a row, in bytes from the start of the rows.
+__device__ int64_t row_start(const MutableRows& rows, const RowPlace& place, int head, int size) {
+  return size *
+         (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
+}
+
+// NOTE: a kernel cannot raise; NaN makes a bad table visible without a stray access. Every CTA
+// looks at the whole table, since the later kernels read pages that are not copied.
+__device__ bool has_bad_page(const CopyPagesParams& params) {
+  bool is_bad = false;
+  for (auto i = static_cast<int64_t>(threadIdx.x); i < params.num_checked; i += kThreads) {
+    const int32_t page = params.pages.table[i];
+    is_bad |= page < 0 || page >= params.pages.num_pages;
+  }
+  return __syncthreads_or(is_bad) != 0;
+}
+
+__global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesParams params) {
+  const bool is_bad = has_bad_page(params);
+  if (is_bad && params.to_pages) return;
+  const auto num_chunks = static_cast<int>(ceil_div(params.num_rows, kRows));
+  const int chunk = static_cast<int>(blockIdx.x) % num_chunks;
+  const int part = static_cast<int>(blockIdx.x) / num_chunks;
+  const bool is_key = part % 2 == 0;
+  const int head = part / 2;
+  const auto size = static_cast<int>(element_size(params.dtype));
+  const auto num_pieces = static_cast<uint32_t>(params.head_dim) * size / 16;  // of a row
+  const MutableRows& pages = is_key ? params.k_pages : params.v_pages;
+  const MutableRows& rows = is_key ? params.k : params.v;
+  const int first = chunk * kRows;
+  const auto num_rows = static_cast<uint32_t>(smaller(kRows, params.num_rows - first));
+  const uint32_t num_items = num_rows * num_pieces;
+#pragma unroll 1
+  for (uint32_t base = threadIdx.x; base < num_items; base += kAtOnce * kThreads) {
+    uint4 pieces[kAtOnce];
+    char* to[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t item = base + i * kThreads;
+      if (item >= num_items) continue;
+      const auto row = static_cast<int>(item / num_pieces) + first;
+      const int64_t column = item % num_pieces * 16;
+      const RowPlace in_page =
+          is_bad ? RowPlace{0, 0} : place_of(params.pages, 0, params.first_row + row);
+      char* page_row = static_cast<char*>(pages.data) + row_start(pages, in_page, head, size);
+      char* own_row = static_cast<char*>(rows.data) + row_start(rows, {0, row}, head, size);
+      to[i] = (params.to_pages ? page_row : own_row) + column;
+      const char* from = (params.to_pages ? own_row : page_row) + column;
+      pieces[i] = is_bad ? uint4{kNanWord, kNanWord, kNanWord, kNanWord}
+                         : *reinterpret_cast<const uint4*>(from);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (base + i * kThreads < num_items) *reinterpret_cast<uint4*>(to[i]) = pieces[i];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t copy_pages_workspace(const CopyPagesParams&) { return 0; }
+
+const char* launch_copy_pages(const CopyPagesParams& params, void*, void* stream) {
+  const int64_t num_ctas = 2 * params.num_heads * ceil_div(params.num_rows, kRows);
+  if (num_ctas == 0) return nullptr;
+  if (num_ctas > std::numeric_limits<int32_t>::max()) return "too many keys for one grid";
+  const cudaError_t error = launch_kernel(copy_pages_kernel, params, num_ctas, kThreads, 0,
+                                          static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace pbs::cuda

@@ -1,0 +1,142 @@
+"""Attention of several sequences of different lengths: side by side, or with K and V in pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # registers torch.ops.pbs  # noqa: F401
+from .config import PBSConfig, check_config
+
+_DEFAULT = PBSConfig()
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    config: PBSConfig = _DEFAULT,
+) -> Tensor:
+    """:func:`pbs_attn.attention` of sequences that lie side by side, without padding.
+
+    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``, and as in FlashAttention
+    the like of ``k`` and ``v``. Its queries are the last of its positions. Each sequence runs by
+    itself, one after the other, so that its output does not depend on its neighbours.
+
+    Args:
+        q: (total Nq, query heads, head_dim), any strides with a contiguous last dim.
+        k, v: (total Nkv, KV heads, head_dim).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 or int64: 0, and the sums of the lengths
+            up to each sequence. Lengths may be 0, and Nq <= Nkv. They are read on the CPU: those on
+            a GPU are copied first, which waits for it.
+        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+
+    Returns:
+        (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        TypeError: if ``config`` is no PBSConfig.
+    """
+    check_config(config)
+    out: Tensor = torch.ops.pbs.attention_varlen(
+        q, k, v, cu_seqlens_q.cpu(), cu_seqlens_k.cpu(),
+        is_causal=is_causal, scale=scale, **config.op_kwargs("attention_varlen"),
+    )  # fmt: skip
+    return out
+
+
+def attention_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    config: PBSConfig = _DEFAULT,
+) -> Tensor:
+    """:func:`attention_varlen` with the keys and values in pages, as serving engines keep them.
+
+    Key j of sequence i is row j % page_size of page block_table[i, j // page_size]. A sequence's
+    keys and values are copied out of their pages first; :func:`attention_paged_` copies less.
+
+    Args:
+        q: (total Nq, query heads, head_dim).
+        k_cache, v_cache: (pages, page_size, KV heads, head_dim), any strides with a contiguous last
+            dim; page_size is a multiple of 16.
+        cu_seqlens_q: (sequences + 1) as of :func:`attention_varlen`.
+        seq_lens: (sequences) int32 or int64: Nkv of each sequence, at least its Nq. Read on the
+            CPU, too.
+        block_table: (sequences, pages of the longest sequence) int32, on the device of ``q``.
+            Entries behind a sequence's last page are not read. On a GPU a number that is no page
+            makes the sequence's output NaN, and is an error on the CPU.
+        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+
+    Returns:
+        (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        TypeError: if ``config`` is no PBSConfig.
+    """
+    check_config(config)
+    out: Tensor = torch.ops.pbs.attention_paged(
+        q, k_cache, v_cache, cu_seqlens_q.cpu(), seq_lens.cpu(), block_table,
+        is_causal=is_causal, scale=scale, **config.op_kwargs("attention_paged"),
+    )  # fmt: skip
+    return out
+
+
+def attention_paged_(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    *,
+    scale: float | None = None,
+    config: PBSConfig = _DEFAULT,
+) -> None:
+    """Causal attention over pages that are put in order in place, for prompts that come in chunks.
+
+    When a call completes a segment, the segment's keys and values are permuted by importance inside
+    their page, after this call's queries have seen them in their own order. Later calls use them as
+    they stand: a chunk sorts and moves its own keys only, and reads the earlier ones in their
+    pages. Other attention over the same pages stays exact, since it does not depend on the order
+    of keys that each of its queries sees whole. So these rules hold:
+
+    - Page size is a power of two and a multiple of ``config.segment_size``, so that a segment lies
+      in one page.
+    - A query's own segment is in its original order: once a segment is complete and this function
+      has seen it, no query of that segment may come again, unless its page is written anew.
+    - Key j of a segment that is not yet complete is row j % page_size of its page.
+
+    The importance of a segment's keys comes from the last queries of the call that completes it,
+    over the keys from the call's first segment on. Token 0 stays first.
+
+    Args:
+        out: (total Nq, query heads, head_dim) in the dtype of ``q``, written.
+        config: with ``score="sampled"`` and ``permute_per="kv_head"``.
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, scale: as of
+            :func:`attention_paged`; ``k_cache`` and ``v_cache`` are written.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule above that can be checked, or one of
+            :func:`pbs_attn.attention`.
+        TypeError: if ``config`` is no PBSConfig.
+    """
+    check_config(config)
+    torch.ops.pbs.attention_paged_(
+        q, k_cache, v_cache, out, cu_seqlens_q.cpu(), seq_lens.cpu(), block_table,
+        scale=scale, **config.op_kwargs("attention_paged_"),
+    )  # fmt: skip
