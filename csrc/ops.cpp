@@ -39,6 +39,6 @@ STABLE_TORCH_LIBRARY(pbs, m) {
   const std::string in_pages = ", Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table";
   define("attention_paged(Tensor q, Tensor k_cache, Tensor v_cache" + in_pages, "Tensor");
   define("attention_paged_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) out" +
-             in_pages,
+             in_pages + ", Tensor? k=None, Tensor? v=None",
          "()");
 }

@@ -109,6 +109,18 @@ inline void check_out(const Tensor& out, const Tensor& q) {
   check_last_dim_contiguous("out", out);
 }
 
+// Keys and values of the queries' own positions, beside those in pages; both or none.
+inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional<Tensor>& v,
+                             const Tensor& q, const Problem& problem) {
+  if (k.has_value() != v.has_value()) {
+    fail("k and v must be given together, got ", k.has_value() ? "k" : "v", " alone");
+  }
+  if (!k.has_value()) return;
+  check_sequence_operands(q, {"k", *k}, {"v", *v}, 3, "(tokens, heads, head_dim)");
+  check_size("k", *k, 0, q.size(0), "rows of q");
+  check_size("k", *k, 1, problem.num_kv_heads, "heads of k_cache");
+}
+
 // Numbers of one dimension that the host reads.
 inline std::vector<int64_t> check_lengths(const char* name, const Tensor& t) {
   check_defined(name, t);

@@ -76,27 +76,49 @@ struct SequenceOps {
   }
 
   // The same, causal, into `out`. Keys and values of the segments that a sequence has completed
-  // since its first query here are put in order in their pages; those before stand as they are.
+  // since its first query here are put in order in their pages; those before stand as they are. k
+  // and v (Tq, Hkv, D), where they are given, are those of the queries' own positions.
   static void attention_paged_in_order(const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& out,
                                        const Tensor& cu_seqlens_q, const Tensor& seq_lens,
-                                       const Tensor& block_table,
-                                       const AttentionSettings& settings) {
+                                       const Tensor& block_table, std::optional<Tensor> k,
+                                       std::optional<Tensor> v, const AttentionSettings& settings) {
     const Backend backend("attention_paged_", "q", q);
     Problem problem = check_pages(q, k_cache, v_cache);
     check_out(out, q);
+    check_new_tokens(k, v, q, problem);
     const std::vector<Sequence> sequences =
         check_sequences(q, k_cache, cu_seqlens_q, seq_lens, block_table);
     const AttentionRule rule = check_settings(settings, problem);
     check_order_in_pages(k_cache.size(1), rule, problem);
     const Operands all{token_rows(q), page_rows(k_cache), page_rows(v_cache)};
     check_all(backend, sequences, problem, rule, all);
-    backend.check_out(token_rows(out), problem.dtype);
+    backend.check_aligned_rows("out", token_rows(out), problem.dtype);
+    if (k.has_value()) {
+      backend.check_aligned_rows("k", token_rows(*k), problem.dtype);
+      backend.check_aligned_rows("v", token_rows(*v), problem.dtype);
+    }
     for (const Sequence& sequence : sequences) {
-      const Operands operands{from_row(all.q, sequence.first_q, problem.dtype), all.k, all.v};
-      run_in_order(backend, problem_of(problem, sequence), rule, operands,
-                   pages_of(block_table, k_cache, sequence),
-                   writable(from_row(token_rows(out), sequence.first_q, problem.dtype)), q);
+      const auto rows = [&](const Tensor& t) {
+        return from_row(token_rows(t), sequence.first_q, problem.dtype);
+      };
+      const Operands operands{rows(q), all.k, all.v};
+      const Problem own = problem_of(problem, sequence);
+      const Pages pages = pages_of(block_table, k_cache, sequence);
+      // Own segments hold every query, and the keys that no call before has put in order.
+      const int64_t first_row = round_down(own.num_kv - own.num_q, rule.blocking.segment_size);
+      std::tuple<Tensor, Tensor> copied;
+      OwnRows own_rows{first_row, {}, {}};
+      if (k.has_value() && first_row == own.num_kv - own.num_q) {
+        own_rows.k = rows(*k);
+        own_rows.v = rows(*v);
+      } else {
+        copied = copy_rows(backend, own, first_row, operands, pages, q);
+        own_rows.k = const_rows(std::get<0>(copied));
+        own_rows.v = const_rows(std::get<1>(copied));
+      }
+      order_pages(backend, own, rule, operands, own_rows, pages, q);
+      attend_pages(backend, own, rule, operands, own_rows, pages, writable(rows(out)), q);
     }
   }
 
@@ -105,15 +127,22 @@ struct SequenceOps {
                                 const Tensor&, const Tensor&>;
     using Paged = WithSettings<&attention_paged, const Tensor&, const Tensor&, const Tensor&,
                                const Tensor&, const Tensor&, const Tensor&>;
-    using InOrder =
-        WithSettings<&attention_paged_in_order, const Tensor&, const Tensor&, const Tensor&,
-                     const Tensor&, const Tensor&, const Tensor&, const Tensor&>;
+    using InOrder = WithSettings<&attention_paged_in_order, const Tensor&, const Tensor&,
+                                 const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Tensor&, std::optional<Tensor>, std::optional<Tensor>>;
     m.impl("attention_varlen", TORCH_BOX(&Varlen::call));
     m.impl("attention_paged", TORCH_BOX(&Paged::call));
     m.impl("attention_paged_", TORCH_BOX(&InOrder::call));
   }
 
  private:
+  // Keys and values from row first_row on, in their original order.
+  struct OwnRows {
+    int64_t first_row;
+    ConstRows k;
+    ConstRows v;
+  };
+
   // Of every sequence, before the first of them runs.
   static void check_all(const Backend& backend, const std::vector<Sequence>& sequences,
                         const Problem& problem, const AttentionRule& rule, const Operands& all) {
@@ -140,50 +169,44 @@ struct SequenceOps {
     return {k, v};
   }
 
-  static void run_in_order(const Backend& backend, const Problem& problem,
-                           const AttentionRule& rule, const Operands& operands, const Pages& pages,
-                           const MutableRows& out, const Tensor& like) {
+  // Puts the complete segments among the own keys and values in order in their pages. Token 0 stays
+  // the first, so that its block is known ever after.
+  static void order_pages(const Backend& backend, const Problem& problem, const AttentionRule& rule,
+                          const Operands& operands, const OwnRows& own, const Pages& pages,
+                          const Tensor& like) {
+    Problem of_own = problem;
+    of_own.num_kv = problem.num_kv - own.first_row;
+    const int64_t num_ordered = round_down(of_own.num_kv, rule.blocking.segment_size);
+    if (num_ordered == 0) return;
+    const Tensor perm = Stages::run_order(backend, of_own, rule, operands.q, own.k,
+                                          /*keeps_first=*/own.first_row == 0, like);
+    PermuteKVParams permuting =
+        permute_kv_params(own.k, own.v, perm, of_own, rule.blocking.kv_block_size);
+    permuting.num_copied = num_ordered;
+    permuting.first_page_row = own.first_row;
+    permuting.pages = pages;
+    permuting.k_perm = writable(operands.k);
+    permuting.v_perm = writable(operands.v);
+    backend.permute_kv(permuting);
+  }
+
+  static void attend_pages(const Backend& backend, const Problem& problem,
+                           const AttentionRule& rule, const Operands& operands, const OwnRows& own,
+                           const Pages& pages, const MutableRows& out, const Tensor& like) {
     const Blocking& blocking = rule.blocking;
-    // Own segments hold every query, and the keys that no call before this one has put in order.
-    const int64_t first_row = round_down(problem.num_kv - problem.num_q, blocking.segment_size);
-    const auto [k, v] = copy_rows(backend, problem, first_row, operands, pages, like);
-    order_pages(backend, problem, rule, first_row, operands, pages, k, v, like);
     SelectBlocksParams selecting =
-        select_blocks_params(operands.q, const_rows(k), operands.k, problem, blocking, rule.scale,
+        select_blocks_params(operands.q, own.k, operands.k, problem, blocking, rule.scale,
                              /*is_causal=*/true, rule.select);
-    selecting.first_k_row = first_row;
+    selecting.first_k_row = own.first_row;
     selecting.pages = pages;
     const Tensor block_mask = std::get<0>(Stages::run_select_blocks(backend, selecting, like));
     AttendParams attending =
-        attend_params(operands.q, const_rows(k), const_rows(v), operands.k, operands.v, block_mask,
-                      problem, blocking, rule.scale, /*is_causal=*/true);
-    attending.first_k_row = first_row;
+        attend_params(operands.q, own.k, own.v, operands.k, operands.v, block_mask, problem,
+                      blocking, rule.scale, /*is_causal=*/true);
+    attending.first_k_row = own.first_row;
     attending.pages = pages;
     attending.out = out;
     Stages::run_attend(backend, attending, like);
-  }
-
-  // Puts the complete segments among keys `k` and values `v`, rows from first_row on, in order in
-  // their pages. Token 0 stays the first, so that its block is known ever after.
-  static void order_pages(const Backend& backend, const Problem& problem, const AttentionRule& rule,
-                          int64_t first_row, const Operands& operands, const Pages& pages,
-                          const Tensor& k, const Tensor& v, const Tensor& like) {
-    Problem own = problem;
-    own.num_kv = problem.num_kv - first_row;
-    const int64_t num_ordered = round_down(own.num_kv, rule.blocking.segment_size);
-    if (num_ordered == 0) return;
-    const Tensor perm = Stages::run_order(backend, own, rule, operands.q, const_rows(k),
-                                          /*keeps_first=*/first_row == 0, like);
-    PermuteKVParams permuting =
-        permute_kv_params(const_rows(k), const_rows(v), perm, own, rule.blocking.kv_block_size);
-    permuting.num_copied = num_ordered;
-    auto [k_perm, v_perm] = Stages::run_permute_kv(backend, permuting, like, nullptr);
-    CopyPagesParams params =
-        copy_pages_params(problem, first_row, num_ordered, operands.k, operands.v, pages);
-    params.to_pages = true;
-    params.k = mutable_rows(k_perm);
-    params.v = mutable_rows(v_perm);
-    backend.copy_pages(params);
   }
 };
 

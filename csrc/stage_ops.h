@@ -115,7 +115,7 @@ struct StageOps {
     return {k_perm, v_perm, k_mean};
   }
 
-  // `k_mean` may be null.
+  // k_perm and v_perm, new ones; `k_mean` may be null.
   static std::tuple<Tensor, Tensor> run_permute_kv(const Backend& backend, PermuteKVParams params,
                                                    const Tensor& like, const Tensor* k_mean) {
     const Problem& problem = params.problem;
@@ -123,8 +123,8 @@ struct StageOps {
                                                   problem.num_kv, problem.head_dim};
     Tensor k_perm = new_tensor(like, sizes, like.scalar_type());
     Tensor v_perm = new_tensor(like, sizes, like.scalar_type());
-    params.k_perm = k_perm.mutable_data_ptr();
-    params.v_perm = v_perm.mutable_data_ptr();
+    params.k_perm = mutable_rows(k_perm);
+    params.v_perm = mutable_rows(v_perm);
     if (k_mean != nullptr) params.k_mean = k_mean->mutable_data_ptr<float>();
     backend.permute_kv(params);
     return {k_perm, v_perm};

@@ -68,8 +68,8 @@ inline CopyPagesParams copy_pages_params(const Problem& problem, int64_t first_r
   params.num_rows = num_rows;
   params.pages = pages;
   params.num_checked = ceil_div(problem.num_kv, pages.page_size);
-  params.k_pages = writable(k_pages);
-  params.v_pages = writable(v_pages);
+  params.k_pages = k_pages;
+  params.v_pages = v_pages;
   return params;
 }
 

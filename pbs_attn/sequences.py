@@ -103,6 +103,8 @@ def attention_paged_(
     cu_seqlens_q: Tensor,
     seq_lens: Tensor,
     block_table: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
@@ -126,6 +128,10 @@ def attention_paged_(
 
     Args:
         out: (total Nq, query heads, head_dim) in the dtype of ``q``, written.
+        k, v: None, or (total Nq, KV heads, head_dim): keys and values of the queries' own positions
+            as the pages hold them. A chunk that begins with a segment then copies nothing out of
+            its pages, and page numbers are not checked on a GPU; every access stays inside the
+            caches.
         config: with ``score="sampled"`` and ``permute_per="kv_head"``.
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, scale: as of
             :func:`attention_paged`; ``k_cache`` and ``v_cache`` are written.
@@ -137,6 +143,6 @@ def attention_paged_(
     """
     check_config(config)
     torch.ops.pbs.attention_paged_(
-        q, k_cache, v_cache, out, cu_seqlens_q.cpu(), seq_lens.cpu(), block_table,
+        q, k_cache, v_cache, out, cu_seqlens_q.cpu(), seq_lens.cpu(), block_table, k, v,
         scale=scale, **config.op_kwargs("attention_paged_"),
     )  # fmt: skip

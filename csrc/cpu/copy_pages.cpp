@@ -1,4 +1,4 @@
-// copy_pages: rows of keys and values out of pages, or into them.
+// copy_pages: rows of keys and values out of pages.
 #include <cstring>
 
 #include "kernels.h"
@@ -6,10 +6,11 @@
 namespace pbs::cpu {
 namespace {
 
-char* address(const MutableRows& rows, const RowPlace& place, int64_t head, DType dtype) {
-  const int64_t element =
-      place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride;
-  return static_cast<char*>(rows.data) + element * element_size(dtype);
+// The start of a row, in bytes from the start of the rows.
+template <class Rows>
+int64_t row_start(const Rows& rows, const RowPlace& place, int64_t head, DType dtype) {
+  return element_size(dtype) *
+         (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
 }
 
 }  // namespace
@@ -19,10 +20,10 @@ void copy_page_row(const CopyPagesParams& params, int64_t item) {
   const int64_t row = item % params.num_rows;
   const RowPlace in_page = place_of(params.pages, 0, params.first_row + row);
   const auto bytes = static_cast<size_t>(params.head_dim * element_size(params.dtype));
-  const auto copy = [&](const MutableRows& pages, const MutableRows& rows) {
-    char* page_row = address(pages, in_page, head, params.dtype);
-    char* own_row = address(rows, RowPlace{0, row}, head, params.dtype);
-    std::memcpy(params.to_pages ? page_row : own_row, params.to_pages ? own_row : page_row, bytes);
+  const auto copy = [&](const ConstRows& from, const MutableRows& to) {
+    std::memcpy(static_cast<char*>(to.data) + row_start(to, RowPlace{0, row}, head, params.dtype),
+                static_cast<const char*>(from.data) + row_start(from, in_page, head, params.dtype),
+                bytes);
   };
   copy(params.k_pages, params.k);
   copy(params.v_pages, params.v);

@@ -56,7 +56,7 @@ class CpuBackend {
   static void check_attention(const ConstRows&, const ConstRows&, const ConstRows&, const Problem&,
                               const Blocking&, float, const SelectRule&) {}
 
-  static void check_out(const ConstRows&, DType) {}
+  static void check_aligned_rows(const char*, const ConstRows&, DType) {}
 
   static void score_keys(const ScoreKeysParams& params) {
     const Problem& problem = params.problem;

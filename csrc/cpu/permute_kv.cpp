@@ -5,6 +5,15 @@
 #include "stages.h"
 
 namespace pbs::cpu::PBS_CPU_ARCH {
+namespace {
+
+void* row_of(const MutableRows& rows, const RowPlace& place, int64_t head, DType dtype) {
+  const int64_t element =
+      place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride;
+  return static_cast<char*>(rows.data) + element * element_size(dtype);
+}
+
+}  // namespace
 
 int64_t permute_scratch(const PermuteKVParams& params) { return params.problem.head_dim; }
 
@@ -15,8 +24,8 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
   const int64_t kv_block_idx = item % num_copied_blocks(params);
   const int64_t head = item / num_copied_blocks(params);
   const int64_t b = head / problem.num_perm_heads;
-  const int64_t hkv =
-      head % problem.num_perm_heads / (problem.num_perm_heads / problem.num_kv_heads);
+  const int64_t hp = head % problem.num_perm_heads;
+  const int64_t hkv = hp / (problem.num_perm_heads / problem.num_kv_heads);
   const int64_t begin = kv_block_idx * params.kv_block_size;
   const int64_t end = smaller(begin + params.kv_block_size, params.num_copied);
 
@@ -24,12 +33,12 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
   const int64_t k_head = b * params.k.batch_stride + hkv * params.k.head_stride;
   const int64_t v_head = b * params.v.batch_stride + hkv * params.v.head_stride;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t dst = head * problem.num_kv + row;
-    const int64_t src = params.perm[dst];
+    const int64_t src = params.perm[head * problem.num_kv + row];
+    const RowPlace place = place_of(params.pages, b, params.first_page_row + row);
     const void* key = offset(params.k.data, k_head + src * params.k.row_stride, problem.dtype);
     const void* value = offset(params.v.data, v_head + src * params.v.row_stride, problem.dtype);
-    std::memcpy(static_cast<char*>(params.k_perm) + dst * row_bytes, key, row_bytes);
-    std::memcpy(static_cast<char*>(params.v_perm) + dst * row_bytes, value, row_bytes);
+    std::memcpy(row_of(params.k_perm, place, hp, problem.dtype), key, row_bytes);
+    std::memcpy(row_of(params.v_perm, place, hp, problem.dtype), value, row_bytes);
   }
   if (params.k_mean == nullptr) return;
   float* mean = params.k_mean + (head * num_kv_blocks + kv_block_idx) * head_dim;

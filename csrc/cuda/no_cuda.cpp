@@ -28,7 +28,7 @@ struct NoCudaBackend {
   template <class... Args>
   void check_attention(const Args&...) const {}
   template <class... Args>
-  void check_out(const Args&...) const {}
+  void check_aligned_rows(const Args&...) const {}
   void score_keys(const ScoreKeysParams&) const {}
   void sort_segments(const SortSegmentsParams&) const {}
   void permute_kv(const PermuteKVParams&) const {}

@@ -124,7 +124,9 @@ class CudaBackend {
     check_rule_fits(problem, blocking, rule);
   }
 
-  static void check_out(const ConstRows& out, DType dtype) { check_aligned("out", out, dtype); }
+  static void check_aligned_rows(const char* name, const ConstRows& rows, DType dtype) {
+    check_aligned(name, rows, dtype);
+  }
 
   void score_keys(const ScoreKeysParams& params) const {
     run("score_keys", launchers_.score_keys, params);

@@ -160,13 +160,15 @@ struct SortSegmentsParams {
 struct PermuteKVParams {
   Problem problem;
   int64_t kv_block_size;
-  int64_t num_copied;   // rows of k_perm and v_perm to write, from the first on
-  ConstRows k;          // (B, Hkv, Nkv, D)
-  ConstRows v;          // (B, Hkv, Nkv, D)
-  const int32_t* perm;  // (B, Hp, Nkv)
-  void* k_perm;         // (B, Hp, Nkv, D), contiguous
-  void* v_perm;         // (B, Hp, Nkv, D), contiguous
-  float* k_mean;        // (B, Hp, num_kv_blocks, D), or null where nobody reads it
+  int64_t num_copied;      // rows of k_perm and v_perm to write, from the first on
+  int64_t first_page_row;  // of the sequence in pages, where the first one goes
+  Pages pages;             // of k_perm and v_perm
+  ConstRows k;             // (B, Hkv, Nkv, D)
+  ConstRows v;             // (B, Hkv, Nkv, D)
+  const int32_t* perm;     // (B, Hp, Nkv)
+  MutableRows k_perm;      // (B, Hp, Nkv, D), or pages
+  MutableRows v_perm;      // (B, Hp, Nkv, D), or pages
+  float* k_mean;           // (B, Hp, num_kv_blocks, D), or null where nobody reads it
 };
 
 // Key blocks of a head whose rows and means are written.
@@ -247,20 +249,19 @@ constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
   return num_key_blocks(params.problem, params.blocking) + num_own_entries(params.blocking);
 }
 
-// Copies rows [first_row, first_row + num_rows) of one sequence out of its pages, or into them.
+// Copies rows [first_row, first_row + num_rows) of one sequence out of its pages.
 struct CopyPagesParams {
   DType dtype;
   int64_t head_dim;
   int64_t num_heads;  // Hkv
   int64_t first_row;
   int64_t num_rows;
-  bool to_pages;
   Pages pages;
   int64_t num_checked;  // entries of the table: rows are NaN unless each of them is a page
-  MutableRows k_pages;  // (num_pages, Hkv, page_size, D)
-  MutableRows v_pages;
-  MutableRows k;  // (1, Hkv, num_rows, D)
-  MutableRows v;
+  ConstRows k_pages;    // (num_pages, Hkv, page_size, D)
+  ConstRows v_pages;    // (num_pages, Hkv, page_size, D)
+  MutableRows k;        // (1, Hkv, num_rows, D)
+  MutableRows v;        // (1, Hkv, num_rows, D)
 };
 
 struct AttendParams {

@@ -1,5 +1,5 @@
-// copy_pages on CUDA: rows of keys and values of one sequence out of pages of any size, or into
-// them. A CTA copies kRows rows of one head of K or of V.
+// copy_pages on CUDA: rows of keys and values of one sequence out of pages of any size. A CTA
+// copies kRows rows of one head of K or of V.
 #include <cuda_runtime.h>
 
 #include <limits>
@@ -17,7 +17,8 @@ constexpr int kAtOnce = 4;  // pieces of 16 bytes that a thread has in flight
 constexpr uint32_t kNanWord = 0x7fff7fffu;
 
 // The start of a row, in bytes from the start of the rows.
-__device__ int64_t row_start(const MutableRows& rows, const RowPlace& place, int head, int size) {
+template <class Rows>
+__device__ int64_t row_start(const Rows& rows, const RowPlace& place, int head, int size) {
   return size *
          (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
 }
@@ -35,7 +36,6 @@ __device__ bool has_bad_page(const CopyPagesParams& params) {
 
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesParams params) {
   const bool is_bad = has_bad_page(params);
-  if (is_bad && params.to_pages) return;
   const auto num_chunks = static_cast<int>(ceil_div(params.num_rows, kRows));
   const int chunk = static_cast<int>(blockIdx.x) % num_chunks;
   const int part = static_cast<int>(blockIdx.x) / num_chunks;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesPar
   const int head = part / 2;
   const auto size = static_cast<int>(element_size(params.dtype));
   const auto num_pieces = static_cast<uint32_t>(params.head_dim) * size / 16;  // of a row
-  const MutableRows& pages = is_key ? params.k_pages : params.v_pages;
+  const ConstRows& pages = is_key ? params.k_pages : params.v_pages;
   const MutableRows& rows = is_key ? params.k : params.v;
   const int first = chunk * kRows;
   const auto num_rows = static_cast<uint32_t>(smaller(kRows, params.num_rows - first));
@@ -60,10 +60,9 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesPar
       const int64_t column = item % num_pieces * 16;
       const RowPlace in_page =
           is_bad ? RowPlace{0, 0} : place_of(params.pages, 0, params.first_row + row);
-      char* page_row = static_cast<char*>(pages.data) + row_start(pages, in_page, head, size);
-      char* own_row = static_cast<char*>(rows.data) + row_start(rows, {0, row}, head, size);
-      to[i] = (params.to_pages ? page_row : own_row) + column;
-      const char* from = (params.to_pages ? own_row : page_row) + column;
+      to[i] = static_cast<char*>(rows.data) + row_start(rows, {0, row}, head, size) + column;
+      const char* from =
+          static_cast<const char*>(pages.data) + row_start(pages, in_page, head, size) + column;
       pieces[i] = is_bad ? uint4{kNanWord, kNanWord, kNanWord, kNanWord}
                          : *reinterpret_cast<const uint4*>(from);
     }

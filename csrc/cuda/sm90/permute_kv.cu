@@ -15,6 +15,7 @@
 #include "common/launch_kernel.h"
 #include "pbs/geometry.h"
 #include "sm90/launch.h"
+#include "sm90/pages.cuh"
 
 namespace pbs::cuda::sm90 {
 namespace {
@@ -246,13 +247,20 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const int num_perms =
       static_cast<int>(problem.num_perm_heads) / static_cast<int>(problem.num_kv_heads);
   const int64_t first_head = window.b * problem.num_perm_heads + window.kv_head * num_perms;
-  const auto head_dim = static_cast<int>(problem.head_dim);
   const int64_t first_row = first_head * problem.num_kv + window.begin;
   const bool takes_part = thread < window.num_copied;
   const int32_t* perm = params.perm + first_row + thread;
   const int first_of_warp = thread / 32 * 32;
-  T* out = static_cast<T*>(window.is_key ? params.k_perm : params.v_perm) +
-           (first_row + first_of_warp) * problem.head_dim + window.first_column;
+  // The rows of a warp are in one page. One that does not exist is not written.
+  const MutableRows& output = window.is_key ? params.k_perm : params.v_perm;
+  const CheckedPlace place =
+      place_in_pages(params.pages, static_cast<int>(window.b),
+                     static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
+  T* out = static_cast<T*>(output.data) + place.b * output.batch_stride +
+           window.kv_head * num_perms * output.head_stride + place.row * output.row_stride +
+           window.first_column;
+  const auto out_stride = static_cast<int>(output.row_stride);
+  const int num_rows = place.exists ? rows_of_warp(window.num_copied) : 0;
   float* sums_of_warp = sums + first_of_warp / 32 * window.width;
   int32_t next = takes_part ? *perm : 0;
   slots.wait();
@@ -277,15 +285,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       holds_window = is_local;
     }
     const int slot = is_local && takes_part ? static_cast<int>(in_window) : thread;
-    const int num_rows = rows_of_warp(window.num_copied);
     if (window.is_key && params.k_mean != nullptr) {
-      store_rows<true>(slots, slot, num_rows, out, head_dim, sums_of_warp);
+      store_rows<true>(slots, slot, num_rows, out, out_stride, sums_of_warp);
       __syncthreads();
       write_means(params, window, first_head + p, sums);
     } else {
-      store_rows<false>(slots, slot, num_rows, out, head_dim, sums_of_warp);
+      store_rows<false>(slots, slot, num_rows, out, out_stride, sums_of_warp);
     }
-    out += problem.num_kv * problem.head_dim;
+    out += output.head_stride;
   }
 }
 
