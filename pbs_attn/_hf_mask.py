@@ -122,11 +122,10 @@ def _read_rows(
     row of the batch is one sequence without padding. And, where padding or packing is all that it
     has, its sequences; a decode step takes no PBS and needs none."""
     neither = False, None
-    facts = {"keys": kv_offset, "queries": queries, **pattern._asdict()}
+    by_token = {name: told for name, told in pattern._asdict().items() if told is not None}
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[-1] < kv_length:
-            return neither
-        facts["visible"] = attention_mask[:, :kv_length]
+        by_token["visible"] = attention_mask[..., :kv_length]
+    facts = {"keys": kv_offset, "queries": queries, **by_token}
     tensors = {name: fact for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
     expected = {"keys": 0, "queries": kv_length - q_length}
     if any(facts[name] != first for name, first in expected.items() if name not in tensors):
@@ -135,7 +134,10 @@ def _read_rows(
         return True, None
     if not all(_is_readable(tensor) for tensor in tensors.values()):
         return neither
-    if q_length == 1 and pattern.sequence_ids is None and "visible" in tensors:
+    batch_sizes = {len(told) for told in by_token.values()}
+    if any(told.shape[1:] != (kv_length,) for told in by_token.values()) or len(batch_sizes) > 1:
+        return neither
+    if q_length == 1 and by_token.keys() == {"visible"}:
         tensors["visible"] = tensors["visible"].all().view(1, 1)
     values = look(tensors)
     for name, first in expected.items():
@@ -161,14 +163,14 @@ def look(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _tell_rows(
     q_length: int, values: dict[str, torch.Tensor]
 ) -> tuple[bool, tuple[Row, ...] | None]:
+    """What _read_rows returns, from what was read of each token."""
     sequence_ids, position_ids = values.get("sequence_ids"), values.get("position_ids")
-    some = next((t for t in (sequence_ids, position_ids) if t is not None), None)
     if "visible" in values:
         visible = values["visible"].bool()
-    elif some is not None:
-        visible = torch.ones_like(some, dtype=torch.bool)
+    elif sequence_ids is not None:
+        visible = torch.ones_like(sequence_ids, dtype=torch.bool)
     else:
-        return True, None
+        return position_ids is None, None
     rows = find_rows(q_length, visible, sequence_ids, position_ids)
     batch_size, kv_length = visible.shape
     is_plain = (

@@ -63,7 +63,8 @@ def register(
     Args:
         name: letters, digits, "_", "-" and "."; none of transformers' own names.
         config: block sizes, threshold and so on of the op (arXiv 2510.21270).
-        min_tokens: prompts with fewer keys than this take SDPA.
+        min_tokens: prompts with fewer keys than this take SDPA, and so do sequences of a padded or
+            packed batch.
 
     Raises:
         ImportError: transformers is missing or older than 4.56.

@@ -75,8 +75,8 @@ def positions_of(mask):
 
 def make_mask(attention_mask=None, sequence_ids=None, num_queries=NUM_TOKENS):
     """What the registered mask function makes of it, called as this transformers calls it."""
-    told = attention_mask if sequence_ids is None else sequence_ids
-    batch_size, kv_length = told.shape
+    batch_size = len(attention_mask if sequence_ids is None else sequence_ids)
+    kv_length = NUM_TOKENS
     offset = kv_length - num_queries
     if HAS_CACHE_POSITION:
         queries = {"cache_position": torch.arange(offset, kv_length)}
@@ -313,6 +313,19 @@ def test_rows_with_holes_take_the_mask(holes):
     assert route == "sdpa" and "not plain causal" in reason
 
 
+@torch.no_grad()
+def test_a_mask_of_other_shapes_is_taken_by_its_values():
+    """Here it has one row for a batch of two, or tells of more tokens than there are keys."""
+    inputs = random_inputs(2)
+    out = attend(*inputs, make_mask(spans_mask((77, NUM_TOKENS))))
+    assert {route for route, _ in counts("pbs_sparse")} == {"sdpa"}
+    same = attend(*inputs, make_mask(spans_mask(*[(77, NUM_TOKENS)] * 2)), name="pbs_exact")
+    torch.testing.assert_close(out[:, 77:], same[:, 77:])
+    longer = torch.arange(NUM_TOKENS + 9)[None] // 200
+    assert type(make_mask(sequence_ids=longer)) is torch.Tensor
+    assert type(make_mask(sequence_ids=longer[:, :NUM_TOKENS])) is RowMask
+
+
 def test_grad_mode_gets_an_ordinary_mask():
     """Nothing takes PBS there, and what wraps a model to train it expects no other tensor."""
     assert type(make_mask(spans_mask(*PADDED["left"]))) is torch.Tensor
@@ -327,7 +340,8 @@ def graph_breaks():
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def test_compiled_model_takes_the_mask():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_model_takes_the_mask(dynamic):
     """A trace cannot look at a mask. It goes dense, without one graph break more than SDPA's."""
     model = build("llama")
     mask = spans_mask(*PADDED["left"])
@@ -336,7 +350,7 @@ def test_compiled_model_takes_the_mask():
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         model.set_attn_implementation(name)
-        compiled = torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend="eager", dynamic=dynamic)
         outputs[name] = logits(compiled, tokens(2), attention_mask=mask)[mask.bool()]
         breaks[name] = graph_breaks()
     torch.compiler.reset()
