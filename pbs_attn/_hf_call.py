@@ -11,6 +11,7 @@ from torch import Tensor
 from ._autograd import is_differentiated
 from ._hf_file import keywords, mask_makers, needs_mask, supports_sdpa, uses_interface
 from ._hf_route import Call
+from ._hf_rows import rows_of
 from ._hf_trace import constant_in_traces
 from .ops import DTYPES
 
@@ -37,6 +38,7 @@ def describe_call(
     """The call that `module` makes of its attention function."""
     device_type = query.device.type
     file_name = type(module).__module__
+    rows = rows_of(attention_mask, query, key)
     return Call(
         num_queries=query.shape[2],
         num_keys=key.shape[2],
@@ -45,7 +47,7 @@ def describe_call(
         dtype=_operand_dtype(device_type, query.dtype, key.dtype, value.dtype),
         device_type=device_type,
         is_causal=_is_causal(module) if is_causal is None else is_causal,
-        has_mask=attention_mask is not None,
+        has_mask=attention_mask is not None and rows is None,
         window=kwargs.get("sliding_window"),
         uses_interface=uses_interface(file_name),
         supports_sdpa=supports_sdpa(file_name),
@@ -59,6 +61,7 @@ def describe_call(
         # Some layers hand on their ordinary cache under the same name.
         has_paged_cache=type(kwargs.get("cache")).__name__ == "PagedAttentionCache",
         needs_grad=is_differentiated(query, key, value),
+        rows=rows,
     )
 
 

@@ -43,8 +43,9 @@ def routes(name: str | None = None) -> RouteCounts:
     """What the calls of all attention layers took since register(), most calls first.
 
     explain() tells what a prompt would take; this tells what the calls did take, with padding,
-    static caches, gradients and decode steps. A layer inside a compiled graph counts in `traces`
-    once for each time that torch.compile traces it, with its numbers left out of the reason.
+    static caches, gradients and decode steps. A padded or packed batch counts once for each of its
+    sequences, if one of them takes PBS. A layer inside a compiled graph counts in `traces` once for
+    each time that torch.compile traces it, with its numbers left out of the reason.
     register() with the same name begins again at nothing.
 
     Args:

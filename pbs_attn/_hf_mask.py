@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ._hf_file import needs_mask, supports_sdpa, uses_interface
 from ._hf_route import NO_INTERFACE
+from ._hf_rows import Row, RowMask, find_rows
 
 
 def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor | None]:
-    """None for plain bottom-right causal attention, else transformers' explicit boolean mask; for
-    a model without SDPA always the additive mask of eager attention."""
+    """None for plain bottom-right causal attention, a RowMask for padded or packed sequences of it,
+    else transformers' explicit boolean mask; for a model without SDPA always the additive mask of
+    eager attention."""
 
     def pbs_mask(
         *,
@@ -34,23 +37,10 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
         make_mask = masking_utils.sdpa_mask
         if not supports_sdpa(file_name):
             make_mask = masking_utils.eager_mask
-        # Older transformers forbid the skip only where the pattern or the cache already tells;
-        # later callers may need the mask as a tensor.
-        allow_skip = allow_is_causal_skip or "cache_position" in kwargs
-        if (
-            make_mask is masking_utils.sdpa_mask
-            and not needs_mask(file_name)
-            and not _makes_layers_bidirectional(config)
-            and allow_skip
-            and _equals(kv_offset, 0)
-            and _is_causal_only(mask_function, kv_length, masking_utils, kwargs.get("local_size"))
-            and _ends_at_last_key(kv_length, **kwargs)
-            and _hides_no_key(attention_mask, kv_length)
-        ):
-            return None
         # transformers' own skips align top-left, which is wrong for an attention function that
         # reads a missing mask as bottom-right.
-        mask: torch.Tensor | None = make_mask(
+        make = functools.partial(
+            make_mask,
             kv_length=kv_length,
             kv_offset=kv_offset,
             mask_function=mask_function,
@@ -59,7 +49,29 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
             allow_is_bidirectional_skip=False,
             **kwargs,
         )
-        return mask
+        # Older transformers forbid the skip only where the pattern or the cache already tells;
+        # later callers may need the mask as a tensor.
+        allow_skip = allow_is_causal_skip or "cache_position" in kwargs
+        if (
+            make_mask is not masking_utils.sdpa_mask
+            or needs_mask(file_name)
+            or _makes_layers_bidirectional(config)
+        ):
+            return make()
+        pattern = _read_pattern(mask_function, kv_length, masking_utils, kwargs.get("local_size"))
+        if pattern is None or not (allow_skip or pattern.sequence_ids is not None):
+            return make()
+        q_length, queries = _place_queries(**kwargs)
+        is_plain, rows = _read_rows(
+            pattern, q_length, queries, kv_length, kv_offset, attention_mask
+        )
+        if is_plain and allow_skip:
+            return None
+        told = pattern.sequence_ids if attention_mask is None else attention_mask
+        # Training takes no PBS, and what wraps a model for it should find an ordinary tensor.
+        if rows is None or told is None or torch.is_grad_enabled():
+            return make()
+        return RowMask(rows, make, (told.shape[0], 1, q_length, kv_length), told.device)
 
     return pbs_mask
 
@@ -77,45 +89,106 @@ def _is_readable(tensor: torch.Tensor) -> bool:
     return not (tracing or fake or tensor.is_meta)
 
 
-def _ends_at_last_key(
-    kv_length: int,
+class _Pattern(NamedTuple):
+    """A causal mask function: which packed sequence each token belongs to, if to one, and the
+    positions that tell causality, if not the indices. Both are (B, Nkv)."""
+
+    sequence_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
+def _place_queries(
     q_length: int = 0,
     q_offset: int | torch.Tensor = 0,
     cache_position: torch.Tensor | None = None,
     **_: Any,
-) -> bool:
-    """Whether the queries are the last ones of kv_length positions, in order."""
-    if cache_position is not None:  # older transformers
-        q_length = cache_position.shape[0]
-        if q_length > kv_length or not _is_readable(cache_position):
-            return False
-        expected = torch.arange(kv_length - q_length, kv_length, device=cache_position.device)
-        return torch.equal(cache_position, expected)
-    return _equals(q_offset, kv_length - q_length)
+) -> tuple[int, int | torch.Tensor]:
+    """How many queries there are, and the position of the first one or, of older transformers,
+    of all."""
+    if cache_position is None:
+        return q_length, q_offset
+    return cache_position.shape[0], cache_position
 
 
-def _equals(offset: int | torch.Tensor, expected: int) -> bool:
-    """Static caches keep their offsets in tensors."""
-    if isinstance(offset, torch.Tensor):
-        return _is_readable(offset) and int(offset) == expected
-    return offset == expected
+def _read_rows(
+    pattern: _Pattern,
+    q_length: int,
+    queries: int | torch.Tensor,
+    kv_length: int,
+    kv_offset: int | torch.Tensor,
+    attention_mask: torch.Tensor | None,
+) -> tuple[bool, tuple[Row, ...] | None]:
+    """Whether the mask is plain: the queries are the last of kv_length tokens, in order, and every
+    row of the batch is one sequence without padding. And, where padding or packing is all that it
+    has, its sequences; a decode step takes no PBS and needs none."""
+    neither = False, None
+    by_token = {name: told for name, told in pattern._asdict().items() if told is not None}
+    if attention_mask is not None:
+        by_token["visible"] = attention_mask[..., :kv_length]
+    facts = {"keys": kv_offset, "queries": queries, **by_token}
+    tensors = {name: fact for name, fact in facts.items() if isinstance(fact, torch.Tensor)}
+    expected = {"keys": 0, "queries": kv_length - q_length}
+    if any(facts[name] != first for name, first in expected.items() if name not in tensors):
+        return neither
+    if not tensors:
+        return True, None
+    if not all(_is_readable(tensor) for tensor in tensors.values()):
+        return neither
+    batch_sizes = {len(told) for told in by_token.values()}
+    if any(told.shape[1:] != (kv_length,) for told in by_token.values()) or len(batch_sizes) > 1:
+        return neither
+    if q_length == 1 and by_token.keys() == {"visible"}:
+        tensors["visible"] = tensors["visible"].all().view(1, 1)
+    values = look(tensors)
+    for name, first in expected.items():
+        if name in values:
+            positions = values[name].flatten()
+            if not torch.equal(positions, torch.arange(first, first + len(positions))):
+                return neither
+    return _tell_rows(q_length, values)
 
 
-def _hides_no_key(attention_mask: torch.Tensor | None, kv_length: int) -> bool:
-    if attention_mask is None:
-        return True
-    if attention_mask.ndim != 2 or attention_mask.shape[-1] < kv_length:
-        return False
-    return _is_readable(attention_mask) and bool(attention_mask[:, :kv_length].all())
+def look(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values of small tensors as integers on the CPU. They come by one transfer, for which the
+    CPU waits until the GPU has computed them."""
+    device = next(iter(tensors.values())).device
+    flat = torch.cat([t.reshape(-1).to(device, torch.long) for t in tensors.values()]).cpu()
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {
+        name: part.view(tensor.shape)
+        for part, (name, tensor) in zip(parts, tensors.items(), strict=True)
+    }
 
 
-def _is_causal_only(
+def _tell_rows(
+    q_length: int, values: dict[str, torch.Tensor]
+) -> tuple[bool, tuple[Row, ...] | None]:
+    """What _read_rows returns, from what was read of each token."""
+    sequence_ids, position_ids = values.get("sequence_ids"), values.get("position_ids")
+    if "visible" in values:
+        visible = values["visible"].bool()
+    elif sequence_ids is not None:
+        visible = torch.ones_like(sequence_ids, dtype=torch.bool)
+    else:
+        return position_ids is None, None
+    rows = find_rows(q_length, visible, sequence_ids, position_ids)
+    batch_size, kv_length = visible.shape
+    is_plain = (
+        rows is not None
+        and len(rows) == batch_size
+        and all((row.begin, row.end) == (0, kv_length) for row in rows)
+    )
+    return is_plain, rows if q_length > 1 else None
+
+
+def _read_pattern(
     mask_function: Callable[..., Any],
     kv_length: int,
     masking_utils: ModuleType,
     local_size: int | None = None,
-) -> bool:
-    """Whether `mask_function` is causal over kv_length keys and hides nothing else.
+) -> _Pattern | None:
+    """What `mask_function` is made of; None where it is not causal over kv_length keys, or hides
+    more than other sequences.
 
     transformers builds its patterns as nested functions. They are recognised by name, and what
     they close over tells what they hide. A function that is not known counts as one that hides.
@@ -124,34 +197,61 @@ def _is_causal_only(
     """
     causal = masking_utils.causal_mask_function
     if mask_function is causal:
-        return True
+        return _Pattern()
     if torch.compiler.is_compiling():
-        return local_size is not None and local_size >= kv_length
+        return _Pattern() if local_size is not None and local_size >= kv_length else None
     parts = list(_and_parts(mask_function))
-    return causal in parts and all(
-        part is causal or (part.__module__ == causal.__module__ and _hides_nothing(part, kv_length))
-        for part in parts
+    overlays = [(part, positions) for part, positions in parts if part is not causal]
+    packing = [part for part, _ in overlays if _maker(part) == "packed_sequence_mask_function"]
+    if len(overlays) == len(parts) or len(packing) > 1:
+        return None
+    if not all(
+        part in packing or _hides_nothing(part, kv_length, positions is not None)
+        for part, positions in overlays
+    ):
+        return None
+    remapped = [positions for _, positions in parts if positions is not None]
+    if any(positions is not remapped[0] for positions in remapped):
+        return None
+    return _Pattern(
+        _closure(packing[0])["packed_sequence_mask"] if packing else None,
+        remapped[0] if remapped else None,
     )
 
 
-def _and_parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    if getattr(mask_function, "__qualname__", None) == "and_masks.<locals>.and_mask":
-        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
-            yield from _and_parts(part)
+def _and_parts(
+    mask_function: Callable[..., Any], positions: torch.Tensor | None = None
+) -> Iterator[tuple[Callable[..., Any], torch.Tensor | None]]:
+    """The functions that must all agree, each with the positions that it is asked about instead of
+    the indices."""
+    maker = _maker(mask_function)
+    if maker == "and_masks":
+        for part in _closure(mask_function)["mask_functions"]:
+            yield from _and_parts(part, positions)
+    elif maker == "remap_positions_for_packed_sequence" and positions is None:
+        hidden = _closure(mask_function)
+        yield from _and_parts(hidden["mask_function"], hidden["position_ids"])
     else:
-        yield mask_function
+        yield mask_function, positions
 
 
-def _hides_nothing(overlay: Callable[..., Any], kv_length: int) -> bool:
-    """A window or chunk that covers all keys (without padding), or packing of one sequence, which
-    transformers 4 builds for every forward without a cache."""
-    hidden = inspect.getclosurevars(overlay).nonlocals
-    maker = overlay.__qualname__.removesuffix(".<locals>.inner_mask")
+def _maker(mask_function: Callable[..., Any]) -> str:
+    """The function of transformers that has made this one; empty for anybody else's."""
+    if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
+        return ""
+    return mask_function.__qualname__.partition(".<locals>.")[0]
+
+
+def _closure(mask_function: Callable[..., Any]) -> Any:
+    return inspect.getclosurevars(mask_function).nonlocals
+
+
+def _hides_nothing(overlay: Callable[..., Any], kv_length: int, is_remapped: bool) -> bool:
+    """Whether it is a window or chunk that covers all keys (without padding)."""
+    maker = _maker(overlay)
     if maker == "sliding_window_overlay":
-        return bool(hidden["sliding_window"] >= kv_length)
-    if maker == "chunked_overlay":
-        return bool(hidden["chunk_size"] >= kv_length)
-    if maker == "packed_sequence_mask_function":
-        sequence = hidden["packed_sequence_mask"]
-        return _is_readable(sequence) and bool((sequence == sequence[:, :1]).all())
+        return bool(_closure(overlay)["sliding_window"] >= kv_length)
+    # Positions of one sequence may lie on both sides of a border between chunks.
+    if maker == "chunked_overlay" and not is_remapped:
+        return bool(_closure(overlay)["chunk_size"] >= kv_length)
     return False

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._hf_rows import Row
 from ._hf_trace import constant_in_traces
 from ._library import has_kernel
 from .config import PBSConfig
@@ -32,7 +33,8 @@ class Call(NamedTuple):
     """The facts about one attention call that its route depends on.
 
     `dtype` is the one that the operator would compute in; None where query, key and value differ.
-    `is_causal` is None where the layer does not tell.
+    `is_causal` is None where the layer does not tell. `rows` are the sequences of a padded or
+    packed batch; `is_row` says that this call is of one of them.
     """
 
     num_queries: int
@@ -55,6 +57,14 @@ class Call(NamedTuple):
     has_dropout: bool = False
     has_paged_cache: bool = False
     needs_grad: bool = False
+    rows: tuple[Row, ...] | None = None
+    is_row: bool = False
+
+    def of_row(self, row: Row) -> Call:
+        """The call of one of its rows."""
+        return self._replace(
+            num_queries=row.num_queries, num_keys=row.end - row.begin, rows=None, is_row=True
+        )
 
 
 class Route(NamedTuple):
@@ -73,6 +83,8 @@ def route(call: Call, settings: Settings) -> Route:
         return Route("eager", reason)
     if reason := _why_not_plain(call) or _why_not_worth_it(call, settings) or _why_no_kernel(call):
         return Route("sdpa", reason)
+    if call.is_row:
+        return Route("pbs", "causal prefill of one sequence of a padded or packed batch")
     return Route("pbs", "causal prefill")
 
 
@@ -116,7 +128,7 @@ def _why_not_plain(call: Call) -> str | None:
         return "gradients are needed, and PBS is inference only (use torch.no_grad())"
     if call.has_dropout:
         return "attention dropout is on"
-    if call.num_queries == 1:
+    if call.num_queries == 1 and not call.is_row:
         return "a decode step has one query"
     if call.is_causal and call.window is not None and call.window < call.num_keys:
         return "the window of {window} tokens is shorter than the keys"
@@ -136,6 +148,13 @@ def _why_not_worth_it(call: Call, settings: Settings) -> str | None:
         return "fewer than min_tokens={min_tokens} keys"
     if call.num_queries < settings.config.block_size:
         return "fewer queries than one block of {config.block_size}"
+    if call.rows is not None and all(
+        _why_not_worth_it(call.of_row(row), settings) for row in call.rows
+    ):
+        return (
+            "no sequence of the padded or packed batch has min_tokens={min_tokens} keys and "
+            "a block of {config.block_size} queries"
+        )
     return None
 
 

@@ -7,7 +7,8 @@
 
 Every call of an attention layer is sent one of four ways by `route`, the only place that decides:
 "pbs" (torch.ops.pbs.attention), "sdpa" (transformers' own SDPA), "eager" (the eager function of the
-model's file, where SDPA cannot express the layer) or "unsupported" (an error).
+model's file, where SDPA cannot express the layer) or "unsupported" (an error). A padded or packed
+batch is cut into its sequences, of which each is such a call.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ._hf_explain import LayerRoute, LayerRoutes, explain
 from ._hf_file import eager_function
 from ._hf_mask import make_mask_function
 from ._hf_route import REGISTERED, Call, Route, Settings, route
+from ._hf_rows import Row, RowMask, attend_rows
 from ._hf_trace import mark
 from .attention import attention
 from .config import PBSConfig, check_config
@@ -61,7 +63,8 @@ def register(
     Args:
         name: letters, digits, "_", "-" and "."; none of transformers' own names.
         config: block sizes, threshold and so on of the op (arXiv 2510.21270).
-        min_tokens: prompts with fewer keys than this take SDPA.
+        min_tokens: prompts with fewer keys than this take SDPA, and so do sequences of a padded or
+            packed batch.
 
     Raises:
         ImportError: transformers is missing or older than 4.56.
@@ -148,32 +151,48 @@ def _make_attention_function(settings: Settings, sdpa: _AttentionFunction) -> _A
     ) -> tuple[Tensor, Tensor | None]:
         """query (B, Hq, Nq, D), key and value (B, Hkv, Nkv, D) -> (B, Nq, Hq, D), None."""
         call = describe_call(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return attend(call, module, query, key, value, attention_mask, options), None
+
+    def attend(
+        call: Call,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         decided = route(call, settings)
+        if decided.kind == "pbs" and call.rows is not None:
+
+            def attend_row(row: Row, *tensors: Tensor) -> Tensor:
+                return attend(call.of_row(row), module, *tensors, None, options)
+
+            return attend_rows(call.rows, attend_row, query, key, value, call.dtype)
         count(decided, call, settings)
         if decided.kind == "pbs":
-            out = attention(query, key, value, scale=scaling, config=settings.config)
-            return out.transpose(1, 2).contiguous(), None
+            out = attention(query, key, value, scale=options["scaling"], config=settings.config)
+            return out.transpose(1, 2).contiguous()
         if decided.kind == "unsupported":
             raise ValueError(
                 f"attn_implementation must be transformers' own here: {decided.reason}"
             )
         _speak_up(module, call, decided, settings)
-        mask = attention_mask
+        if isinstance(mask, RowMask):
+            mask = mask.explicit()
         if mask is None and _needs_mask(call, decided.kind):
             mask = _causal_mask(call, query.device)
         if decided.kind == "eager":
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out, _ = _eager(module)(
-                module, query, key, value, _additive(mask, query.dtype),
-                dropout=dropout, scaling=scaling, **kwargs,
-            )  # fmt: skip
-            return out, None
+            if options["scaling"] is None:
+                options = {**options, "scaling": query.shape[-1] ** -0.5}
+            mask = _additive(mask, query.dtype)
+            out, _ = _eager(module)(module, query, key, value, mask, **options)
+            return out
         # The order matters to torch.compile: num_queries > 1 may be symbolic, the result may not.
         is_causal = call.num_queries > 1 and mask is None and call.is_causal is not False
-        return sdpa(
-            module, query, key, value, mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
-        )  # fmt: skip
+        out, _ = sdpa(module, query, key, value, mask, is_causal=is_causal, **options)
+        return out
 
     return pbs_attention_forward
 

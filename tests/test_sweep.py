@@ -21,7 +21,7 @@ SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.5, window=0, den
 NUM_TOKENS = 301  # two segments and an incomplete one
 CHUNKS = [170, 100, 30, 1]  # two that take the op, one shorter than a block, a decode step
 PADDING = 77
-ATOL = 2e-4  # in standard deviations of the logits, float32: another order of summation
+ATOL = 3e-4  # in standard deviations of the logits, float32: another order of summation
 
 DEFAULT = [
     *(
@@ -155,7 +155,7 @@ def check(form, model, op_modules, record_property):
     torch.testing.assert_close(actual / scale, expected / scale, atol=ATOL, rtol=0)
     if form is plain and ran_op:
         sparse = logits(form, model, "pbs_sparse")
-        assert (sparse - actual).abs().max() > 20 * ATOL * scale, "attention must matter here"
+        assert (sparse - actual).abs().max() > 13 * ATOL * scale, "attention must matter here"
 
 
 def check_explanation(model, ran_op, ran, refusal):

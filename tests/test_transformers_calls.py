@@ -323,9 +323,10 @@ def padded(model):
     return logits(model, tokens(), attention_mask=mask)
 
 
-def packed(model):
-    position_ids = torch.cat([torch.arange(150), torch.arange(NUM_TOKENS - 150)])[None]
-    return logits(model, tokens(), position_ids=position_ids, use_cache=False)
+def padded_inside(model):
+    mask = torch.ones(1, NUM_TOKENS, dtype=torch.long)
+    mask[:, 9:12] = 0
+    return logits(model, tokens(), attention_mask=mask)
 
 
 def in_a_static_cache(model):
@@ -340,8 +341,7 @@ def with_gradients(model):
 @pytest.mark.parametrize(
     ("call", "word"),
     [
-        (padded, "padding"),
-        (packed, "packing"),
+        (padded_inside, "padding"),
         (in_a_static_cache, "static cache"),
         (with_gradients, "gradients"),
     ],

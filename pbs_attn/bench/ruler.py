@@ -167,8 +167,8 @@ def _watch(contestant: Contestant, config: PBSConfig) -> None:
 
 
 def _wrap(model: torch.nn.Module, tokenizer: Any, length: int) -> Any:
-    """The model as lm-eval generates with it, one prompt at a time: padding would take it from
-    PBS."""
+    """The model as lm-eval generates with it, one prompt at a time, so that each prompt is one call
+    of a layer in the counts."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
