@@ -1,0 +1,116 @@
+"""A Prometheus counter of prefilled tokens by route, beside vLLM's own metrics.
+
+Workers decide and the API server answers /metrics, in different processes. Where vLLM has set up
+prometheus_client for several processes (PROMETHEUS_MULTIPROC_DIR), a plain counter in the worker is
+enough. Otherwise each worker keeps its two sums in a file of a folder that the first process made,
+and a collector of the server reads them. No vLLM is imported here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = "pbs_attn_prefill_tokens"  # Prometheus appends _total
+HELP = "Prompt tokens that a step computed, by the route of their attention."
+ROUTES = ("pbs", "dense")
+FOLDER = "PBS_ATTN_VLLM_COUNTS"  # environment variable, for the processes of one server
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+LAYOUT = struct.Struct("<2d")
+
+
+def count_tokens(pbs: int, dense: int) -> None:
+    """Adds the prompt tokens of one step."""
+    add = _prometheus_adder() if os.environ.get(SHARED) else _file_adder()
+    add((pbs, dense))
+
+
+def export() -> None:
+    """Makes this process, and those that it starts, keep sums and answer with them."""
+    try:
+        import prometheus_client
+    except ImportError:
+        return
+    if not os.environ.get(FOLDER):
+        folder = tempfile.mkdtemp(prefix="pbs_attn_")
+        os.environ[FOLDER] = folder
+        atexit.register(_remove, folder, os.getpid())
+    if not os.environ.get(SHARED):
+        _register_once(prometheus_client)
+
+
+def read_totals(folder: Path) -> dict[str, float]:
+    """The sums over all files of a folder, by route."""
+    totals = dict.fromkeys(ROUTES, 0.0)
+    for path in folder.glob("*.tokens"):
+        content = path.read_bytes()
+        if len(content) == LAYOUT.size:
+            for route, value in zip(ROUTES, LAYOUT.unpack(content), strict=True):
+                totals[route] += value
+    return totals
+
+
+class Collector:
+    """What prometheus_client asks when /metrics is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(NAME, HELP, labels=["route"])
+        for route, value in read_totals(self.folder).items():
+            family.add_metric([route], value)
+        yield family
+
+
+@functools.cache
+def _register_once(prometheus_client: Any) -> None:
+    prometheus_client.REGISTRY.register(Collector(Path(os.environ[FOLDER])))
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _prometheus_adder() -> Any:
+    import prometheus_client
+
+    counter = prometheus_client.Counter(NAME, HELP, labelnames=["route"])
+
+    def add(tokens: tuple[int, int]) -> None:
+        for route, number in zip(ROUTES, tokens, strict=True):
+            counter.labels(route=route).inc(number)
+
+    return add
+
+
+@functools.cache
+def _file_adder() -> Any:
+    folder = Path(os.environ.get(FOLDER, ""))
+    if not os.environ.get(FOLDER) or not folder.is_dir():
+        return lambda tokens: None
+    with (folder / f"{os.getpid()}.tokens").open("w+b") as file:
+        file.write(LAYOUT.pack(0, 0))
+        file.flush()
+        sums = mmap.mmap(file.fileno(), LAYOUT.size)
+
+    def add(tokens: tuple[int, int]) -> None:
+        totals = (a + b for a, b in zip(LAYOUT.unpack(sums[:]), tokens, strict=True))
+        sums[:] = LAYOUT.pack(*totals)
+
+    return add

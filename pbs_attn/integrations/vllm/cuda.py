@@ -1,0 +1,75 @@
+"""The backend CUSTOM on CUDA: vLLM's FlashAttention, with PBS for the prefill of long prompts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import vllm
+from torch import Tensor
+
+from .engine import NAME, settings_of
+from .pages import split_pages
+from .prompts import tell_prompts_of_runners
+from .rows import Run
+from .versions import check_version
+
+check_version(vllm.__version__)  # before names are imported that another version may not have
+
+from vllm.config import get_current_vllm_config  # noqa: E402
+from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
+from vllm.v1.attention.backends.flash_attn import (  # noqa: E402
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from .attention import PBSBuilder, PBSImpl  # noqa: E402
+
+tell_prompts_of_runners()
+
+
+class PBSMetadataBuilder(PBSBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention's metadata and a Plan."""
+
+    # FlashAttention 3 says ALWAYS: a graph of a mixed batch would hold one batch's decision.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+
+class PBSAttentionImpl(PBSImpl, FlashAttentionImpl):
+    """FlashAttention, and PBS for the rows of the Plan."""
+
+    def pbs_attend(
+        self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor
+    ) -> None:
+        self.pbs_attend_pages(run, query, split_pages(kv_cache, self.head_size), table, output)
+
+
+class PBSBackend(FlashAttentionBackend):
+    """What --attention-backend CUSTOM names."""
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[PBSAttentionImpl]:
+        return PBSAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PBSMetadataBuilder]:
+        return PBSMetadataBuilder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Blocks of whole segments, so that pages can be ordered in place; --block-size wins."""
+        segment_size = settings_of(get_current_vllm_config()).config.segment_size
+        return max(segment_size, super().get_preferred_block_size(default_block_size))
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def is_sparse(cls) -> bool:
+        """To vLLM, "sparse" means attention with an indexer, such as DeepSeek's."""
+        return False

@@ -1,0 +1,27 @@
+"""The entry point: tells vLLM the names of our classes, which it imports if they are asked for."""
+
+from __future__ import annotations
+
+from .versions import why_unsupported
+
+PACKAGE = __name__.rpartition(".")[0]
+
+
+def register() -> None:
+    """Registers the attention backend CUSTOM, in each process of vLLM.
+
+    vLLM has no choice of backends on a CPU. There our class stands in for its only one, and leaves
+    everything to it unless CUSTOM was asked for. Nothing changes in a vLLM of another version,
+    except that asking for CUSTOM raises an ImportError that names the versions.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from .counter import export
+
+    if not current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CUSTOM, f"{PACKAGE}.cuda.PBSBackend")
+    elif why_unsupported(vllm.__version__) is None:
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{PACKAGE}.cpu.PBSCPUBackend")
+    export()
