@@ -23,7 +23,8 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
     CPUAttentionMetadataBuilder,
 )
 
-from .attention import PBSBuilder, PBSImpl  # noqa: E402
+from .builder import PBSBuilder  # noqa: E402
+from .impl import PBSImpl  # noqa: E402
 
 tell_prompts_of_runners()
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 import vllm
 from torch import Tensor
 
-from .engine import NAME, settings_of
+from .engine import NAME, describe_engine, settings_of
 from .pages import split_pages
 from .prompts import tell_prompts_of_runners
+from .route import why_not_in_place
 from .rows import Run
 from .versions import check_version
 
@@ -23,7 +24,8 @@ from vllm.v1.attention.backends.flash_attn import (  # noqa: E402
     FlashAttentionMetadataBuilder,
 )
 
-from .attention import PBSBuilder, PBSImpl  # noqa: E402
+from .builder import PBSBuilder  # noqa: E402
+from .impl import PBSImpl  # noqa: E402
 
 tell_prompts_of_runners()
 
@@ -62,8 +64,12 @@ class PBSBackend(FlashAttentionBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """Blocks of whole segments, so that pages can be ordered in place; --block-size wins."""
-        segment_size = settings_of(get_current_vllm_config()).config.segment_size
-        return max(segment_size, super().get_preferred_block_size(default_block_size))
+        vllm_config = get_current_vllm_config()
+        config = settings_of(vllm_config).config
+        preferred = super().get_preferred_block_size(default_block_size)
+        if why_not_in_place(config.segment_size, config, describe_engine(vllm_config)) is None:
+            return max(config.segment_size, preferred)
+        return preferred
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

@@ -39,3 +39,16 @@ def describe_engine(vllm_config: Any) -> Engine:
             getattr(layer, "kv_sharing_target_layer_name", None) is not None for layer in layers
         ),
     )
+
+
+def reason_of(layer: Any) -> str | None:
+    """Why a layer of vLLM is dense; None if it takes PBS."""
+    impl = getattr(layer, "impl", None)
+    reason: str | None = getattr(impl, "pbs_reason", "another backend computes their attention")
+    return reason
+
+
+def first_pbs_layer(vllm_config: Any) -> str | None:
+    """The name of the first layer that takes PBS."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return next((name for name, layer in layers.items() if reason_of(layer) is None), None)

@@ -46,7 +46,7 @@ def tell_prompts(owner: type, method: str, read: Callable[..., Sequence[int]]) -
         finally:
             _lengths.reset(token)
 
-    wrapped.tells_prompts = True  # type: ignore[attr-defined]
+    wrapped.tells_prompts = True
     setattr(owner, method, wrapped)
 
 

@@ -44,6 +44,8 @@ from ..._library import has_kernel
 from ...config import PBSConfig
 from ...ops import DTYPES, HEAD_DIMS
 
+NO_HOST_DATA = "vLLM does not tell lengths or prefill rows on the host"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,7 +90,6 @@ class Step(NamedTuple):
     is_causal: bool = True
     is_cascade: bool = False
     is_draft: bool = False
-    has_host_data: bool = True
     has_prefix_mask: bool = False
 
 
@@ -151,8 +152,6 @@ def why_step_dense(step: Step) -> str | None:
         return "cascade attention shares a prefix inside the batch"
     if step.has_prefix_mask:
         return "the batch masks prefixes in both directions"
-    if not step.has_host_data:
-        return "vLLM does not tell lengths or prefill rows on the host"
     return None
 
 

@@ -117,23 +117,21 @@ def _take(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def rest_arguments(common: Any, spans: Sequence[Span], lengths: Sequence[int]) -> dict[str, Any]:
+def rest_arguments(common: Any, spans: Sequence[Span]) -> dict[str, Any]:
     """The fields of vLLM's CommonAttentionMetadata that differ in a batch of these spans only.
 
     Args:
         common: the metadata of the whole batch.
         spans: the rows to keep.
-        lengths: the keys of each row of the whole batch.
     """
-    rows = [row for span in spans for row in range(*span.rows)]
     starts = take_starts(common.query_start_loc_cpu, spans)
     fields: dict[str, Any] = {
         "query_start_loc": take_starts(common.query_start_loc, spans),
         "query_start_loc_cpu": starts,
-        "num_reqs": len(rows),
+        "num_reqs": sum(end - first for first, end in (span.rows for span in spans)),
         "num_actual_tokens": sum(end - begin for begin, end in (s.tokens for s in spans)),
         "max_query_len": int(starts.diff().max()),
-        "max_seq_len": max(lengths[row] for row in rows),
+        "max_seq_len": int(take_rows(common.seq_lens_cpu_upper_bound, spans).max()),
     }
     fields |= _taken(common, ROW_FIELDS, take_rows, spans)
     fields |= _taken(common, TOKEN_FIELDS, take_tokens, spans)
