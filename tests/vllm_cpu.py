@@ -1,5 +1,5 @@
-"""The vLLM plugin end to end on a CPU: a server of a small random model whose prefill takes PBS with
-threshold 1 gives the log-probabilities of vLLM's own attention. Network: 127.0.0.1 only.
+"""The vLLM plugin end to end on a CPU: a small random model whose prefill takes PBS with threshold
+1 gives the log-probabilities of vLLM's own attention. Network: 127.0.0.1 only.
 
 python tests/vllm_cpu.py                 # everything; tests/vllm_cpu.sh makes the environment
 python tests/vllm_cpu.py chunks server   # some scenarios

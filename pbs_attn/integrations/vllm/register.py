@@ -12,16 +12,21 @@ def register() -> None:
 
     vLLM has no choice of backends on a CPU. There our class stands in for its only one, and leaves
     everything to it unless CUSTOM was asked for. Nothing changes in a vLLM of another version,
-    except that asking for CUSTOM raises an ImportError that names the versions.
+    except that asking for CUSTOM raises an ImportError that names the versions, on CUDA, or that
+    the log does, on a CPU.
     """
     import vllm
+    from vllm.logger import init_logger
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from .counter import export
+    from . import counter
 
+    reason = why_unsupported(vllm.__version__)
     if not current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CUSTOM, f"{PACKAGE}.cuda.PBSBackend")
-    elif why_unsupported(vllm.__version__) is None:
+    elif reason is None:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{PACKAGE}.cpu.PBSCPUBackend")
-    export()
+    else:
+        init_logger("vllm.pbs_attn").warning("PBS is left out: %s", reason)
+    counter.export()

@@ -1,0 +1,191 @@
+"""As much of vLLM as the plugin's classes derive from, for tests of a machine without vLLM: a base
+builder that passes metadata on, and a base layer that computes dense attention over pages."""
+
+import dataclasses
+import sys
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+MODULES = (
+    *("vllm", "vllm.config", "vllm.distributed", "vllm.distributed.parallel_state", "vllm.logger"),
+    *("vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends"),
+    *("vllm.v1.attention.backends.flash_attn", "vllm.v1.attention.backends.cpu_attn"),
+    *("vllm.v1.attention.backends.registry", "vllm.platforms"),
+)
+OURS = tuple(f"pbs_attn.integrations.vllm.{name}" for name in ("builder", "impl", "cuda", "cpu"))
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, text, *arguments):
+        self.lines.append(text % arguments)
+
+    def info_once(self, text, *arguments):
+        if text % arguments not in self.lines:
+            self.info(text, *arguments)
+
+    warning = info
+
+
+@dataclasses.dataclass
+class Common:
+    """CommonAttentionMetadata, with the fields of vLLM 0.26 that the plugin reads."""
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: torch.Tensor
+    slot_mapping: torch.Tensor
+    causal: bool = True
+    positions: torch.Tensor | None = None
+    is_prefilling: torch.Tensor | None = None
+    seq_lens_cpu_upper_bound: torch.Tensor | None = None
+    mm_req_doc_ranges: dict | None = None
+    _seq_lens_cpu: torch.Tensor | None = None
+    _num_computed_tokens_cpu: torch.Tensor | None = None
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def make_common(queries, keys, prefilling, table, **changes):
+    """Of rows with so many queries and keys each."""
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    total = int(starts[-1])
+    fields = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts.clone(),
+        "seq_lens": torch.tensor(keys).int(),
+        "num_reqs": len(queries),
+        "num_actual_tokens": total,
+        "max_query_len": max(queries),
+        "max_seq_len": max(keys),
+        "block_table_tensor": table,
+        "slot_mapping": torch.arange(total),
+        "is_prefilling": torch.tensor(prefilling),
+        "seq_lens_cpu_upper_bound": torch.tensor(keys).int(),
+    }
+    return Common(**(fields | changes))
+
+
+class BaseBuilder:
+    """The metadata has the fields that FlashAttention's and the CPU's share."""
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        self.builds = []
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        self.builds.append((common_attn_metadata, fast_build))
+        common = common_attn_metadata
+        return SimpleNamespace(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        return self.build(0, common_attn_metadata)
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        new = SimpleNamespace(**vars(metadata))
+        new.block_table, new.slot_mapping = blk_table, slot_mapping
+        return new
+
+
+class BaseImpl:
+    isa = "vec"
+
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
+        kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks=None,
+    ):  # fmt: skip
+        self.head_size, self.scale, self.num_kv_heads = head_size, scale, num_kv_heads
+        self.calls = []
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None,
+        output_block_scale=None,
+    ):  # fmt: skip
+        if attn_metadata is None:
+            return output.fill_(0)
+        self.calls.append(attn_metadata)
+        pages = self.pages(kv_cache)
+        dense(query, *pages, attn_metadata, output, self.scale)
+        return output
+
+    def pages(self, kv_cache):
+        return kv_cache.transpose(1, 2).split(self.head_size, -1)
+
+
+class BaseBackend:
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size):
+        return default_block_size
+
+    @classmethod
+    def supports_batch_invariance(cls):
+        return True
+
+
+class AttentionCGSupport(Enum):
+    ALWAYS = 3
+    UNIFORM_BATCH = 2
+
+
+class AttentionBackendEnum(Enum):
+    CPU_ATTN = "vllm.CPU"
+    CUSTOM = None
+
+
+def dense(query, k_cache, v_cache, metadata, output, scale):
+    """Causal attention of every row over its pages, bottom-right aligned, in float64."""
+    starts = metadata.query_start_loc.tolist()
+    for row, length in enumerate(metadata.seq_lens.tolist()):
+        begin, end = starts[row : row + 2]
+        pages = metadata.block_table[row, : -(-length // k_cache.shape[1])].long()
+        k, v = (c[pages].flatten(0, 1)[:length].double() for c in (k_cache, v_cache))
+        group = query.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end].double(), k) * scale
+        position = torch.arange(length - (end - begin), length)[:, None]
+        scores.masked_fill_(torch.arange(length) > position, float("-inf"))
+        output[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(output.dtype)
+
+
+def install(monkeypatch, config, log, version="0.26.0"):
+    """Puts these modules where Python finds vLLM, and lets the plugin's be imported anew."""
+    modules = {name: ModuleType(name) for name in MODULES}
+    for name in OURS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    backends = "vllm.v1.attention.backends"
+    modules["vllm"].__version__ = version
+    modules["vllm.config"].get_current_vllm_config = lambda: config
+    parallel = modules["vllm.distributed.parallel_state"]
+    parallel.get_tensor_model_parallel_rank = lambda: 0
+    parallel.get_pp_group = lambda: SimpleNamespace(is_first_rank=True)
+    modules["vllm.logger"].init_logger = lambda name: log
+    modules["vllm.v1.attention.backend"].AttentionCGSupport = AttentionCGSupport
+    flash, cpu = modules[f"{backends}.flash_attn"], modules[f"{backends}.cpu_attn"]
+    flash.FlashAttentionBackend = cpu.CPUAttentionBackend = BaseBackend
+    flash.FlashAttentionImpl = cpu.CPUAttentionBackendImpl = BaseImpl
+    flash.FlashAttentionMetadataBuilder = cpu.CPUAttentionMetadataBuilder = BaseBuilder
+    registry = modules[f"{backends}.registry"]
+    registry.AttentionBackendEnum = AttentionBackendEnum
+    registry.registered = {}
+    registry.register_backend = lambda member, path: registry.registered.update({member: path})
+    modules["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
+    return modules
