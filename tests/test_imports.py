@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pbs_attn"
-CORE = ("ops", "attention", "config", "masks", "_library", "_autograd", "_vmap")
-BUILT_ON_IT = ("demo", "bench", "plot", "transformers", "cli")
+CORE = ("ops", "attention", "sequences", "config", "masks", "_library", "_autograd", "_vmap")
+BUILT_ON_IT = ("demo", "bench", "plot", "transformers", "integrations", "cli")
 
 
 def module_name(path):

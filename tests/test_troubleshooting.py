@@ -1,5 +1,6 @@
-"""docs/troubleshooting.md has every message that the sources can raise, and no other; and
-docs/transformers.md every reason that explain() can give.
+"""docs/troubleshooting.md has every message that the sources can raise, and no other;
+docs/transformers.md every reason that explain() can give, and docs/serving.md every reason that the
+vLLM plugin can.
 
 Compared are templates: what varies is `…` here, and `<anything>` in the documents, where the first
 cells of tables headed `message`, `status` or `reason` count.
@@ -63,18 +64,22 @@ def python_messages(path):
             yield from ((where, template) for template in found or [VARIES])
 
 
-def reasons():
-    """(place, template) of what explain() can say, from the files that decide."""
-    for path in (ROOT / "pbs_attn" / f"_hf_{name}.py" for name in ("route", "explain")):
+def reasons(*names):
+    """(place, template) of what explain() or a log can say, from the files that decide."""
+    for path in (ROOT / "pbs_attn" / name for name in names):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             texts = []
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("_why"):
+            if isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("why"):
                 texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Return)]
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Route":
                 texts = [node.args[1]]
             elif isinstance(node, ast.Assign):
-                named = set(map(ast.unparse, node.targets)) & {"reason", "NO_INTERFACE"}
+                named = set(map(ast.unparse, node.targets)) & {
+                    "reason",
+                    "NO_INTERFACE",
+                    "NO_HOST_DATA",
+                }
                 texts = [node.value] if named else []
             for text in texts:
                 if isinstance(text, ast.JoinedStr) or isinstance(getattr(text, "value", 0), str):
@@ -203,7 +208,11 @@ def test_every_notice_is_listed():
 
 
 def test_every_reason_of_explain_is_listed():
-    assert_listed("transformers.md", "reason", reasons())
+    assert_listed("transformers.md", "reason", reasons("_hf_route.py", "_hf_explain.py"))
+
+
+def test_every_reason_of_the_vllm_plugin_is_listed():
+    assert_listed("serving.md", "reason", reasons("integrations/vllm/route.py"))
 
 
 def test_reading_of_sources():

@@ -289,7 +289,7 @@ def test_the_backend_on_cuda(server):
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_another_version_is_refused_where_the_backend_is_asked_for(monkeypatch, kind):
-    with pytest.raises(ImportError, match=r"needs vLLM >= 0.26, < 0.28, got 0.32.0"):
+    with pytest.raises(RuntimeError, match=r"needs vLLM >= 0.26, < 0.28, got 0.32.0"):
         Server(monkeypatch, kind, version="0.32.0")
 
 

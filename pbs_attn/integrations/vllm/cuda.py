@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import vllm
-from torch import Tensor
 
 from .engine import NAME, describe_engine, settings_of
-from .pages import split_pages
 from .prompts import tell_prompts_of_runners
 from .route import why_not_in_place
-from .rows import Run
 from .versions import check_version
 
 check_version(vllm.__version__)  # before names are imported that another version may not have
@@ -39,11 +36,6 @@ class PBSMetadataBuilder(PBSBuilder, FlashAttentionMetadataBuilder):
 
 class PBSAttentionImpl(PBSImpl, FlashAttentionImpl):
     """FlashAttention, and PBS for the rows of the Plan."""
-
-    def pbs_attend(
-        self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor
-    ) -> None:
-        self.pbs_attend_pages(run, query, split_pages(kv_cache, self.head_size), table, output)
 
 
 class PBSBackend(FlashAttentionBackend):

@@ -12,13 +12,13 @@ from vllm.config import get_current_vllm_config
 
 from ... import attention_paged, attention_paged_
 from .engine import describe_engine, first_pbs_layer, is_selected, settings_of
+from .pages import split_pages
 from .route import Engine, Layer, why_layer_dense, why_not_in_place, why_row_dense
 from .rows import Run, Span, put_tokens, take_tokens
 
 
 class PBSImpl:
-    """Beside an attention implementation of vLLM, and before it. A subclass tells where keys and
-    values lie, in `pbs_attend`."""
+    """Beside an attention implementation of vLLM, and before it."""
 
     def __init__(
         self,
@@ -69,10 +69,12 @@ class PBSImpl:
         """The name of the cache's layout if we cannot read it."""
         return None
 
-    def pbs_attend(self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor):
-        """Writes the attention of one run into `output`, (queries, heads, head_dim) as `query`;
-        the table is (rows, pages)."""
-        raise NotImplementedError
+    def pbs_attend(
+        self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor
+    ) -> None:
+        """Writes the attention of one run into `output`, (queries, heads, head_dim) as `query`.
+        The table is (rows, pages). Another cache than CUDA's needs another method."""
+        self.pbs_attend_pages(run, query, split_pages(kv_cache, self.head_size), table, output)
 
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .versions import why_unsupported
+from .versions import check_version
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -12,8 +12,8 @@ def register() -> None:
 
     vLLM has no choice of backends on a CPU. There our class stands in for its only one, and leaves
     everything to it unless CUSTOM was asked for. Nothing changes in a vLLM of another version,
-    except that asking for CUSTOM raises an ImportError that names the versions, on CUDA, or that
-    the log does, on a CPU.
+    except that asking for CUSTOM raises an error that names the versions, on CUDA, or that the log
+    does, on a CPU.
     """
     import vllm
     from vllm.logger import init_logger
@@ -22,11 +22,13 @@ def register() -> None:
 
     from . import counter
 
-    reason = why_unsupported(vllm.__version__)
     if not current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CUSTOM, f"{PACKAGE}.cuda.PBSBackend")
-    elif reason is None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{PACKAGE}.cpu.PBSCPUBackend")
     else:
-        init_logger("vllm.pbs_attn").warning("PBS is left out: %s", reason)
+        try:
+            check_version(vllm.__version__)
+        except RuntimeError as error:
+            init_logger("vllm.pbs_attn").warning("PBS is left out: %s", error)
+        else:
+            register_backend(AttentionBackendEnum.CPU_ATTN, f"{PACKAGE}.cpu.PBSCPUBackend")
     counter.export()
