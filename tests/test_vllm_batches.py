@@ -10,7 +10,6 @@ import vllm_fakes
 
 from pbs_attn.integrations.vllm import counter
 from pbs_attn.integrations.vllm.pages import split_cpu_pages, split_pages
-from pbs_attn.integrations.vllm.prompts import tell_prompts
 from pbs_attn.integrations.vllm.rows import make_plan, take_rows, take_starts, take_tokens
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -148,8 +147,9 @@ def test_one_span_of_others_is_written_without_a_copy(server):
     torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
 
 
-def configs_of(server, monkeypatch, page_size):
-    """The settings that each call of the operator gets."""
+def configs_of(server, monkeypatch, page_size, build):
+    """The settings that each call of the operator gets, with metadata that `build` made and with
+    metadata that nobody tells prompts of."""
     seen = []
     for name in ("attention_paged", "attention_paged_"):
         original = vars(server.impl_module)[name]
@@ -161,24 +161,33 @@ def configs_of(server, monkeypatch, page_size):
         monkeypatch.setattr(server.impl_module, name, spy)
     common = vllm_fakes.make_common(QUERIES, KEYS, PREFILLING, make_table(page_size))
 
-    class Runner:
-        def build(self):
-            return server.builder.build(0, common)
-
-    tell_prompts(Runner, "build", lambda self: PROMPTS)
-    for metadata in (Runner().build(), server.builder.build(0, common)):
+    for metadata in (build(common), server.builder.build(0, common)):
         query = torch.randn(sum(QUERIES), HEADS, HEAD_DIM)
         server.forward(query, make_cache(page_size), metadata)
     return seen
 
 
+def builds_of_runners(server):
+    """How each model runner of vLLM has metadata built."""
+    worker = "vllm.v1.worker"
+    first = server.modules[f"{worker}.gpu_model_runner"].GPUModelRunner(server.builder, PROMPTS)
+    states = server.modules[f"{worker}.gpu.model_states.default"].DefaultModelState(server.builder)
+    batch = SimpleNamespace(prefill_len_np=PROMPTS)
+    return {
+        "first": first._build_attention_metadata,
+        "second": lambda common: states.prepare_attn(batch, common),
+    }
+
+
+@pytest.mark.parametrize("runner", ["first", "second"])
 @pytest.mark.parametrize(
     ("page_size", "name"), [(256, "attention_paged_"), (64, "attention_paged")]
 )
-def test_only_last_chunks_have_a_dense_tail(server, monkeypatch, page_size, name):
+def test_only_last_chunks_have_a_dense_tail(server, monkeypatch, page_size, name, runner):
     known, unknown = [(name, 128), (name, 0)], [(name, 128), (name, 128)]
     wanted = [(*pair, HEAD_DIM**-0.5) for pair in known + unknown]
-    assert configs_of(server, monkeypatch, page_size) == wanted
+    build = builds_of_runners(server)[runner]
+    assert configs_of(server, monkeypatch, page_size, build) == wanted
 
 
 def test_metadata_of_the_rest_is_built_fast(server):

@@ -1,10 +1,13 @@
 """Which layers, steps, rows and pages of vLLM take PBS: the file that decides, and what the user
 sets. Nothing here needs vLLM."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +27,9 @@ from pbs_attn.integrations.vllm.route import (
     why_row_dense,
     why_step_dense,
 )
-from pbs_attn.integrations.vllm.settings import MIN_TOKENS, read_settings
+from pbs_attn.integrations.vllm.settings import KEY, MIN_TOKENS, VARIABLE, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LAYER = Layer(attn_type="decoder", head_dim=64, dtype=torch.float32, device_type="cpu")
 SETTINGS = Settings(PBSConfig(), min_tokens=1000)
@@ -40,7 +45,9 @@ def test_importing_the_plugin_does_not_import_vllm():
 
 def test_a_plain_layer_takes_pbs():
     assert why_layer_dense(LAYER, Engine()) is None
-    assert why_layer_dense(LAYER._replace(head_dim=128, dtype=torch.float16), Engine()) is None
+    half = LAYER._replace(head_dim=128, dtype=torch.float16)
+    assert why_layer_dense(half, Engine()) is None
+    assert why_layer_dense(half._replace(cache_dtype="float16"), Engine()) is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,7 @@ def test_a_plain_layer_takes_pbs():
         ({"has_sinks": True}, "sinks"),
         ({"has_alibi": True}, "ALiBi"),
         ({"cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+        ({"cache_dtype": "bfloat16", "dtype": torch.float16}, "holds bfloat16"),
         ({"cache_layout": "amx"}, "amx"),
         ({"head_dim": 80}, "head_dim 80"),
         ({"dtype": torch.float64}, "torch.float64"),
@@ -297,3 +305,23 @@ def test_without_a_folder_nothing_is_counted(monkeypatch):
     counter.count_tokens(1, 1)
     counter._file_adder.cache_clear()
     assert counter.FOLDER not in os.environ
+
+
+# What other files say of it
+
+
+def test_the_page_and_the_package_say_the_same():
+    page = " ".join((ROOT / "docs" / "serving.md").read_text().split())
+    for text in (
+        f"{counter.NAME}_total", VARIABLE, f'"{KEY}"', f"(default {MIN_TOKENS})",
+        f"--attention-backend {engine.NAME}", f"at least `block_size` ({PBSConfig().block_size})",
+    ):  # fmt: skip
+        assert text in page, text
+    last = f"{versions.AFTER_LAST[0]}.{versions.AFTER_LAST[1] - 1}"
+    first = ".".join(map(str, versions.FIRST))
+    assert f"| vLLM | {first} and {last};" in page
+    project = (ROOT / "pyproject.toml").read_text()
+    after_last = ".".join(map(str, versions.AFTER_LAST))
+    assert f'vllm = ["vllm>={first},<{after_last}"]' in project
+    entry = re.search(r'"vllm.general_plugins"\]\n\w+ = "(.+?):(\w+)"', project)
+    assert callable(getattr(importlib.import_module(entry[1]), entry[2]))

@@ -216,7 +216,7 @@ def get(port, path):
 
 
 def wait_until_up(process, port, log):
-    for _ in range(240):
+    for _ in range(600):
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(OSError):
             get(port, "health")

@@ -12,7 +12,9 @@ MODULES = (
     *("vllm", "vllm.config", "vllm.distributed", "vllm.distributed.parallel_state", "vllm.logger"),
     *("vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends"),
     *("vllm.v1.attention.backends.flash_attn", "vllm.v1.attention.backends.cpu_attn"),
-    *("vllm.v1.attention.backends.registry", "vllm.platforms"),
+    *("vllm.v1.attention.backends.registry", "vllm.platforms", "vllm.v1.worker"),
+    *("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu", "vllm.v1.worker.gpu.model_states"),
+    "vllm.v1.worker.gpu.model_states.default",
 )
 OURS = tuple(f"pbs_attn.integrations.vllm.{name}" for name in ("builder", "impl", "cuda", "cpu"))
 
@@ -139,6 +141,27 @@ class BaseBackend:
         return True
 
 
+class FirstRunner:
+    """Which knows its prompts as `input_batch.num_prompt_tokens`, with stale entries at the end."""
+
+    def __init__(self, builder, prompts):
+        self.builder = builder
+        self.input_batch = SimpleNamespace(num_prompt_tokens=[*prompts, 7, 7])
+
+    def _build_attention_metadata(self, common):
+        return self.builder.build(common_prefix_len=0, common_attn_metadata=common)
+
+
+class SecondRunnersState:
+    """To which the runner hands an input batch with `prefill_len_np`."""
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    def prepare_attn(self, input_batch, common):
+        return self.builder.build(common_prefix_len=0, common_attn_metadata=common)
+
+
 class AttentionCGSupport(Enum):
     ALWAYS = 3
     UNIFORM_BATCH = 2
@@ -183,6 +206,11 @@ def install(monkeypatch, config, log, version="0.26.0"):
     flash.FlashAttentionBackend = cpu.CPUAttentionBackend = BaseBackend
     flash.FlashAttentionImpl = cpu.CPUAttentionBackendImpl = BaseImpl
     flash.FlashAttentionMetadataBuilder = cpu.CPUAttentionMetadataBuilder = BaseBuilder
+    # Classes of their own, since the plugin wraps their methods.
+    runners = (("gpu_model_runner", "GPUModelRunner", FirstRunner),)
+    runners += (("gpu.model_states.default", "DefaultModelState", SecondRunnersState),)
+    for module, name, base in runners:
+        setattr(modules[f"vllm.v1.worker.{module}"], name, type(name, (), dict(vars(base))))
     registry = modules[f"{backends}.registry"]
     registry.AttentionBackendEnum = AttentionBackendEnum
     registry.registered = {}

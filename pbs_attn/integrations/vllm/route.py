@@ -127,7 +127,7 @@ def _why_not_plain(layer: Layer) -> str | None:
 
 
 def _why_no_kernel(layer: Layer) -> str | None:
-    if layer.cache_dtype not in ("auto", "float16", "bfloat16"):
+    if layer.cache_dtype not in ("auto", str(layer.dtype).removeprefix("torch.")):
         return f"the KV cache holds {layer.cache_dtype}"
     if layer.cache_layout is not None:
         return f"the KV cache is packed for {layer.cache_layout}"
