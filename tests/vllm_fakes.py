@@ -2,6 +2,7 @@
 builder that passes metadata on, and a base layer that computes dense attention over pages."""
 
 import dataclasses
+import importlib
 import sys
 from enum import Enum
 from types import ModuleType, SimpleNamespace
@@ -217,3 +218,76 @@ def install(monkeypatch, config, log, version="0.26.0"):
     registry.register_backend = lambda member, path: registry.registered.update({member: path})
     modules["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
     return modules
+
+
+# A server of one layer
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+NAME = "model.layers.0.attn"
+
+
+def make_config(**settings):
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
+        model_config=SimpleNamespace(
+            rswa_window=None, is_mm_prefix_lm=False, is_hybrid=False, dtype=torch.float32,
+            max_model_len=2048,
+        ),
+        device_config=SimpleNamespace(device_type="cpu"),
+        kv_transfer_config=None,
+        speculative_config=None,
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="CUSTOM")),
+        additional_config={"pbs_attn": {"threshold": 1.0, "min_tokens": 512, **settings}},
+    )  # fmt: skip
+
+
+class Server:
+    """One layer and its builder."""
+
+    def __init__(self, monkeypatch, kind="cuda", version="0.26.0", **settings):
+        self.config, self.log = make_config(**settings), Log()
+        self.modules = install(monkeypatch, self.config, self.log, version)
+        self.module = importlib.import_module(f"pbs_attn.integrations.vllm.{kind}")
+        self.impl_module = importlib.import_module("pbs_attn.integrations.vllm.impl")
+        names = ("PBSBackend", "PBSCPUBackend")
+        self.backend = next(vars(self.module)[n] for n in names if n in vars(self.module))
+        self.impl = self.add_layer(NAME)
+        self.builder = self.make_builder()
+
+    def add_layer(self, name, window=None):
+        impl = self.backend.get_impl_cls()(
+            HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, window, "auto"
+        )
+        layer = SimpleNamespace(impl=impl, layer_name=name, kv_sharing_target_layer_name=None)
+        self.config.compilation_config.static_forward_context[name] = layer
+        return impl
+
+    def make_builder(self):
+        names = list(self.config.compilation_config.static_forward_context)
+        spec = SimpleNamespace(block_size=256)
+        return self.backend.get_builder_cls()(spec, names, self.config, "cpu")
+
+    def forward(self, query, cache, metadata, impl=None):
+        output = torch.full_like(query, torch.nan)
+        layer = SimpleNamespace(layer_name=NAME)
+        (impl or self.impl).forward(layer, query, None, None, cache, metadata, output)
+        return output
+
+
+def make_cache(page_size, layout="NHD", num_pages=None):
+    """(pages, KV heads, page size, 2 * head_dim), in either order in memory."""
+    num_pages = num_pages or 8192 // page_size
+    torch.manual_seed(0)
+    if layout == "HND":
+        return torch.randn(num_pages, KV_HEADS, page_size, 2 * HEAD_DIM)
+    return torch.randn(num_pages, page_size, KV_HEADS, 2 * HEAD_DIM).transpose(1, 2)
+
+
+def make_table(page_size, keys):
+    """Pages in no order, none used twice."""
+    width = max(keys) // page_size + 1
+    order = torch.randperm(8192 // page_size, generator=torch.Generator().manual_seed(1))
+    return order[: len(keys) * width].view(len(keys), width).int()
