@@ -7,11 +7,12 @@ from typing import NamedTuple
 import reference as ref
 import reference_sequences as ref_seq
 import torch
-from cases import Case, clustered_qkv
+from cases import Case, arguments_of, clustered_qkv
 from pages import Pages, cu_seqlens
 from tolerances import assert_output, is_decided
 
 from pbs_attn import PBSConfig
+from pbs_attn.ops import SEQUENCE_OPERATORS
 
 
 def settings_of(config, **changed):
@@ -155,6 +156,26 @@ def in_pages(tensors, page_size, layout):
         pages.write(n, 0, k, v)
     q, _, _, cu_seqlens_q, _ = tensors.packed
     return q, pages.k, pages.v, cu_seqlens_q, torch.tensor(lengths), pages.table
+
+
+def sequence_calls(q, k, v, config):
+    """As cases.operator_calls, of the operators of sequences: two sequences, the first of which
+    has one query and 70 keys."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    lengths = [len(q) - 1, len(k) - 70]
+    cu_q, cu_k = cu_seqlens([1, lengths[0]]), cu_seqlens([70, lengths[1]])
+    tensors = Ragged(
+        list(q.split([1, lengths[0]])), *(list(x.split([70, lengths[1]])) for x in (k, v))
+    )
+    names = ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "block_table")
+    paged = dict(zip(names, in_pages(tensors, config.segment_size, "nhd"), strict=True))
+    # Torch's own tests compare what a call has written: NaN would never be the same.
+    paged |= {name: paged[name].nan_to_num(0.0) for name in names[1:3]}
+    written = {"out": torch.zeros_like(q)}
+    in_order = {name: (paged | written)[name] for name in arguments_of("attention_paged_", False)}
+    varlen = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    calls = dict(zip(SEQUENCE_OPERATORS, (varlen, paged, in_order), strict=True))
+    return {op: (tensors, config.op_kwargs(op)) for op, tensors in calls.items()}
 
 
 # Prompts in chunks
