@@ -35,10 +35,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 def run_in_order(pages, step, options):
     """What attention_paged_ writes to an output that held NaN."""
-    out = torch.full_like(step.q, torch.nan)
-    lengths = step.cu_seqlens_q, step.seq_lens
-    found = ops.attention_paged_(step.q, pages.k, pages.v, out, *lengths, pages.table, **options)
-    assert found is None
+    q = step.q.to(pages.k.device)
+    out = torch.full_like(q, torch.nan)
+    lengths = step.cu_seqlens_q, step.seq_lens, pages.block_table
+    assert ops.attention_paged_(q, pages.k, pages.v, out, *lengths, **options) is None
     return out
 
 
@@ -66,15 +66,15 @@ def test_in_order_against_float64(name, plan, dtype):
         assert_sequences(out, sequences)
 
 
-def assert_chunks_are_dense(case, plan, dtype, page_size, layout, seed=0):
+def assert_chunks_are_dense(case, plan, dtype, page_size, layout, *, seed=0, device="cpu"):
     """At threshold 1. After each call complete segments hold their keys in another order, and
     everything else in the caches is as it was."""
     options = options_of(case._replace(threshold=1.0))
     lengths = [(sum(chunks),) * 2 for chunks in zip(*plan, strict=True)]
     tensors = draw(case, lengths, dtype, seed)
-    pages = pages_for(case, plan, dtype, page_size, layout=layout, seed=seed)
+    pages = pages_for(case, plan, dtype, page_size, layout=layout, seed=seed).clone(device)
     for step in steps(plan, tensors, pages):
-        before = pages.clone()
+        before = pages.clone(device)
         out = run_in_order(pages, step, options)
         lasts = step.seq_lens.tolist()
         sequences = [
@@ -139,7 +139,7 @@ def plans(draw):
 )
 def test_chunks_of_any_plan(plan, seed, dtype, page_size, layout, num_heavy, num_samples):
     case = SMALL._replace(num_heavy=num_heavy, num_samples=num_samples)
-    assert_chunks_are_dense(case, plan, dtype, page_size, layout, seed)
+    assert_chunks_are_dense(case, plan, dtype, page_size, layout, seed=seed)
 
 
 def test_the_order_is_that_of_importance():
