@@ -145,8 +145,8 @@ inline std::vector<int64_t> check_cu_seqlens(const char* name, const Tensor& cu_
                                              const char* t_name, const Tensor& t) {
   std::vector<int64_t> begins = check_lengths(name, cu_seqlens);
   if (begins.empty() || begins.front() != 0) {
-    fail(name, " must begin with 0, got ",
-         begins.empty() ? "nothing" : std::to_string(begins.front()));
+    const std::string first = begins.empty() ? "nothing" : std::to_string(begins.front());
+    fail(name, " must begin with 0, got ", first);
   }
   for (size_t i = 1; i < begins.size(); ++i) {
     if (begins[i] < begins[i - 1]) {

@@ -64,6 +64,13 @@ def _check_one_device(first: Tensor, *others: Tensor) -> None:
             )
 
 
+def _check_lengths(lengths: dict[str, Tensor], first: Tensor) -> None:
+    # Those on meta alone send real tensors here, which no kernel would see then.
+    for name, tensor in lengths.items():
+        if tensor.device.type not in ("cpu", "meta" if first.is_meta else "cpu"):
+            raise RuntimeError(f"{name} must be on the CPU, got {tensor.device}")
+
+
 def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
     """Registers a function as the fake kernel of an operator. It is called with all arguments by
     their names, defaults included, and says which of them the outputs' shapes depend on."""
@@ -73,8 +80,10 @@ def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
     def register(shapes: Callable[..., Any]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             given = {a.name: arg for a, arg in zip(arguments, args, strict=False)} | kwargs
-            tensors = (arg for name, arg in given.items() if name not in _LENGTHS)
-            _check_one_device(*(arg for arg in tensors if isinstance(arg, Tensor)))
+            tensors = {name: arg for name, arg in given.items() if isinstance(arg, Tensor)}
+            lengths = {name: tensors.pop(name) for name in _LENGTHS if name in tensors}
+            _check_one_device(*tensors.values())
+            _check_lengths(lengths, next(iter(tensors.values())))
             return shapes(**{**defaults, **given})
 
         torch.library.register_fake(f"pbs::{op}", kernel)
@@ -140,6 +149,7 @@ def _(**others: Any) -> None:
 
 def _inference_only(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
+    is_written = [argument.is_write for argument in _arguments(name)]
 
     # Under functional transforms this runs once a level, on the tensors of that level.
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +165,12 @@ def _inference_only(name: str) -> Callable[..., Any]:
                 "got one that does"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+            found = op(*args, **kwargs)
+        # A backward of another function that has saved a written tensor must not read it.
+        for arg, is_changed in zip(args, is_written, strict=False):
+            if is_changed and not arg.is_inference():
+                torch.autograd.graph.increment_version(arg)
+        return found
 
     return forward
 

@@ -17,6 +17,7 @@ import typing
 
 import torch
 from cases import Case, clustered_qkv, run_stages
+from sequence_cases import draw, options_of, pages_for, steps
 
 import pbs_attn
 from pbs_attn import PBSConfig, _library
@@ -137,6 +138,11 @@ RARE = [
 ]
 
 
+# Two calls for two sequences; a sequence in the second one has segments in pages, own ones that it
+# completes and one that it does not.
+CHUNKS = ((300, 40), (530, 217))
+
+
 def rules():
     """(score, mass) of every kind that PBSConfig takes."""
     hints = typing.get_type_hints(PBSConfig)
@@ -175,6 +181,31 @@ def cases():
         yield case, dtype
 
 
+def paged_cases():
+    """(case, dtype, page size, layout of the caches)."""
+    sizes = itertools.cycle((256, 512, 1024))
+    layouts = itertools.cycle(("nhd", "hnd", "apart"))
+    block_sizes = itertools.cycle((32, 64, 128))
+    selections = itertools.cycle(("query_head", "kv_head"))
+    for head_dim, dtype in itertools.product(HEAD_DIMS, (BFLOAT16, FLOAT16)):
+        case = Case(
+            0,
+            0,
+            head_dim=head_dim,
+            batch=1,
+            block_size=128,
+            kv_block_size=next(block_sizes),
+            segment_size=256,
+            num_heavy=32,
+            score="sampled",
+            mass="block",
+            threshold=0.1,
+            num_samples=16,
+            select_per=next(selections),
+        )
+        yield case, dtype, next(sizes), next(layouts)
+
+
 def attend_with_a_long_mask(device):
     """So many words of it that a kernel of its own counts what query blocks select: more than 2^19
     (order.cu). Heads of one query each reach that with the least work."""
@@ -201,6 +232,28 @@ def run(case, dtype, device):
     )
     # The whole operator leaves out what no stage reads.
     ops.attention(q, k, v, **case.kwargs("attention"))
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_paged(case, dtype, page_size, layout, device):
+    """Pages in order over both calls, then copied out of them, and with numbers that are no pages.
+    Side by side, sequences run the kernels of `run` alone."""
+    lengths = [(sum(chunks),) * 2 for chunks in zip(*CHUNKS, strict=True)]
+    tensors = draw(case, lengths, dtype)
+    pages = pages_for(case, CHUNKS, dtype, page_size, layout=layout).clone(device)
+    small = pages_for(case, CHUNKS, dtype, 48, layout=layout).clone(device)
+    options = options_of(case)
+    for step in steps(CHUNKS, tensors, pages, small):
+        q, out = step.q.to(device), step.q.to(device)
+        tables = [pages.block_table]
+        if device == "cuda":  # elsewhere they raise
+            tables.append(tables[0].clone())
+            tables[1][:, 0] = torch.tensor([-7, 2**31 - 1])
+        where = step.cu_seqlens_q, step.seq_lens
+        for table in tables:
+            ops.attention_paged_(q, pages.k, pages.v, out, *where, table, **options)
+        ops.attention_paged(q, small.k, small.v, *where, small.block_table, **options)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -235,6 +288,9 @@ def main():
         for case, dtype in cases():
             run(case, dtype, args.device)
             print(case, dtype, flush=True)
+        for paged in paged_cases():
+            run_paged(*paged, args.device)
+            print("in pages:", *paged, flush=True)
         attend_with_a_long_mask(args.device)
     if args.coverage:
         ran = {simplify(event.key) for event in seen.key_averages()}

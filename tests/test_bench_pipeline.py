@@ -105,7 +105,10 @@ def test_every_kernel_has_a_stage():
     text = "\n".join(source.read_text() for source in sources)
     kernels = re.findall(declared, text)
     assert len(kernels) == len(re.findall(r"^[^/\n]*__global__", text, re.MULTILINE)) > 0
-    assert {gpu_profile.stage_of(f"pbs::cuda::{kernel}()") for kernel in kernels} == set(STAGES)
+    assert {gpu_profile.stage_of(f"pbs::cuda::{kernel}()") for kernel in kernels} == {
+        *STAGES,
+        gpu_profile.PAGES,
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,10 @@ def test_every_kernel_has_a_stage():
             "score_keys",
         ),
         ("void pbs::cuda::attend_kernel<pbs::cuda::Traits<128> >(pbs::cuda::Args)", "attend"),
+        (
+            "pbs::cuda::(anonymous namespace)::copy_pages_kernel(pbs::CopyPagesParams)",
+            gpu_profile.PAGES,
+        ),
         ("void at::native::elementwise_kernel<4>(int)", gpu_profile.OTHER),
         ("Memset (Device)", gpu_profile.OTHER),
     ],
@@ -160,7 +167,9 @@ def test_profile_of_several_calls():
     assert found.launches == 8
     assert found.gaps_ms == pytest.approx(0.008)  # the pause between the calls is none of it
     of_stage = dict(zip(STAGES, (0.018, 0.004, 0.004, 0.009, 0.059), strict=True))
-    assert found.stage_ms == pytest.approx(of_stage | {gpu_profile.OTHER: 0.001})
+    assert found.stage_ms == pytest.approx(
+        of_stage | {gpu_profile.PAGES: 0, gpu_profile.OTHER: 0.001}
+    )
     without = [work for work in gpu_calls() if "permute" not in work.name]
     with pytest.raises(ValueError, match="must hold kernels of permute_kv"):
         gpu_profile.summarize(without, calls=2)

@@ -25,7 +25,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "import sys; from _pbs_attn_cli import main; sys.exit(main())"
-BENCHES = ("kernel", "pipeline", "prefill", "quality", "scores", "long", "cpu")
+BENCHES = ("kernel", "pipeline", "chunks", "prefill", "quality", "scores", "long", "cpu")
 WITH_DEVICE = tuple(bench for bench in BENCHES if bench != "cpu")
 
 
@@ -340,7 +340,9 @@ def test_gpu_support_that_is_left_out_is_said(command, monkeypatch, capsys):
     def load(*args, **options):
         raise DemoError("far enough")
 
-    places = [f"bench.{bench}.RowFile" for bench in ("kernel", "pipeline", "scores", "long")]
+    places = [
+        f"bench.{bench}.RowFile" for bench in ("kernel", "pipeline", "chunks", "scores", "long")
+    ]
     for place in ("demo.read_text", "bench.prompts.read_text", *places):
         monkeypatch.setattr(f"pbs_attn.{place}", load)
     monkeypatch.setattr("pbs_attn.bench.prefill._register", load)

@@ -6,13 +6,16 @@ import mmap
 import pytest
 import torch
 from cases import operator_calls
+from sequence_cases import sequence_calls
 
 import pbs_attn
 from pbs_attn import PBSConfig, attention
 from pbs_attn.masks import candidate_blocks
-from pbs_attn.ops import HEAD_DIMS, OPERATORS
+from pbs_attn.ops import HEAD_DIMS, OPERATORS, SEQUENCE_OPERATORS
 
 PBS = torch.ops.pbs
+LENGTHS = {"cu_seqlens_q", "cu_seqlens_k", "seq_lens"}
+every_operator = pytest.mark.parametrize("stage", [*OPERATORS, *SEQUENCE_OPERATORS])
 
 
 def qkv(num_q=300, num_kv=300, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.float32):
@@ -28,9 +31,10 @@ def rejects(message, call, *args, error=RuntimeError, **kwargs):
     assert "got" in str(caught.value)
 
 
-def stage_calls():
+def stage_calls(dtype=torch.float32):
     """The tensors of a call of every operator, by name."""
-    calls = operator_calls(*qkv(), PBSConfig.paper())
+    tensors = qkv(dtype=dtype)
+    calls = operator_calls(*tensors, PBSConfig.paper()) | sequence_calls(*tensors, PBSConfig())
     return {stage: tensors for stage, (tensors, _) in calls.items()}
 
 
@@ -52,14 +56,14 @@ def rejects_in_every_mode(message, call, **operands):
         *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     ],
 )
-@pytest.mark.parametrize("stage", OPERATORS)
+@every_operator
 def test_dtype(stage, dtype):
     # The stable ABI of torch 2.10 has no name for the last one.
     said = "another dtype" if dtype == "float8_e8m0fnu" else dtype
     tensors = stage_calls()[stage]
     first = next(iter(tensors))
     operands = dict(tensors)
-    for name in operands.keys() - {"perm", "k_mean", "block_mask"}:
+    for name in operands.keys() - {"perm", "k_mean", "block_mask", "block_table", *LENGTHS}:
         operands[name] = torch.empty_like(tensors[name], dtype=getattr(torch, dtype))
     rule = "float32" if stage == "sort_segments" else "float32, bfloat16 or float16"
     message = f"{first} must be {rule}, got {said}$"
@@ -78,19 +82,21 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch: such tensors are in beta, or deprecated
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", OPERATORS)
+@every_operator
 def test_tensors_that_are_not_dense(stage, kind):
     said = kind.split()[0]
     tensors = stage_calls()[stage]
-    for name, tensor in tensors.items():
+    for name in tensors.keys() - LENGTHS:  # no kind has one dimension
+        tensor = tensors[name]
         operands = {**tensors, name: KINDS[kind](tensor)}
         message = f"{name} must be a dense tensor on the CPU or a CUDA GPU, got {said} on cpu"
         rejects_in_every_mode(message, getattr(PBS, stage), **operands)
 
 
-@pytest.mark.parametrize("stage", OPERATORS)
+@every_operator
 def test_none_for_a_tensor(stage):
-    tensors = stage_calls()[stage]
+    # Autocast leaves these as they are; pages of float32 it would refuse first.
+    tensors = stage_calls(torch.bfloat16)[stage]
     optional = {"perm", "k_perm"} if stage == "select_blocks" else set()
     for name in tensors.keys() - optional:
         operands = {**tensors, name: None}

@@ -16,6 +16,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out * share.mean()
 
 
+def attend_sequences(
+    q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    config = pbs_attn.PBSConfig.fast()
+    out: torch.Tensor = pbs_attn.attention_varlen(q, q, q, lengths, lengths, config=config)
+    where = (lengths, lengths.diff(), table)
+    pbs_attn.attention_paged_(q, cache, cache, out, *where, scale=None, config=config)
+    paged: torch.Tensor = pbs_attn.attention_paged(q, cache, cache, *where, is_causal=True)
+    return out + paged
+
+
 def convert(mask: torch.Tensor, num_kv_blocks: int) -> torch.Tensor:
     selected: torch.Tensor = pbs_attn.mask_to_bool(mask, num_kv_blocks)
     counts, indices = pbs_attn.mask_to_lists(pbs_attn.bool_to_mask(selected), num_kv_blocks)

@@ -14,6 +14,7 @@ from pbs_attn._rows import PROBES, RULER
 from pbs_attn.config import BLOCK_SIZES, THRESHOLDS, PBSConfig
 
 from .options import (
+    CHUNK_SELECTIONS,
     COMPARED,
     DTYPES,
     PERMUTE_PER,
@@ -21,6 +22,7 @@ from .options import (
     SELECTIONS,
     SWEEPS,
     UNEVEN_TOKENS,
+    ChunksOptions,
     CpuOptions,
     KernelOptions,
     LongOptions,
@@ -37,6 +39,7 @@ def add_bench(subcommands):
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     _add_kernel(benches)
     _add_pipeline(benches)
+    _add_chunks(benches)
     _add_prefill(benches)
     _add_quality(benches)
     _add_scores(benches)
@@ -107,6 +110,26 @@ def _add_pipeline(benches):
     )
     _add_rounds(parser, default)
     _add_run(parser, default, "the time of the stages")
+
+
+def _add_chunks(benches):
+    default = ChunksOptions()
+    parser = benches.add_parser(
+        "chunks",
+        help="a prompt that comes in chunks, with its keys in pages",
+        description="Times the prefill of one prompt in chunks through attention_paged_, which "
+        "puts pages in order once, and through attention_paged, which sorts all keys for each "
+        "chunk, in turn with one call of attention on the whole prompt, all at one density. "
+        "Inputs are synthetic.",
+    )
+    add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    add_list(parser, "--chunks", "N", default.chunks, "tokens of a chunk")
+    _add_densities(parser)
+    words = "how blocks are chosen: as this preset of PBSConfig"
+    add_choice(parser, "--selection", CHUNK_SELECTIONS, default.selection, words)
+    _add_rounds(parser, default)
+    _add_run(parser, default)
 
 
 def _add_prefill(benches):

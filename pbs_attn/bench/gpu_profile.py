@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pbs_attn.ops import STAGES
 
+PAGES = "copy_pages"  # what no call on plain tensors runs
 OTHER = "other"  # kernels of others, memsets and copies
 
 
@@ -35,8 +36,8 @@ class Profile(NamedTuple):
 
 
 def stage_of(name: str) -> str:
-    """The stage of a kernel, by its demangled name, which begins with that of its stage; `OTHER`
-    if it is not of the library.
+    """The stage of a kernel, or `PAGES`, by its demangled name, which begins with it; `OTHER` if it
+    is not of the library.
 
     Raises:
         ValueError: if it is of the library and its name begins otherwise.
@@ -44,7 +45,7 @@ def stage_of(name: str) -> str:
     found = re.search(r"\bpbs::cuda::.*?(\w+_kernel)[<(]", name)
     if not found:
         return OTHER
-    for stage in STAGES:
+    for stage in (*STAGES, PAGES):
         if found[1].startswith(f"{stage}_"):
             return stage
     raise ValueError(f"a kernel's name must begin with its stage, got {name}")
@@ -69,11 +70,11 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
     launches, rest = divmod(len(intervals), calls)
     if rest:
         raise ValueError(f"launches must be a multiple of {calls} calls, got {len(intervals)}")
-    by_stage = {stage: [] for stage in (*STAGES, OTHER)}
+    by_stage = {stage: [] for stage in (*STAGES, PAGES, OTHER)}
     for interval in intervals:
         by_stage[stage_of(interval.name)].append(interval)
     for stage, found in by_stage.items():
-        if not found and stage != OTHER:
+        if not found and stage in STAGES:
             names = sorted({interval.name for interval in intervals})
             raise ValueError(f"the profile must hold kernels of {stage}, got {names}")
     stage_ms = {stage: union_ms(found) / calls for stage, found in by_stage.items()}

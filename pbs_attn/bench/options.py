@@ -25,6 +25,9 @@ SELECTIONS = {
     "fast": PBSConfig.fast(),
 }
 
+# chunks: pages can be put in order for sampled scores only
+CHUNK_SELECTIONS = tuple(name for name, config in SELECTIONS.items() if config.score == "sampled")
+
 # quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
 # Thresholds by mass.
@@ -90,6 +93,21 @@ class PipelineOptions:
     device: str = "auto"
     csv: str | None = None
     picture: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunksOptions:
+    """`chunks`: tokens of a chunk; each length runs in chunks of each size. `densities`: one a
+    length, or None for the paper's. `selection`: one of CHUNK_SELECTIONS."""
+
+    preset: str = "llama-3.1-8b"
+    tokens: tuple[int, ...] = (32768, 131072)
+    chunks: tuple[int, ...] = (2048, 8192)
+    densities: tuple[float, ...] | None = None
+    selection: str = "balanced"
+    rounds: int = 5
+    device: str = "auto"
+    csv: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

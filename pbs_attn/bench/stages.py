@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from typing import Protocol
 
 import torch
 
@@ -116,7 +117,16 @@ class Pipeline:
         return ops.attention(self.q, self.k, self.v, **config.op_kwargs())
 
 
-def reach(pipeline: Pipeline, density: float) -> float:
+class Adjustable(Protocol):
+    """What visits more or less by a threshold of its config's mass."""
+
+    config: PBSConfig
+
+    def set_threshold(self, threshold: float) -> float:
+        """The density that it gives."""
+
+
+def reach(pipeline: Adjustable, density: float) -> float:
     """The density reached, as near as bisection over the threshold comes."""
 
     def threshold(place: float) -> float:
