@@ -19,12 +19,12 @@ constexpr int64_t kPageStep = 16;
 
 // Rows of a (tokens, heads, head_dim) tensor, as of one batch.
 inline ConstRows token_rows(const Tensor& t) {
-  return ConstRows{t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
+  return ConstRows{t.const_data_ptr(), 0, stride_of(t, 1), stride_of(t, 0)};
 }
 
 // Pages of a (pages, page_size, heads, head_dim) tensor, whose batch is the page.
 inline ConstRows page_rows(const Tensor& t) {
-  return ConstRows{t.const_data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
+  return ConstRows{t.const_data_ptr(), stride_of(t, 0), stride_of(t, 2), stride_of(t, 1)};
 }
 
 inline ConstRows from_row(ConstRows rows, int64_t row, DType dtype) {
@@ -40,8 +40,9 @@ inline Problem problem_of(Problem problem, const Sequence& sequence) {
 }
 
 inline Pages pages_of(const Tensor& block_table, const Tensor& k_cache, const Sequence& sequence) {
+  const int64_t page_size = k_cache.size(1);
   return Pages{block_table.const_data_ptr<int32_t>() + sequence.idx * block_table.stride(0),
-               k_cache.size(1), k_cache.size(0)};
+               ceil_div(sequence.num_kv, page_size), page_size, k_cache.size(0)};
 }
 
 // q and the keys, in the dimensions that tensors of tokens and of pages have their heads in.
@@ -109,6 +110,31 @@ inline void check_out(const Tensor& out, const Tensor& q) {
   check_last_dim_contiguous("out", out);
 }
 
+// The memory from the first element of a tensor to its last; strides are not negative.
+struct Memory {
+  const char* begin;
+  const char* end;
+};
+
+inline Memory memory_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+  const auto* begin = static_cast<const char*>(t.const_data_ptr());
+  return Memory{begin, begin + (last + 1) * element_size(check_float_dtype("q", t))};
+}
+
+// What is written shares no memory with what is read.
+inline void check_apart(const char* name, const Tensor& t, const char* other_name,
+                        const Tensor& other) {
+  if (t.numel() == 0 || other.numel() == 0) return;
+  const Memory own = memory_of(t);
+  const Memory its = memory_of(other);
+  if (own.begin < its.end && its.begin < own.end) {
+    fail(name, " must share no memory with ", other_name, ", got ", its.begin - own.begin,
+         " bytes from its start to that of ", other_name);
+  }
+}
+
 // Keys and values of the queries' own positions, beside those in pages; both or none.
 inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional<Tensor>& v,
                              const Tensor& q, const Problem& problem) {
@@ -171,15 +197,15 @@ inline void check_sequence(const char* name, const Sequence& sequence) {
 inline void check_block_table(const Tensor& block_table, const Tensor& k_cache,
                               const std::vector<Sequence>& sequences) {
   for (const Sequence& sequence : sequences) {
-    const int64_t num_pages = ceil_div(sequence.num_kv, k_cache.size(1));
-    if (num_pages > block_table.size(1)) {
-      fail("block_table must have ", num_pages, " pages for the ", sequence.num_kv,
+    const Pages pages = pages_of(block_table, k_cache, sequence);
+    if (pages.num_entries > block_table.size(1)) {
+      fail("block_table must have ", pages.num_entries, " pages for the ", sequence.num_kv,
            " keys of sequence ", sequence.idx, ", got ", block_table.size(1));
     }
-    const int32_t* pages = pages_of(block_table, k_cache, sequence).table;
-    for (int64_t i = 0; block_table.is_cpu() && i < num_pages; ++i) {
-      if (pages[i] < 0 || pages[i] >= k_cache.size(0)) {
-        fail("block_table must hold pages from 0 to ", k_cache.size(0) - 1, ", got ", pages[i]);
+    for (int64_t i = 0; block_table.is_cpu() && i < pages.num_entries; ++i) {
+      const int32_t page = pages.table[i];
+      if (page < 0 || page >= pages.num_pages) {
+        fail("block_table must hold pages from 0 to ", pages.num_pages - 1, ", got ", page);
       }
     }
   }

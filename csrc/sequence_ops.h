@@ -35,7 +35,7 @@ struct SequenceOps {
       if (sequence.num_q > 0) sequences.push_back(sequence);
     }
     const Operands all{token_rows(q), token_rows(k), token_rows(v)};
-    check_all(backend, sequences, problem, rule, all);
+    check_all(backend, sequences, problem, rule, all, OperandNames{});
     Tensor out = torch::stable::empty_like(q);
     for (const Sequence& sequence : sequences) {
       const int64_t first_k = k_begins[static_cast<size_t>(sequence.idx)];
@@ -60,7 +60,7 @@ struct SequenceOps {
         check_sequences(q, k_cache, cu_seqlens_q, seq_lens, block_table);
     const AttentionRule rule = check_settings(settings, problem);
     const Operands all{token_rows(q), page_rows(k_cache), page_rows(v_cache)};
-    check_all(backend, sequences, problem, rule, all);
+    check_all(backend, sequences, problem, rule, all, kInPages);
     Tensor out = torch::stable::empty_like(q);
     for (const Sequence& sequence : sequences) {
       const Problem own = problem_of(problem, sequence);
@@ -86,13 +86,16 @@ struct SequenceOps {
     const Backend backend("attention_paged_", "q", q);
     Problem problem = check_pages(q, k_cache, v_cache);
     check_out(out, q);
+    check_apart("out", out, "q", q);
+    check_apart("out", out, "k_cache", k_cache);
+    check_apart("out", out, "v_cache", v_cache);
     check_new_tokens(k, v, q, problem);
     const std::vector<Sequence> sequences =
         check_sequences(q, k_cache, cu_seqlens_q, seq_lens, block_table);
     const AttentionRule rule = check_settings(settings, problem);
     check_order_in_pages(k_cache.size(1), rule, problem);
     const Operands all{token_rows(q), page_rows(k_cache), page_rows(v_cache)};
-    check_all(backend, sequences, problem, rule, all);
+    check_all(backend, sequences, problem, rule, all, kInPages);
     backend.check_aligned_rows("out", token_rows(out), problem.dtype);
     if (k.has_value()) {
       backend.check_aligned_rows("k", token_rows(*k), problem.dtype);
@@ -136,6 +139,8 @@ struct SequenceOps {
   }
 
  private:
+  static constexpr OperandNames kInPages{"q", "k_cache", "v_cache"};
+
   // Keys and values from row first_row on, in their original order.
   struct OwnRows {
     int64_t first_row;
@@ -145,10 +150,11 @@ struct SequenceOps {
 
   // Of every sequence, before the first of them runs.
   static void check_all(const Backend& backend, const std::vector<Sequence>& sequences,
-                        const Problem& problem, const AttentionRule& rule, const Operands& all) {
+                        const Problem& problem, const AttentionRule& rule, const Operands& all,
+                        const OperandNames& names) {
     for (const Sequence& sequence : sequences) {
-      backend.check_attention(all.q, all.k, all.v, problem_of(problem, sequence), rule.blocking,
-                              rule.scale, rule.select);
+      backend.check_attention(all, names, problem_of(problem, sequence), rule.blocking, rule.scale,
+                              rule.select);
     }
   }
 

@@ -239,7 +239,7 @@ struct StageOps {
     check_key_value(k, v);
     const AttentionRule rule = check_settings(settings, problem);
     const Operands operands{const_rows(q), const_rows(k), const_rows(v)};
-    backend.check_attention(operands.q, operands.k, operands.v, problem, rule.blocking, rule.scale,
+    backend.check_attention(operands, OperandNames{}, problem, rule.blocking, rule.scale,
                             rule.select);
     Tensor out = torch::stable::empty_like(q);
     run_attention(backend, problem, rule, operands, mutable_rows(out), q);

@@ -6,6 +6,13 @@
 
 namespace pbs {
 
+// What a call names its operands.
+struct OperandNames {
+  const char* q = "q";
+  const char* k = "k";
+  const char* v = "v";
+};
+
 inline ScoreKeysParams score_keys_params(const ConstRows& q, const ConstRows& k,
                                          const Problem& problem, const Blocking& blocking,
                                          float scale) {
@@ -67,7 +74,6 @@ inline CopyPagesParams copy_pages_params(const Problem& problem, int64_t first_r
   params.first_row = first_row;
   params.num_rows = num_rows;
   params.pages = pages;
-  params.num_checked = ceil_div(problem.num_kv, pages.page_size);
   params.k_pages = k_pages;
   params.v_pages = v_pages;
   return params;

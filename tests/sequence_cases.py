@@ -171,8 +171,9 @@ def sequence_calls(q, k, v, config):
     paged = dict(zip(names, in_pages(tensors, config.segment_size, "nhd"), strict=True))
     # Torch's own tests compare what a call has written: NaN would never be the same.
     paged |= {name: paged[name].nan_to_num(0.0) for name in names[1:3]}
-    written = {"out": torch.zeros_like(q)}
-    in_order = {name: (paged | written)[name] for name in arguments_of("attention_paged_", False)}
+    pool = paged | {"out": torch.zeros_like(q)}
+    names = arguments_of("attention_paged_", False)
+    in_order = {name: pool[name] for name in names if name in pool}  # k and v are optional
     varlen = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     calls = dict(zip(SEQUENCE_OPERATORS, (varlen, paged, in_order), strict=True))
     return {op: (tensors, config.op_kwargs(op)) for op, tensors in calls.items()}

@@ -238,6 +238,39 @@ def test_settings(calls, settings, message):
     refuses(message, calls, settings=settings)
 
 
+def test_keys_and_values_of_the_queries(calls):
+    operands = calls["attention_paged_"]
+    q = operands["q"]
+    num_heads = operands["k_cache"].shape[2]
+    k = q[:, :num_heads].clone()
+
+    def refuses(message, k, v):
+        rejects(message, PBS.attention_paged_, **operands, k=k, v=v)
+
+    refuses("k and v must be given together, got k alone", k, None)
+    refuses("k and v must be given together, got v alone", None, k)
+    refuses("v must have the dtype of q .float32., got float16", k, k.half())
+    refuses("k must have 3 dimensions .tokens, heads, head_dim., got 4", k[None], k)
+    refuses(f"k must have size {len(q)} in dimension 0 .rows of q., got", k[1:], k[1:])
+    refuses(f"k must have size {num_heads} in dimension 1 .heads of k_cache., got", q, q)
+    refuses(r"v must have the shape of k \(", k, k[1:])
+
+
+@pytest.mark.parametrize("other", ["q", "k_cache", "v_cache"])
+def test_out_that_shares_memory(calls, other):
+    operands = calls["attention_paged_"]
+    shape = operands["out"].shape
+    room = torch.zeros(operands[other].numel() + operands["out"].numel())
+    shared = torch.as_strided(room, operands[other].shape, operands[other].contiguous().stride())
+    last = shared.numel() - 1
+    inside = room[last:][: operands["out"].numel()].view(shape)
+    operands = operands | {other: shared}
+    message = f"out must share no memory with {other}, got -{4 * last} bytes from its start"
+    rejects(message, PBS.attention_paged_, **operands | {"out": inside})
+    behind = room[last + 1 :][: operands["out"].numel()].view(shape)
+    PBS.attention_paged_(**operands | {"out": behind})
+
+
 def test_nothing_is_written_where_an_argument_is_wrong(calls):
     tensors = {name: x.clone() for name, x in calls[IN_ORDER].items()}
     wrong = {**tensors, "block_table": replaced((1, 1), 99)(tensors["block_table"])}

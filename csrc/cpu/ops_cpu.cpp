@@ -53,8 +53,8 @@ class CpuBackend {
   }
   static void check_select_blocks(const SelectBlocksParams&) {}
   static void check_attend(const AttendParams&) {}
-  static void check_attention(const ConstRows&, const ConstRows&, const ConstRows&, const Problem&,
-                              const Blocking&, float, const SelectRule&) {}
+  static void check_attention(const Operands&, const OperandNames&, const Problem&, const Blocking&,
+                              float, const SelectRule&) {}
 
   static void check_aligned_rows(const char*, const ConstRows&, DType) {}
 

@@ -96,7 +96,7 @@ class CudaBackend {
 
   void check_select_blocks(const SelectBlocksParams& params) const {
     check_operands(params.q, params.k, params.problem.dtype);
-    check_rule_fits(params.problem, params.blocking, params.rule);
+    check_rule_fits("k", params.problem, params.blocking, params.rule);
     if (reads_means(params.rule.score)) return;
     check_half(params.problem.dtype);
     check_aligned("k_perm", params.k_perm, params.problem.dtype);
@@ -113,15 +113,15 @@ class CudaBackend {
     check_positive(params.scale);
   }
 
-  void check_attention(const ConstRows& q, const ConstRows& k, const ConstRows& v,
-                       const Problem& problem, const Blocking& blocking, float scale,
-                       const SelectRule& rule) const {
+  void check_attention(const Operands& operands, const OperandNames& names, const Problem& problem,
+                       const Blocking& blocking, float scale, const SelectRule& rule) const {
     check_half(problem.dtype);
-    check_operands(q, k, problem.dtype);
-    check_aligned("v", v, problem.dtype);
+    check_aligned(names.q, operands.q, problem.dtype);
+    check_aligned(names.k, operands.k, problem.dtype);
+    check_aligned(names.v, operands.v, problem.dtype);
     check_positive(scale);
     check_segment_fits(blocking.segment_size);
-    check_rule_fits(problem, blocking, rule);
+    check_rule_fits(names.k, problem, blocking, rule);
   }
 
   static void check_aligned_rows(const char* name, const ConstRows& rows, DType dtype) {
@@ -163,7 +163,7 @@ class CudaBackend {
     }
   }
 
-  void check_rule_fits(const Problem& problem, const Blocking& blocking,
+  void check_rule_fits(const char* k_name, const Problem& problem, const Blocking& blocking,
                        const SelectRule& rule) const {
     if (!reads_means(rule.score)) {
       if (rule.num_samples > launchers_.max_samples) {
@@ -174,8 +174,9 @@ class CudaBackend {
     }
     const int64_t most = launchers_.max_key_blocks(problem, blocking);
     if (num_key_blocks(problem, blocking) > most) {
-      fail("k must have at most ", most, " key blocks of kv_block_size ", blocking.kv_block_size,
-           " with these sizes on CUDA, got ", num_key_blocks(problem, blocking));
+      fail(k_name, " must have at most ", most, " key blocks of kv_block_size ",
+           blocking.kv_block_size, " with these sizes on CUDA, got ",
+           num_key_blocks(problem, blocking));
     }
   }
 

@@ -310,12 +310,17 @@ inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
   return num_heavy.value_or(-1);
 }
 
+// In torch the stride of a dimension of size 1 may be anything, and nothing is read by it.
+inline int64_t stride_of(const Tensor& t, int64_t dim) {
+  return t.size(dim) == 1 ? 0 : t.stride(dim);
+}
+
 inline ConstRows const_rows(const Tensor& t) {
-  return ConstRows{t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  return ConstRows{t.const_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)};
 }
 
 inline MutableRows mutable_rows(Tensor& t) {
-  return MutableRows{t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  return MutableRows{t.mutable_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)};
 }
 
 }  // namespace pbs

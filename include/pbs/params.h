@@ -64,7 +64,8 @@ constexpr MutableRows writable(const ConstRows& rows) {
 // D), whose batch is the page: row r is row r % page_size of page table[r / page_size]. Without a
 // table the rows of each batch follow each other.
 struct Pages {
-  const int32_t* table;  // (ceil(Nkv / page_size)), or null
+  const int32_t* table;  // (num_entries), or null
+  int64_t num_entries;   // ceil(Nkv / page_size)
   int64_t page_size;
   int64_t num_pages;
 };
@@ -257,11 +258,10 @@ struct CopyPagesParams {
   int64_t first_row;
   int64_t num_rows;
   Pages pages;
-  int64_t num_checked;  // entries of the table: rows are NaN unless each of them is a page
-  ConstRows k_pages;    // (num_pages, Hkv, page_size, D)
-  ConstRows v_pages;    // (num_pages, Hkv, page_size, D)
-  MutableRows k;        // (1, Hkv, num_rows, D)
-  MutableRows v;        // (1, Hkv, num_rows, D)
+  ConstRows k_pages;  // (num_pages, Hkv, page_size, D)
+  ConstRows v_pages;  // (num_pages, Hkv, page_size, D)
+  MutableRows k;      // (1, Hkv, num_rows, D)
+  MutableRows v;      // (1, Hkv, num_rows, D)
 };
 
 struct AttendParams {

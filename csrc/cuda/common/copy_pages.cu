@@ -6,6 +6,7 @@
 
 #include "common/launch.h"
 #include "common/launch_kernel.h"
+#include "common/pages.cuh"
 
 namespace pbs::cuda {
 namespace {
@@ -23,19 +24,10 @@ __device__ int64_t row_start(const Rows& rows, const RowPlace& place, int head, 
          (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
 }
 
-// NOTE: a kernel cannot raise; NaN makes a bad table visible without a stray access. Every CTA
-// looks at the whole table, since the later kernels read pages that are not copied.
-__device__ bool has_bad_page(const CopyPagesParams& params) {
-  bool is_bad = false;
-  for (auto i = static_cast<int64_t>(threadIdx.x); i < params.num_checked; i += kThreads) {
-    const int32_t page = params.pages.table[i];
-    is_bad |= page < 0 || page >= params.pages.num_pages;
-  }
-  return __syncthreads_or(is_bad) != 0;
-}
-
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesParams params) {
-  const bool is_bad = has_bad_page(params);
+  // NOTE: a kernel cannot raise; NaN makes a bad table visible without a stray access. Later
+  // kernels read pages that are not copied, so the whole table counts.
+  const bool is_bad = has_bad_page(params.pages);
   const auto num_chunks = static_cast<int>(ceil_div(params.num_rows, kRows));
   const int chunk = static_cast<int>(blockIdx.x) % num_chunks;
   const int part = static_cast<int>(blockIdx.x) / num_chunks;

@@ -13,9 +13,9 @@
 
 #include "common/elements.h"
 #include "common/launch_kernel.h"
+#include "common/pages.cuh"
 #include "pbs/geometry.h"
 #include "sm90/launch.h"
-#include "sm90/pages.cuh"
 
 namespace pbs::cuda::sm90 {
 namespace {
@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   extern __shared__ uint4 raw[];
   __shared__ uint64_t full;
   const Problem& problem = params.problem;
+  if (has_bad_page(params.pages)) return;  // nothing is written
   const Window window = window_of<T>(params);
   const int thread = static_cast<int>(threadIdx.x);
   Slots<T> slots{reinterpret_cast<T*>(raw), &full, window.width, 0};
@@ -251,16 +252,16 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const bool takes_part = thread < window.num_copied;
   const int32_t* perm = params.perm + first_row + thread;
   const int first_of_warp = thread / 32 * 32;
-  // The rows of a warp are in one page. One that does not exist is not written.
+  // The rows of a warp are in one page.
   const MutableRows& output = window.is_key ? params.k_perm : params.v_perm;
-  const CheckedPlace place =
+  const RowPlace place =
       place_in_pages(params.pages, static_cast<int>(window.b),
                      static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
   T* out = static_cast<T*>(output.data) + place.b * output.batch_stride +
            window.kv_head * num_perms * output.head_stride + place.row * output.row_stride +
            window.first_column;
   const auto out_stride = static_cast<int>(output.row_stride);
-  const int num_rows = place.exists ? rows_of_warp(window.num_copied) : 0;
+  const int num_rows = rows_of_warp(window.num_copied);
   float* sums_of_warp = sums + first_of_warp / 32 * window.width;
   int32_t next = takes_part ? *perm : 0;
   slots.wait();

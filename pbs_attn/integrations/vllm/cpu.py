@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 )
 
 from .builder import PBSBuilder  # noqa: E402
-from .impl import PBSImpl  # noqa: E402
+from .impl import New, PBSImpl  # noqa: E402
 
 tell_prompts_of_runners()
 
@@ -43,7 +43,7 @@ class PBSCPUImpl(PBSImpl, CPUAttentionBackendImpl):
         return None if isa == READABLE else isa
 
     def pbs_attend(
-        self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor
+        self, run: Run, new: New, kv_cache: Tensor, table: Tensor, output: Tensor
     ) -> None:
         k_cache, v_cache = split_cpu_pages(kv_cache, self.head_size)
         (first, end), _ = run.span
@@ -56,7 +56,7 @@ class PBSCPUImpl(PBSImpl, CPUAttentionBackendImpl):
         own = torch.zeros((end - first, max(needed)), dtype=torch.int32)
         for row, part in enumerate(places.split(needed)):
             own[row, : len(part)] = part
-        if self.pbs_attend_pages(run, query, (k, v), own, output):
+        if self.pbs_attend_pages(run, new, (k, v), own, output):
             k_cache[blocks], v_cache[blocks] = k, v
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from .engine import describe_engine, first_pbs_layer, is_selected, settings_of
 from .pages import split_pages
 from .route import Engine, Layer, why_layer_dense, why_not_in_place, why_row_dense
 from .rows import Run, Span, put_tokens, take_tokens
+
+
+class New(NamedTuple):
+    """The tokens of a run, (tokens, heads, head_dim) each. Their keys and values are in the cache,
+    too; None where the layer did not hand them over."""
+
+    query: Tensor
+    key: Tensor | None = None
+    value: Tensor | None = None
 
 
 class PBSImpl:
@@ -70,11 +79,11 @@ class PBSImpl:
         return None
 
     def pbs_attend(
-        self, run: Run, query: Tensor, kv_cache: Tensor, table: Tensor, output: Tensor
+        self, run: Run, new: New, kv_cache: Tensor, table: Tensor, output: Tensor
     ) -> None:
-        """Writes the attention of one run into `output`, (queries, heads, head_dim) as `query`.
+        """Writes the attention of one run into `output`, (queries, heads, head_dim).
         The table is (rows, pages). Another cache than CUDA's needs another method."""
-        self.pbs_attend_pages(run, query, split_pages(kv_cache, self.head_size), table, output)
+        self.pbs_attend_pages(run, new, split_pages(kv_cache, self.head_size), table, output)
 
     def forward(
         self,
@@ -103,7 +112,10 @@ class PBSImpl:
         for run in plan.runs:
             (first, end), (begin, stop) = run.span
             table = attn_metadata.block_table[first:end]
-            self.pbs_attend(run, query[begin:stop], kv_cache, table, output[begin:stop])
+            new = New(query[begin:stop])
+            if key is not None:
+                new = New(query[begin:stop], key[begin:stop], value[begin:stop])
+            self.pbs_attend(run, new, kv_cache, table, output[begin:stop])
         if plan.rest:
             # Keys and values are in the cache by now; nothing here reads them from elsewhere.
             rest = plan.rest_metadata
@@ -118,7 +130,7 @@ class PBSImpl:
         return output
 
     def pbs_attend_pages(
-        self, run: Run, query: Tensor, pages: tuple[Tensor, Tensor], table: Tensor, output: Tensor
+        self, run: Run, new: New, pages: tuple[Tensor, Tensor], table: Tensor, output: Tensor
     ) -> bool:
         """Attention of one run over pages (number, page size, KV heads, head_dim).
 
@@ -130,9 +142,12 @@ class PBSImpl:
         host = (run.cu_seqlens_q, run.seq_lens)
         settings = {"scale": self.scale, "config": config}
         if why_not_in_place(k_cache.shape[1], config, self.pbs_engine) is None:
-            attention_paged_(query, k_cache, v_cache, output, *host, table, **settings)
+            new_keys = new.key, new.value
+            attention_paged_(
+                new.query, k_cache, v_cache, output, *host, table, *new_keys, **settings
+            )
             return True
-        output.copy_(attention_paged(query, k_cache, v_cache, *host, table, **settings))
+        output.copy_(attention_paged(new.query, k_cache, v_cache, *host, table, **settings))
         return False
 
     def pbs_reserve(self, query: Tensor) -> None:
@@ -149,7 +164,7 @@ class PBSImpl:
         queries = query.new_zeros((num_queries, *query.shape[1:]))
         host = torch.tensor([0, num_queries]).int(), torch.tensor([num_keys]).int()
         run = Run(Span((0, 1), (0, num_queries)), True, *host)
-        self.pbs_attend_pages(run, queries, pages, table, torch.empty_like(queries))
+        self.pbs_attend_pages(run, New(queries), pages, table, torch.empty_like(queries))
 
 
 def _empty(output: Tensor, metadata: Any) -> Tensor:

@@ -1,8 +1,8 @@
 // The permuted keys in e4m3, tile by tile, as shared memory holds them.
 #pragma once
 
+#include "common/pages.cuh"
 #include "layout.cuh"
-#include "sm90/pages.cuh"
 #include "unit_walk.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kImageThreads<kHeadDim>)
     const int key = tile * kSampledKeys + item / kPieces;
     pieces[i].clear();
     if (key < args.num_candidate_rows) {
-      const CheckedPlace place = place_in_pages(pages, perm_head / num_perm, key);
+      const RowPlace place = place_in_pages(pages, perm_head / num_perm, key);
       pieces[i] =
           *reinterpret_cast<const Source*>(head_rows + place.b * keys.batch_stride +
                                            place.row * keys.row_stride + item % kPieces * kPiece);

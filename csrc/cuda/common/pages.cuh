@@ -1,0 +1,29 @@
+// Rows of keys and values that may lie in pages.
+#pragma once
+
+#include "pbs/params.h"
+
+namespace pbs::cuda {
+
+// By all threads of a CTA; false where there are no pages.
+__device__ inline bool has_bad_page(const Pages& pages) {
+  if (pages.table == nullptr) return false;
+  bool is_bad = false;
+  for (auto i = static_cast<int64_t>(threadIdx.x); i < pages.num_entries; i += blockDim.x) {
+    const int32_t page = pages.table[i];
+    is_bad |= page < 0 || page >= pages.num_pages;
+  }
+  return __syncthreads_or(is_bad) != 0;
+}
+
+// As place_of (pbs/params.h), for pages whose size is a power of two. A page that does not exist
+// gives the first one, so that no read strays.
+__device__ inline RowPlace place_in_pages(const Pages& pages, int b, int row) {
+  if (pages.table == nullptr) return RowPlace{b, row};
+  const auto page_size = static_cast<int>(pages.page_size);
+  const int page = pages.table[row / page_size];
+  const bool is_page = page >= 0 && page < pages.num_pages;
+  return RowPlace{is_page ? page : 0, row & (page_size - 1)};
+}
+
+}  // namespace pbs::cuda
