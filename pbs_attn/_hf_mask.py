@@ -39,7 +39,7 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
             make_mask = masking_utils.eager_mask
         # transformers' own skips align top-left, which is wrong for an attention function that
         # reads a missing mask as bottom-right.
-        make = functools.partial(
+        make: Callable[[], torch.Tensor] = functools.partial(
             make_mask,
             kv_length=kv_length,
             kv_offset=kv_offset,

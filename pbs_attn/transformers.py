@@ -166,8 +166,8 @@ def _make_attention_function(settings: Settings, sdpa: _AttentionFunction) -> _A
         decided = route(call, settings)
         if decided.kind == "pbs" and call.rows is not None:
 
-            def attend_row(row: Row, *tensors: Tensor) -> Tensor:
-                return attend(call.of_row(row), module, *tensors, None, options)
+            def attend_row(row: Row, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                return attend(call.of_row(row), module, query, key, value, None, options)
 
             return attend_rows(call.rows, attend_row, query, key, value, call.dtype)
         count(decided, call, settings)
