@@ -269,8 +269,9 @@ class InOrder(InChunks):
         prompt = self.prompt
         tensors = prompt.tokens(prompt.q, first, last), prompt.k_cache, prompt.v_cache
         settings = self.config_of(last).op_kwargs("attention_paged_")
-        rows = *tensors, prompt.out[first:last]
-        return functools.partial(ops.attention_paged_, *rows, *self.where(first, last), **settings)
+        rows = *tensors, prompt.out[first:last], *self.where(first, last)
+        new = (prompt.tokens(x, first, last) for x in (prompt.k, prompt.v))
+        return functools.partial(ops.attention_paged_, *rows, *new, **settings)
 
 
 class Whole(Pipeline):
