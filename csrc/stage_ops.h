@@ -241,15 +241,30 @@ struct StageOps {
     const Operands operands{const_rows(q), const_rows(k), const_rows(v)};
     backend.check_attention(operands, OperandNames{}, problem, rule.blocking, rule.scale,
                             rule.select);
-    Tensor out = torch::stable::empty_like(q);
-    run_attention(backend, problem, rule, operands, mutable_rows(out), q);
+    const Selected selected = run_selection(backend, problem, rule, operands, q);
+    Tensor out = torch::stable::empty_like(q);  // now that the memory of other stages is free again
+    attend_selected(backend, problem, rule, operands, selected, mutable_rows(out), q);
     return out;
   }
+
+  // What the stages before attend leave to it.
+  struct Selected {
+    Tensor k_perm;
+    Tensor v_perm;
+    Tensor block_mask;
+  };
 
   // What it allocates is like `like`, in dtype and device.
   static void run_attention(const Backend& backend, const Problem& problem,
                             const AttentionRule& rule, const Operands& operands,
                             const MutableRows& out, const Tensor& like) {
+    const Selected selected = run_selection(backend, problem, rule, operands, like);
+    attend_selected(backend, problem, rule, operands, selected, out, like);
+  }
+
+  static Selected run_selection(const Backend& backend, const Problem& problem,
+                                const AttentionRule& rule, const Operands& operands,
+                                const Tensor& like) {
     const Blocking& blocking = rule.blocking;
     const auto& [q, k, v] = operands;
     const Tensor perm = run_order(backend, problem, rule, q, k, /*keeps_first=*/false, like);
@@ -268,10 +283,17 @@ struct StageOps {
                                                         rule.scale, rule.is_causal, rule.select);
     if (k_mean.has_value()) selecting.k_mean = k_mean->const_data_ptr<float>();
     selecting.perm = perm.const_data_ptr<int32_t>();
-    const Tensor block_mask = std::get<0>(run_select_blocks(backend, selecting, like));
+    return {k_perm, v_perm, std::get<0>(run_select_blocks(backend, selecting, like))};
+  }
+
+  static void attend_selected(const Backend& backend, const Problem& problem,
+                              const AttentionRule& rule, const Operands& operands,
+                              const Selected& selected, const MutableRows& out,
+                              const Tensor& like) {
     AttendParams attending =
-        attend_params(q, k, v, const_rows(k_perm), const_rows(v_perm), block_mask, problem,
-                      blocking, rule.scale, rule.is_causal);
+        attend_params(operands.q, operands.k, operands.v, const_rows(selected.k_perm),
+                      const_rows(selected.v_perm), selected.block_mask, problem, rule.blocking,
+                      rule.scale, rule.is_causal);
     attending.out = out;
     run_attend(backend, attending, like);
   }

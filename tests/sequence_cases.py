@@ -9,7 +9,7 @@ import reference_sequences as ref_seq
 import torch
 from cases import Case, arguments_of, clustered_qkv
 from pages import Pages, cu_seqlens
-from tolerances import assert_output, is_decided
+from tolerances import assert_within_twice, is_decided, sdpa_on
 
 from pbs_attn import PBSConfig
 from pbs_attn.ops import SEQUENCE_OPERATORS
@@ -124,12 +124,18 @@ def settled(name, dtype):
 
 
 def assert_sequences(out, sequences, scale=None):
-    """Of each sequence, as one output of `attention`; `out` is (total Nq, Hq, D)."""
+    """Of all sequences together: some have so few rows that torch's own error on them is a matter
+    of luck. `out` is (total Nq, Hq, D)."""
     assert len(out) == sum(s.q.shape[2] for s in sequences)
-    parts = out.split([s.q.shape[2] for s in sequences])
-    for part, s in zip(parts, sequences, strict=True):
-        tensors = (x.to(out.device) for x in (s.q, s.k, s.v, s.visited, s.out))
-        assert_output(ref_seq.as_batch(part), *tensors, scale=scale)
+    found = out.split([s.q.shape[2] for s in sequences])
+    of_torch, exact = [], []
+    for part, s in zip(found, sequences, strict=True):
+        q, k, v, visited = (x.to(out.device) for x in (s.q, s.k, s.v, s.visited))
+        assert (ref_seq.as_batch(part)[~visited.any(-1)] == 0).all()
+        of_torch.append(sdpa_on(q, k, v, visited, scale=scale)[0].transpose(0, 1))
+        exact.append(s.out.to(out.device)[0].transpose(0, 1))
+    if sequences:
+        assert_within_twice(out, torch.cat(of_torch), torch.cat(exact), "out")
 
 
 def assert_same(found, expected):

@@ -15,6 +15,7 @@ from sequence_cases import (
     SMALL,
     Ragged,
     assert_same,
+    assert_sequences,
     draw,
     in_pages,
     lengths_for,
@@ -23,7 +24,6 @@ from sequence_cases import (
     steps,
 )
 from test_sequences_in_order import assert_chunks_are_dense, run_in_order
-from tolerances import assert_output
 
 import pbs_attn
 from pbs_attn.ops import HEAD_DIMS
@@ -151,17 +151,17 @@ def test_chunks_are_the_stages_on_gathered_pages(name, plan, page_size, layout, 
     for step in steps(PLANS[plan], tensors, pages):
         before = pages.clone(DEVICE)
         out = run_in_order(pages, step, options_of(case))
-        parts = out.split(step.cu_seqlens_q.diff().tolist())
-        queries = step.q.to(DEVICE).split(step.cu_seqlens_q.diff().tolist())
-        for n, (q, part) in enumerate(zip(queries, parts, strict=True)):
+        sequences = []
+        for n, q in enumerate(step.q.to(DEVICE).split(step.cu_seqlens_q.diff().tolist())):
             if len(q) == 0:
                 continue
             last = step.seq_lens[n].item()
             q, k, v = map(ref_seq.as_batch, (q, *before.read(n, 0, last)))
             visited, exact, k_perm, v_perm = by_stages(case, q, k, v)
-            assert_output(ref_seq.as_batch(part), q, k, v, visited, exact, scale=case.scale)
+            sequences.append(ref_seq.Sequence(q, k, v, None, None, None, visited, exact))
             assert_same(map(ref_seq.as_batch, pages.read(n, 0, last)), (k_perm, v_perm))
             before.write(n, 0, *pages.read(n, 0, last))
+        assert_sequences(out, sequences, scale=case.scale)
         assert_same([pages.k, pages.v], [before.k, before.v])
 
 
