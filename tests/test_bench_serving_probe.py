@@ -1,5 +1,5 @@
-"""What `bench serve` runs in vLLM's workers: what the probe counts, against other counts of the same
-calls, and its switch in the plugin, whose vLLM is that of vllm_fakes.py."""
+"""What `bench serve` runs in vLLM's workers: what the probe counts, against other counts of the
+same calls, and its switch in the plugin, whose vLLM is that of vllm_fakes.py."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -114,6 +114,12 @@ def _measure(options: Options) -> tuple[list[Row], list[str]]:
     from tqdm import tqdm
 
     start, rows, failed = time.monotonic(), [], []
+
+    def add(row):
+        rows.append(row)
+        if options.csv:
+            write_csv(options.csv, rows)
+
     logs = Path(options.csv or tempfile.mkdtemp(prefix="pbs_serve_")).resolve()
     logs = logs.parent if options.csv else logs
     engines = list(itertools.product(options.parts, options.modes))
@@ -124,12 +130,7 @@ def _measure(options: Options) -> tuple[list[Row], list[str]]:
             continue
         log = logs / f"serve_{mode}_{part}.log"
         command = engine_command(options, mode, part)
-        try:
-            for row in run_engine(command, log):
-                rows.append(row)
-                if options.csv:
-                    write_csv(options.csv, rows)
-        except subprocess.CalledProcessError:
+        if run_engine(command, log, add):
             failed.append(f"{mode} {part}, whose log is {log}")
     return rows, failed
 
@@ -140,24 +141,23 @@ def engine_command(options: Options, mode: str, part: str) -> list[str]:
     return [sys.executable, "-m", module, as_json(options, mode, part, RUN)]
 
 
-def run_engine(command: Sequence[str], log: Path) -> Iterator[Row]:
-    """The rows that an engine prints, as they come. All other lines go to the log.
+def run_engine(command: Sequence[str], log: Path, add: Callable[[Row], None]) -> int:
+    """Calls `add` with each row that an engine prints, as it comes. All else goes to the log.
 
-    Raises:
-        CalledProcessError: if it ends with an error.
+    Returns:
+        The exit status.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = ENVIRONMENT | os.environ
     with log.open("w") as file, subprocess.Popen(command, env=environment, **pipes) as process:
         for line in process.stdout:
-            before, mark, row = line.partition(MARK)
+            _, mark, row = line.partition(MARK)
             if mark:
-                yield json.loads(row)
+                add(json.loads(row))
             else:
-                file.write(before)
+                file.write(line)
                 file.flush()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    return process.returncode
 
 
 # The table
@@ -172,8 +172,8 @@ def read_table(path: str) -> list[Row]:
     rows = read_rows(path)
     missing = [column for column in COLUMNS if rows and column not in rows[0]]
     if missing:
-        absent = f"there is no column {missing[0]}"
-        raise BenchError(f"CSV must be of bench serve, got {path}: {absent}")
+        bench, reason = "serve", f"there is no column {missing[0]}"
+        raise BenchError(f"CSV must be of bench {bench}, got {path}: {reason}")
     return rows
 
 

@@ -115,7 +115,7 @@ def llm_options(options: ServeOptions, mode: str, part: str) -> dict[str, object
         "max_model_len": longest(options),
         "max_num_batched_tokens": max(options.tokens) if part == "whole" else options.chunk,
         "max_num_seqs": num_requests,
-        "gpu_memory_utilization": 0.9,
+        "gpu_memory_utilization": 0.88,  # the probe copies keys, beyond what vLLM has profiled
         "enable_prefix_caching": False,
         "tensor_parallel_size": options.tensor_parallel_size,
         "disable_log_stats": False,  # decode steps are read from them
