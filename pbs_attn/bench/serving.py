@@ -2,7 +2,7 @@
 
 A contestant is an engine, `vllm.LLM` in a process of its own, since a process of vLLM has one
 attention backend: `dense` is vLLM's FLASH_ATTN, the others are the plugin with a preset. Engines
-run one after the other on the same GPUs, with the same random weights. This process touches no GPU,
+run one after the other on the same GPUs, with weights drawn alike. This process touches no GPU,
 whose memory is the engine's.
 """
 
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-from pbs_attn import _library
+from pbs_attn import PBSConfig, _library
 from pbs_attn._environment import RUN
 from pbs_attn._errors import BenchError, DemoError, MissingPackageError, extra_command
 from pbs_attn._rows import Row, check_outputs, one_run, read_rows, write_csv
+from pbs_attn.integrations.vllm.settings import MIN_TOKENS
 
 from .options import MODES
 from .options import ServeOptions as Options
@@ -33,8 +34,7 @@ from .report import as_table, check_rounds, check_tokens, require_packages, say_
 from .serving_engine import COLUMNS, FIRST_TOKEN, MARK, as_json, targets_of
 from .shapes import check_preset
 
-MIN_TOKENS = 4096  # shorter prompts stay dense in the plugin
-BLOCK_SIZE = 128  # of queries: so does a shorter chunk
+BLOCK_SIZE = PBSConfig().block_size  # a shorter chunk stays dense in the plugin
 # Where these are set already, they stay.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -147,9 +147,13 @@ def run_engine(command: Sequence[str], log: Path, add: Callable[[Row], None]) ->
     Returns:
         The exit status.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text = {"encoding": "utf-8", "errors": "replace"}
     environment = ENVIRONMENT | os.environ
-    with log.open("w") as file, subprocess.Popen(command, env=environment, **pipes) as process:
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, env=environment, **pipes, **text) as process,
+    ):
         for line in process.stdout:
             _, mark, row = line.partition(MARK)
             if mark:
