@@ -22,10 +22,14 @@ from preset_tables import (
     tuning_texts,
 )
 
-CHOOSING, EXPERIMENTS, KERNEL_LOG = (
-    ROOT / "docs" / name for name in ("choosing.md", "experiments.md", "kernel-log.md")
+from pbs_attn.bench.serving import SETTING
+from pbs_attn.bench.serving_engine import DECODE, FIRST_TOKEN, THROUGHPUT
+
+CHOOSING, EXPERIMENTS, KERNEL_LOG, SERVING = (
+    ROOT / "docs" / f"{name}.md" for name in ("choosing", "experiments", "kernel-log", "serving")
 )
 README = ROOT / "README.md"
+SERVED = ("serve_h100.csv",)  # one each number of GPUs
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
 SELECTION = "selection_h200.csv"
 
@@ -67,6 +71,47 @@ def sampled_stage():
         lines.append([pair[0]["tokens"], rounded(float(pair[0]["density"])), *cells])
     names = ["tokens", "density", "select_blocks of `balanced`", "select_blocks of `fast`"]
     return [*names, "attend", "dense"], lines
+
+
+# docs/serving.md
+
+
+def served(*whats):
+    """Each row of PBS with what it is compared with, and the cells that tell which it is."""
+    for rows in map(read, SERVED):
+        for row in rows:
+            if row["what"] in whats and row["mode"] != "dense":
+                shared = {name: row[name] for name in SETTING}
+                cells = [row["tp"], f"`{row['mode']}`"]
+                yield row, find(rows, mode="dense", **shared), cells
+
+
+def quotient(dense, row):
+    return rounded(float(dense["seconds"]) / float(row["seconds"]), 2)
+
+
+def first_tokens():
+    lines = []
+    for row, dense, cells in served(FIRST_TOKEN):
+        comes = f"chunks of {row['chunk']}" if row["part"] == "chunked" else "one piece"
+        seconds = [rounded(float(side["seconds"]), 2) for side in (dense, row)]
+        density = rounded(float(row["density"]))
+        lines.append([*cells, row["tokens"], comes, density, *seconds, quotient(dense, row)])
+    names = ["GPUs", "preset", "tokens", "the prompt comes in", "density"]
+    return [*names, "dense, s", "PBS, s", "dense / PBS"], lines
+
+
+def decode_and_throughput():
+    lines = []
+    for row, dense, cells in served(DECODE, THROUGHPUT):
+        unit = "tokens/s" if row["what"] == THROUGHPUT else "ms"
+        values = []
+        for side in (dense, row):
+            seconds = float(side["seconds"])
+            rate = float(side["tokens"]) / seconds
+            values.append(f"{rate:.0f}" if unit == "tokens/s" else f"{1e3 * seconds:.2f}")
+        lines.append([*cells, f"{row['what']}, {unit}", *values, quotient(dense, row)])
+    return ["GPUs", "preset", "measured", "dense", "PBS", "seconds of dense / of PBS"], lines
 
 
 # docs/experiments.md
@@ -167,6 +212,8 @@ TABLES = [
     (CHOOSING, memory),
     (KERNEL_LOG, select_blocks),
     (KERNEL_LOG, sampled_stage),
+    (SERVING, first_tokens),
+    (SERVING, decode_and_throughput),
     (EXPERIMENTS, ruler_tasks),
     (EXPERIMENTS, tuning_ruler),
     (EXPERIMENTS, tuning_texts),

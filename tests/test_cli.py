@@ -25,8 +25,8 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "import sys; from _pbs_attn_cli import main; sys.exit(main())"
-BENCHES = ("kernel", "pipeline", "chunks", "prefill", "quality", "scores", "long", "cpu")
-WITH_DEVICE = tuple(bench for bench in BENCHES if bench != "cpu")
+BENCHES = ("kernel", "pipeline", "chunks", "serve", "prefill", "quality", "scores", "long", "cpu")
+WITH_DEVICE = tuple(bench for bench in BENCHES if bench not in ("serve", "cpu"))
 
 
 def environment():

@@ -9,6 +9,8 @@ from measured_tables import (
     EXPERIMENTS,
     PROTOTYPES,
     README,
+    SERVED,
+    SERVING,
     TABLES,
     as_markdown,
     prototypes,
@@ -24,7 +26,10 @@ from preset_tables import (
     tuning_points,
 )
 
+from pbs_attn.bench.options import ServeOptions
 from pbs_attn.bench.ruler_table import average
+from pbs_attn.bench.serving import SETTING, gains_in_chunks, speedups
+from pbs_attn.bench.serving_engine import FIRST_TOKEN, THROUGHPUT, targets_of
 
 CHANGELOG = ROOT / "CHANGELOG.md"
 
@@ -179,6 +184,42 @@ def test_figures_of_time():
     dense = float(find(read(PIPELINE["balanced"]), tokens="32768")["fa4_dense_ms"])
     values = [times[preset, "32768"] for preset in PIPELINE]
     assert_figures(f"{words}, and FlashAttention-4 #.", [*values, dense], CHANGELOG)
+
+
+def test_figures_of_serving():
+    """Those of sentences, which are of one GPU."""
+    rows = read(SERVED[0])
+    assert {(row["tp"], row["vllm"], row["inductor"]) for row in rows} == {("1", "0.26.0", "no")}
+    assert all("H100" in row["device"] for row in rows)
+    gains = {
+        tuple(
+            dict(zip(SETTING, place, strict=False))[name] for name in ("part", "what", "tokens")
+        ): x
+        for place, x in speedups(rows).items()
+    }
+    targets = targets_of(ServeOptions().densities)
+    values = [gains["whole", FIRST_TOKEN, str(tokens)] for tokens in targets]
+    assert values == sorted(values)
+    words = "# times as early at 32768 tokens, # times at 65536 and # times at 131072"
+    assert_figures(f"the first token comes {words}", values, SERVING)
+    assert_figures("visits about #, # and # of the causal block pairs", targets.values(), SERVING)
+    for row in rows:
+        if row["what"] == FIRST_TOKEN and row["mode"] != "dense":
+            assert float(row["density"]) == pytest.approx(targets[int(row["tokens"])], rel=0.05)
+    shares = [100 * share for share in gains_in_chunks(rows).values()]
+    assert len(shares) == 3
+    words = "the gain in chunks of 8192 is # to # % of that in one piece"
+    assert_figures(words, [min(shares), max(shares)], SERVING)
+    tokens = 16 * (32768 + 128)
+    gain = 100 * (gains["chunked", THROUGHPUT, str(tokens)] - 1)
+    assert_figures("prompts are long against answers: here # %", [gain], SERVING)
+    visited = [
+        float(row["density"])
+        for row in of_preset(read("ruler_qwen_h200.csv"), "balanced")
+        if row["tokens"] == "32768" and row["density"]
+    ]
+    words = "`balanced` visits # of the block pairs"
+    assert_figures(words, [statistics.fmean(visited)], SERVING)
 
 
 def test_figures_of_tuning():

@@ -8,6 +8,7 @@ python tests/vllm_cpu.py chunks server   # some scenarios
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -98,11 +99,16 @@ def pbs_tokens():
     return value or 0
 
 
+def worst_difference(result, other):
+    """Of log-probabilities."""
+    pairs = zip(result["logprobs"], other["logprobs"], strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
 def assert_equal(results, expected, what):
     for result, other in zip(results, expected, strict=True):
         assert result["tokens"] == other["tokens"], what
-        pairs = zip(result["logprobs"], other["logprobs"], strict=True)
-        worst = max(abs(a - b) for a, b in pairs)
+        worst = worst_difference(result, other)
         assert worst < TOLERANCE, f"{what}: log-probabilities differ by {worst}"
 
 
@@ -155,6 +161,25 @@ def tensor_parallel(folder, expected):
         with Engine(folder, **options, **PBS) as engine:
             assert_equal(engine.run(MIXED, of_prompts=True), expected["mixed"], "two ranks")
         assert 3000 < pbs_tokens() - before < sum(map(len, MIXED))  # of one rank
+
+
+def probe(folder, expected):
+    """What `bench serve` runs in workers: it counts what a call visits, and sets thresholds."""
+    from pbs_attn.bench import serving_worker
+    from pbs_attn.bench.serving_engine import densities_of
+
+    options = {"block_size": 256, "max_num_batched_tokens": 1024, **PBS}
+    allowed = environment(VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    with allowed, Engine(folder, **options) as engine:
+        start = functools.partial(serving_worker.start_probe, thresholds=(0.2, 1.0))
+        engine.llm.apply_model(start)
+        assert_equal(engine.run(MIXED, of_prompts=True), expected["mixed"], "counted")
+        (_, density), (_, whole) = densities_of(engine.llm.apply_model(serving_worker.stop_probe))
+        assert whole == 1 and 0.1 < density < 0.9
+        engine.llm.apply_model(functools.partial(serving_worker.set_threshold, threshold=0.2))
+        sparse = engine.run(MIXED, of_prompts=True)
+        worst = max(map(worst_difference, sparse, expected["mixed"]))
+        assert worst > TOLERANCE, f"threshold 0.2: log-probabilities differ by {worst}"
 
 
 def server(folder, expected):
@@ -236,7 +261,7 @@ def environment(**variables):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-SCENARIOS = {f.__name__: f for f in (chunks, small_blocks, tensor_parallel, server)}
+SCENARIOS = {f.__name__: f for f in (chunks, small_blocks, tensor_parallel, probe, server)}
 
 
 def main():

@@ -17,6 +17,8 @@ from .options import (
     CHUNK_SELECTIONS,
     COMPARED,
     DTYPES,
+    MODES,
+    PARTS,
     PERMUTE_PER,
     RULER_TASKS,
     SELECTIONS,
@@ -30,6 +32,7 @@ from .options import (
     PrefillOptions,
     QualityOptions,
     ScoresOptions,
+    ServeOptions,
 )
 from .shapes import SHAPES
 
@@ -40,6 +43,7 @@ def add_bench(subcommands):
     _add_kernel(benches)
     _add_pipeline(benches)
     _add_chunks(benches)
+    _add_serve(benches)
     _add_prefill(benches)
     _add_quality(benches)
     _add_scores(benches)
@@ -130,6 +134,42 @@ def _add_chunks(benches):
     add_choice(parser, "--selection", CHUNK_SELECTIONS, default.selection, words)
     _add_rounds(parser, default)
     _add_run(parser, default)
+
+
+def _add_serve(benches):
+    default = ServeOptions()
+    parser = benches.add_parser(
+        "serve",
+        help="vLLM with dense attention and with PBS",
+        description="Times vllm.LLM with a model of random weights: the time to the first token, "
+        "of prompts in one piece and in chunks, decode steps, and the throughput of several "
+        "requests. Each engine runs in a process of its own. Thresholds of PBS are those that give "
+        "the densities asked for. Needs a GPU.",
+    )
+    add_choice(parser, "--preset", tuple(SHAPES), default.preset, "sizes of the model")
+    add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
+    words = "share of the causal block pairs to visit at a length; a length without one has the "
+    words += "threshold of the preset"
+    add_list(parser, "--densities", "N:D", default.densities, words, type=str, nargs="*")
+    words = "prompts in one piece, or in chunks of --chunk tokens"
+    add_list(parser, "--parts", "PART", default.parts, words, choices=PARTS)
+    words = "FLASH_ATTN of vLLM, or PBS with the settings of a preset"
+    add_list(parser, "--modes", "MODE", default.modes, words, choices=MODES)
+    add_value(parser, "--chunk", "N", default.chunk, "tokens of a step (max_num_batched_tokens)")
+    words = "sent at once for the throughput; 0 for no throughput"
+    add_value(parser, "--requests", "N", default.requests, words)
+    words = "length of their prompts, and of those before the decode steps"
+    add_value(parser, "--request-tokens", "N", default.request_tokens, words)
+    add_value(parser, "--answer-tokens", "N", default.answer_tokens, "length of their answers")
+    add_value(parser, "--tensor-parallel-size", "N", default.tensor_parallel_size, "GPUs")
+    add_value(parser, "--rounds", "N", default.rounds, "runs of each, of which medians count")
+    words = "no Inductor, and CUDA graphs of decode steps alone: engines start in seconds"
+    parser.add_argument("--fast-start", action="store_true", help=words)
+    words = "seconds after which no further engine starts"
+    add_value(parser, "--time-limit", "S", default.time_limit, words)
+    words = "print the table of these rows, and measure nothing"
+    parser.add_argument("--table", metavar="FILE", help=words)
+    _add_run(parser, default, module="serving")
 
 
 def _add_prefill(benches):
@@ -291,9 +331,10 @@ def _add_activations(parser, default):
     add_list(parser, "--activations", "FILE", default.activations, words, type=str)
 
 
-def _add_run(parser, default, drawn=None, **more):
+def _add_run(parser, default, drawn=None, module=None, **more):
     """Where to run and to write. `drawn`: what the picture shows, None for benches without one;
-    `more`: functions of the parsed arguments, by option."""
+    `module`: the file of the bench, if it has another name; `more`: functions of the parsed
+    arguments, by option."""
     if hasattr(default, "device"):
         add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     if hasattr(default, "budget_ms"):
@@ -306,7 +347,7 @@ def _add_run(parser, default, drawn=None, **more):
 
     def run(args):
         others = {option: read(args) for option, read in more.items()}
-        bench = importlib.import_module(f"{__package__}.{name}")
+        bench = importlib.import_module(f"{__package__}.{module or name}")
         bench.run(options_of(type(default), args, **others))
 
     parser.set_defaults(run=run)

@@ -28,6 +28,10 @@ SELECTIONS = {
 # chunks: pages can be put in order for sampled scores only
 CHUNK_SELECTIONS = tuple(name for name, config in SELECTIONS.items() if config.score == "sampled")
 
+# serve: vLLM's own attention, and presets whose pages are put in order; how a prompt comes
+MODES = ("dense", *CHUNK_SELECTIONS)
+PARTS = ("whole", "chunked")
+
 # quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
 # Thresholds by mass.
@@ -108,6 +112,31 @@ class ChunksOptions:
     rounds: int = 5
     device: str = "auto"
     csv: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """`parts`, `modes`: of PARTS and MODES, one engine each pair. `chunk`: tokens of a step in
+    `chunked`. `densities`: TOKENS:DENSITY, what PBS is to visit of prompts of that length; others
+    have the preset's own threshold. `requests` of `request_tokens` with answers of `answer_tokens`
+    are the throughput's. `fast_start`: without Inductor. `time_limit`: seconds after which no
+    further engine starts. `table`: a CSV to print instead."""
+
+    preset: str = "llama-3.1-8b"
+    tokens: tuple[int, ...] = (32768, 65536, 131072)
+    densities: tuple[str, ...] = ("32768:0.05", "65536:0.035", "131072:0.025")
+    parts: tuple[str, ...] = PARTS
+    modes: tuple[str, ...] = MODES
+    chunk: int = 8192
+    requests: int = 16
+    request_tokens: int = 32768
+    answer_tokens: int = 128
+    tensor_parallel_size: int = 1
+    rounds: int = 3
+    fast_start: bool = False
+    time_limit: float = 3600.0
+    csv: str | None = None
+    table: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
