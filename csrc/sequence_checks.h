@@ -138,10 +138,9 @@ inline void check_apart(const char* name, const Tensor& t, const char* other_nam
 // Keys and values of the queries' own positions, beside those in pages; both or none.
 inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional<Tensor>& v,
                              const Tensor& q, const Problem& problem) {
-  if (k.has_value() != v.has_value()) {
-    fail("k and v must be given together, got ", k.has_value() ? "k" : "v", " alone");
-  }
-  if (!k.has_value()) return;
+  if (!k.has_value() && !v.has_value()) return;
+  if (!v.has_value()) fail("k and v must be given together, got k alone");
+  if (!k.has_value()) fail("k and v must be given together, got v alone");
   check_sequence_operands(q, {"k", *k}, {"v", *v}, 3, "(tokens, heads, head_dim)");
   check_size("k", *k, 0, q.size(0), "rows of q");
   check_size("k", *k, 1, problem.num_kv_heads, "heads of k_cache");

@@ -95,6 +95,8 @@ def as_text(column: str, value: object) -> str:
     """A value rounded as the benches round it in that column."""
     if not isinstance(value, float):
         return str(value)
+    if column.endswith("threshold"):  # those of single blocks are small
+        return f"{value:.6g}"
     return f"{value:.3f}" if column.endswith("_gib") or column == "speedup" else f"{value:.4f}"
 
 
