@@ -29,7 +29,7 @@ CHOOSING, EXPERIMENTS, KERNEL_LOG, SERVING = (
     ROOT / "docs" / f"{name}.md" for name in ("choosing", "experiments", "kernel-log", "serving")
 )
 README = ROOT / "README.md"
-SERVED = ("serve_h100.csv",)  # one each number of GPUs
+SERVED = ("serve_h100.csv", "serve_tp2_h100.csv")  # one each number of GPUs
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
 SELECTION = "selection_h200.csv"
 
@@ -112,6 +112,55 @@ def decode_and_throughput():
             values.append(f"{rate:.0f}" if unit == "tokens/s" else f"{1e3 * seconds:.2f}")
         lines.append([*cells, f"{row['what']}, {unit}", *values, quotient(dense, row)])
     return ["GPUs", "preset", "measured", "dense", "PBS", "seconds of dense / of PBS"], lines
+
+
+def chunks():
+    """Milliseconds of the operator on a prompt in chunks, beside one call on all of it."""
+    lines = []
+    for row in read("chunks_h100.csv"):
+        names = ("whole_ms", "in_order_ms", "paged_ms")
+        whole, in_order, paged = (float(row[name]) for name in names)
+        cells = [f"`{row['selection']}`", row["tokens"], row["chunk"]]
+        cells.append(rounded(float(row["in_order_density"])))
+        lines.append(
+            [*cells, *(rounded(ms, 2) for ms in (whole, in_order)), rounded(in_order / whole, 2)]
+            + [rounded(paged, 2)]
+        )
+    names = ["preset", "tokens", "chunk", "density", "one call, ms", "chunks, pages in order, ms"]
+    return [*names, "chunks / one call", "chunks, pages copied, ms"], lines
+
+
+def ruler_through_vllm():
+    """Scores of the same prompts through vLLM and through transformers, in percent."""
+    through = read("ruler_vllm_qwen_h100.csv")
+    alone = {
+        (row["settings"] or "dense", row["text"], row["tokens"], row["sample"]): row
+        for row in read("ruler_qwen_h200.csv")
+    }
+    sides = {
+        "dense, one piece": ("dense", "33792"),
+        "`balanced`, one piece": ("balanced", "33792"),
+        "`balanced`, chunks of 8192": ("balanced", "8192"),
+    }
+    lines = []
+    for name, (preset, chunk) in sides.items():
+        rows = [r for r in through if (r["preset"] or "dense", r["chunk"]) == (preset, chunk)]
+        cells = []
+        for tokens in [*lengths_of(rows), None]:
+            of = [row for row in rows if tokens in (row["tokens"], None)]
+            vllm = [100 * float(row["right"]) for row in of]
+            keys = [(preset, row["text"], row["tokens"], row["sample"]) for row in of]
+            transformers = [100 * float(alone[key]["right"]) for key in keys]
+            gains = [a - b for a, b in zip(vllm, transformers, strict=True)]
+            if tokens is None:
+                error = statistics.stdev(gains) / len(gains) ** 0.5
+                cells.append(f"{signed(statistics.fmean(gains))} ± {error:.1f}")
+            else:
+                means = (statistics.fmean(vllm), statistics.fmean(transformers))
+                cells.append(" / ".join(f"{mean:.1f}" for mean in means))
+        lines.append([name, *cells])
+    columns = [f"{tokens} tokens" for tokens in lengths_of(rows)]
+    return ["in vLLM", *columns, "vLLM above transformers, all lengths"], lines
 
 
 # docs/experiments.md
@@ -213,6 +262,8 @@ TABLES = [
     (KERNEL_LOG, select_blocks),
     (KERNEL_LOG, sampled_stage),
     (SERVING, first_tokens),
+    (SERVING, chunks),
+    (SERVING, ruler_through_vllm),
     (SERVING, decode_and_throughput),
     (EXPERIMENTS, ruler_tasks),
     (EXPERIMENTS, tuning_ruler),
