@@ -1,6 +1,7 @@
 // Checks of the arguments of sequence_ops.h, and from checked tensors to rows and pages.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "settings.h"
@@ -108,6 +109,11 @@ inline void check_out(const Tensor& out, const Tensor& q) {
   check_ndim("out", out, 3, "(tokens, heads, head_dim)");
   check_same_shape("out", out, "q", q);
   check_last_dim_contiguous("out", out);
+  for (int64_t dim = 0; dim < 2; ++dim) {
+    if (out.size(dim) > 1 && out.stride(dim) == 0) {
+      fail("out must have memory for each row, got stride 0 in dimension ", dim);
+    }
+  }
 }
 
 // The memory from the first element of a tensor to its last; strides are not negative.
@@ -137,13 +143,21 @@ inline void check_apart(const char* name, const Tensor& t, const char* other_nam
 
 // Keys and values of the queries' own positions, beside those in pages; both or none.
 inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional<Tensor>& v,
-                             const Tensor& q, const Problem& problem) {
+                             const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                             const Tensor& out, const Problem& problem) {
   if (!k.has_value() && !v.has_value()) return;
   if (!v.has_value()) fail("k and v must be given together, got k alone");
   if (!k.has_value()) fail("k and v must be given together, got v alone");
   check_sequence_operands(q, {"k", *k}, {"v", *v}, 3, "(tokens, heads, head_dim)");
   check_size("k", *k, 0, q.size(0), "rows of q");
   check_size("k", *k, 1, problem.num_kv_heads, "heads of k_cache");
+  // Pages are written while the queries' own keys are still read.
+  check_apart("k", *k, "k_cache", k_cache);
+  check_apart("k", *k, "v_cache", v_cache);
+  check_apart("v", *v, "k_cache", k_cache);
+  check_apart("v", *v, "v_cache", v_cache);
+  check_apart("out", out, "k", *k);
+  check_apart("out", out, "v", *v);
 }
 
 // Numbers of one dimension that the host reads.
@@ -186,6 +200,10 @@ inline std::vector<int64_t> check_cu_seqlens(const char* name, const Tensor& cu_
 
 // `name` tells the keys of each sequence.
 inline void check_sequence(const char* name, const Sequence& sequence) {
+  if (sequence.num_kv > std::numeric_limits<int32_t>::max()) {
+    fail(name, " must give sequence ", sequence.idx, " fewer than 2^31 keys, got ",
+         sequence.num_kv);
+  }
   if (sequence.num_kv < sequence.num_q) {
     fail(name, " must give sequence ", sequence.idx, " as many keys as queries (", sequence.num_q,
          ") or more, got ", sequence.num_kv);
@@ -195,6 +213,9 @@ inline void check_sequence(const char* name, const Sequence& sequence) {
 // The pages that sequences need, whose numbers only a CPU can read here.
 inline void check_block_table(const Tensor& block_table, const Tensor& k_cache,
                               const std::vector<Sequence>& sequences) {
+  if (!sequences.empty() && k_cache.size(0) == 0) {
+    fail("k_cache must have a page, got ", shape_text(k_cache));
+  }
   for (const Sequence& sequence : sequences) {
     const Pages pages = pages_of(block_table, k_cache, sequence);
     if (pages.num_entries > block_table.size(1)) {

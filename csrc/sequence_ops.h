@@ -89,7 +89,7 @@ struct SequenceOps {
     check_apart("out", out, "q", q);
     check_apart("out", out, "k_cache", k_cache);
     check_apart("out", out, "v_cache", v_cache);
-    check_new_tokens(k, v, q, problem);
+    check_new_tokens(k, v, q, k_cache, v_cache, out, problem);
     const std::vector<Sequence> sequences =
         check_sequences(q, k_cache, cu_seqlens_q, seq_lens, block_table);
     const AttentionRule rule = check_settings(settings, problem);

@@ -122,10 +122,8 @@ def chunks():
         whole, in_order, paged = (float(row[name]) for name in names)
         cells = [f"`{row['selection']}`", row["tokens"], row["chunk"]]
         cells.append(rounded(float(row["in_order_density"])))
-        lines.append(
-            [*cells, *(rounded(ms, 2) for ms in (whole, in_order)), rounded(in_order / whole, 2)]
-            + [rounded(paged, 2)]
-        )
+        values = (whole, in_order, in_order / whole, paged)
+        lines.append([*cells, *(rounded(value, 2) for value in values)])
     names = ["preset", "tokens", "chunk", "density", "one call, ms", "chunks, pages in order, ms"]
     return [*names, "chunks / one call", "chunks, pages copied, ms"], lines
 

@@ -256,6 +256,50 @@ def test_keys_and_values_of_the_queries(calls):
     refuses(r"v must have the shape of k \(", k, k[1:])
 
 
+def test_keys_of_the_queries_that_lie_in_the_pages(calls):
+    """Pages are put in order while they are still read."""
+    operands = calls["attention_paged_"]
+    num_queries = len(operands["q"])
+    k, v = (operands[name].flatten(0, 1)[:num_queries] for name in ("k_cache", "v_cache"))
+    apart = k.clone()
+    for pair, message in (
+        ((k, apart), "k must share no memory with k_cache"),
+        ((v, apart), "k must share no memory with v_cache"),
+        ((apart, k), "v must share no memory with k_cache"),
+        ((apart, v), "v must share no memory with v_cache"),
+    ):
+        given = dict(zip("kv", pair, strict=True))
+        rejects(message, PBS.attention_paged_, **operands, **given)
+    out = operands["out"]
+    for name in "kv":
+        given = {"k": apart, "v": apart, name: out[:, : k.shape[1]]}
+        message = f"out must share no memory with {name}, got 0 bytes"
+        rejects(message, PBS.attention_paged_, **operands, **given)
+
+
+def test_out_of_rows_in_one_place(calls):
+    operands = calls["attention_paged_"]
+    for dim in (0, 1):
+        out = operands["out"].narrow(dim, 0, 1).expand_as(operands["out"])
+        message = f"out must have memory for each row, got stride 0 in dimension {dim}"
+        rejects(message, PBS.attention_paged_, **operands | {"out": out})
+
+
+@pytest.mark.parametrize("op", ["attention_paged", "attention_paged_"])
+def test_lengths_that_are_none_of_tokens(calls, op):
+    for length in (2**31, 2**63 - 1):
+        lengths = torch.full_like(calls[op]["seq_lens"], 1000, dtype=torch.int64)
+        lengths[-1] = length
+        message = f"seq_lens must give sequence 1 fewer than 2\\^31 keys, got {length}"
+        rejects(message, getattr(PBS, op), **calls[op] | {"seq_lens": lengths})
+
+
+@pytest.mark.parametrize("op", ["attention_paged", "attention_paged_"])
+def test_a_cache_without_a_page(calls, op):
+    none = {name: calls[op][name][:0] for name in ("k_cache", "v_cache")}
+    rejects(r"k_cache must have a page, got \(0, ", getattr(PBS, op), **calls[op] | none)
+
+
 @pytest.mark.parametrize("other", ["q", "k_cache", "v_cache"])
 def test_out_that_shares_memory(calls, other):
     operands = calls["attention_paged_"]

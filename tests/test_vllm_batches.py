@@ -191,9 +191,18 @@ def test_another_group_of_layers_has_pages_of_its_own(server):
     assert torch.equal(metadata.block_table, common.block_table_tensor)
 
 
-def test_the_profiling_run_makes_the_longest_call_once(server, monkeypatch):
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_the_profiling_run_makes_the_longest_call_once(server, monkeypatch, page_size):
+    """By the operator that blocks of this size take."""
+    server.config.cache_config.block_size = page_size
     calls = []
-    monkeypatch.setattr(server.impl_module, "attention_paged_", lambda *a, **_: calls.append(a))
+
+    def spy(*arguments, **settings):
+        calls.append(arguments)
+        return torch.zeros_like(arguments[0])
+
+    name = "attention_paged_" if page_size == 256 else "attention_paged"
+    monkeypatch.setattr(server.impl_module, name, spy)
     other = server.add_layer("model.layers.1.attn")
     layers = server.config.compilation_config.static_forward_context
     query = torch.randn(1024, HEADS, HEAD_DIM)
@@ -202,9 +211,12 @@ def test_the_profiling_run_makes_the_longest_call_once(server, monkeypatch):
             output = torch.full_like(query, torch.nan)
             impl.forward(layer, query, None, None, torch.tensor([]), None, output)
             assert not output.any()
-    ((q, k_cache, _, _, starts, lengths, table),) = calls
+    (arguments,) = calls
+    q, k_cache = arguments[:2]
+    starts, lengths, table = arguments[4:7] if page_size == 256 else arguments[3:6]
     assert q.shape == query.shape and starts.tolist() == [0, 1024] and lengths.tolist() == [2048]
-    assert k_cache.shape == (1, 256, KV_HEADS, HEAD_DIM) and table.shape == (1, 8)
+    assert k_cache.shape == (1, page_size, KV_HEADS, HEAD_DIM)
+    assert table.shape == (1, 2048 // page_size)
 
 
 def test_the_log_and_the_counter(server, monkeypatch, tmp_path):

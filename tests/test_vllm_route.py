@@ -115,6 +115,8 @@ def test_rows():
     [
         (128, PBSConfig(), None, "128 tokens"),
         (384, PBSConfig(), None, "384 tokens"),
+        (768, PBSConfig(), None, "power of two"),
+        (384, PBSConfig(segment_size=384), None, "power of two"),
         (256, PBSConfig.paper(), None, "sampled"),
         (256, PBSConfig(permute_per="query_head"), None, "KV head"),
         (256, PBSConfig(), "is_hybrid", "hybrid"),
@@ -296,6 +298,25 @@ def test_the_metrics_page_has_the_sums(counts):
     text = prometheus_client.generate_latest(registry).decode()
     assert 'pbs_attn_prefill_tokens_total{route="pbs"} 7.0' in text
     assert 'pbs_attn_prefill_tokens_total{route="dense"} 8.0' in text
+
+
+def test_there_is_no_folder_before_the_first_count(tmp_path, monkeypatch):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    monkeypatch.delenv(counter.FOLDER, raising=False)
+    monkeypatch.delenv(counter.SHARED, raising=False)
+    monkeypatch.setattr(counter.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(counter.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(counter, "_register_once", lambda _: None)
+    counter.export()
+    monkeypatch.setenv(counter.FOLDER, os.environ[counter.FOLDER])  # removed with the test
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(counter.Collector(Path(os.environ[counter.FOLDER])))
+    assert not list(tmp_path.iterdir())
+    assert b"pbs_attn" not in prometheus_client.generate_latest(registry)
+    counter._file_adder.cache_clear()
+    counter.count_tokens(7, 8)
+    counter._file_adder.cache_clear()
+    assert b"pbs_attn" in prometheus_client.generate_latest(registry)
 
 
 def test_without_a_folder_nothing_is_counted(monkeypatch):

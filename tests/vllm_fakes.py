@@ -238,6 +238,7 @@ def make_config(**settings):
         device_config=SimpleNamespace(device_type="cpu"),
         kv_transfer_config=None,
         speculative_config=None,
+        cache_config=SimpleNamespace(block_size=256),
         compilation_config=SimpleNamespace(static_forward_context={}),
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="CUSTOM")),
         additional_config={"pbs_attn": {"threshold": 1.0, "min_tokens": 512, **settings}},

@@ -254,9 +254,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const int first_of_warp = thread / 32 * 32;
   // The rows of a warp are in one page.
   const MutableRows& output = window.is_key ? params.k_perm : params.v_perm;
-  const RowPlace place =
-      place_in_pages(params.pages, static_cast<int>(window.b),
-                     static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
+  RowPlace place{};  // of a warp that has none
+  if (first_of_warp < window.num_copied) {
+    place = place_in_pages(params.pages, static_cast<int>(window.b),
+                           static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
+  }
   T* out = static_cast<T*>(output.data) + place.b * output.batch_stride +
            window.kv_head * num_perms * output.head_stride + place.row * output.row_stride +
            window.first_column;

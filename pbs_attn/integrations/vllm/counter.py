@@ -2,7 +2,7 @@
 
 Workers decide and the API server answers /metrics, in different processes. Where vLLM has set up
 prometheus_client for several processes (PROMETHEUS_MULTIPROC_DIR), a plain counter in the worker is
-enough. Otherwise each worker keeps its two sums in a file of a folder that the first process made,
+enough. Otherwise each worker keeps its two sums in a file of a folder that the first process named,
 and a collector of the server reads them. No vLLM is imported here.
 """
 
@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def export() -> None:
     except ImportError:
         return
     if not os.environ.get(FOLDER):
-        folder = tempfile.mkdtemp(prefix="pbs_attn_")
+        # Made by the first worker that counts: without the backend nothing is.
+        folder = str(Path(tempfile.gettempdir()) / f"pbs_attn_{uuid.uuid4().hex}")
         os.environ[FOLDER] = folder
         atexit.register(_remove, folder, os.getpid())
     if not os.environ.get(SHARED):
@@ -70,6 +72,8 @@ class Collector:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily
 
+        if not self.folder.is_dir():
+            return
         family = CounterMetricFamily(NAME, HELP, labels=["route"])
         for route, value in read_totals(self.folder).items():
             family.add_metric([route], value)
@@ -101,9 +105,10 @@ def _prometheus_adder() -> Any:
 
 @functools.cache
 def _file_adder() -> Any:
-    folder = Path(os.environ.get(FOLDER, ""))
-    if not os.environ.get(FOLDER) or not folder.is_dir():
+    if not os.environ.get(FOLDER):
         return lambda tokens: None
+    folder = Path(os.environ[FOLDER])
+    folder.mkdir(exist_ok=True)
     with (folder / f"{os.getpid()}.tokens").open("w+b") as file:
         file.write(LAYOUT.pack(0, 0))
         file.flush()

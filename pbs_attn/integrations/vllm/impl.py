@@ -104,7 +104,8 @@ class PBSImpl:
             if layer.layer_name == first_pbs_layer(self.pbs_vllm_config):
                 self.pbs_reserve(query)
         plan = getattr(attn_metadata, "pbs_plan", None)
-        if plan is None or self.pbs_reason is not None or output_scale is not None:
+        has_scales = output_scale is not None or output_block_scale is not None
+        if plan is None or self.pbs_reason is not None or has_scales:
             return attend(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
@@ -153,7 +154,7 @@ class PBSImpl:
     def pbs_reserve(self, query: Tensor) -> None:
         """Runs PBS once in the profiling run, which has no cache yet, so that vLLM leaves room for
         the memory of the longest call. All pages are one page of zeros."""
-        page_size = self.pbs_settings.config.segment_size
+        page_size = self.pbs_vllm_config.cache_config.block_size
         num_keys = self.pbs_vllm_config.model_config.max_model_len
         num_queries = min(query.shape[0], num_keys)
         if why_row_dense(num_queries, num_keys, True, self.pbs_settings) is not None:
