@@ -15,7 +15,7 @@ struct Sequence {
   int64_t num_kv;
 };
 
-// Page sizes of which TMA boxes and segments are parts.
+// Pages have a multiple of so many rows.
 constexpr int64_t kPageStep = 16;
 
 // Rows of a (tokens, heads, head_dim) tensor, as of one batch.

@@ -4,16 +4,6 @@
 #include "kernels.h"
 
 namespace pbs::cpu {
-namespace {
-
-// The start of a row, in bytes from the start of the rows.
-template <class Rows>
-int64_t row_start(const Rows& rows, const RowPlace& place, int64_t head, DType dtype) {
-  return element_size(dtype) *
-         (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
-}
-
-}  // namespace
 
 void copy_page_row(const CopyPagesParams& params, int64_t item) {
   const int64_t head = item / params.num_rows;

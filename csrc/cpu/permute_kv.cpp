@@ -5,15 +5,6 @@
 #include "stages.h"
 
 namespace pbs::cpu::PBS_CPU_ARCH {
-namespace {
-
-void* row_of(const MutableRows& rows, const RowPlace& place, int64_t head, DType dtype) {
-  const int64_t element =
-      place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride;
-  return static_cast<char*>(rows.data) + element * element_size(dtype);
-}
-
-}  // namespace
 
 int64_t permute_scratch(const PermuteKVParams& params) { return params.problem.head_dim; }
 
@@ -37,8 +28,12 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
     const RowPlace place = place_of(params.pages, b, params.first_page_row + row);
     const void* key = offset(params.k.data, k_head + src * params.k.row_stride, problem.dtype);
     const void* value = offset(params.v.data, v_head + src * params.v.row_stride, problem.dtype);
-    std::memcpy(row_of(params.k_perm, place, hp, problem.dtype), key, row_bytes);
-    std::memcpy(row_of(params.v_perm, place, hp, problem.dtype), value, row_bytes);
+    const auto copy = [&](const MutableRows& to, const void* from) {
+      std::memcpy(static_cast<char*>(to.data) + row_start(to, place, hp, problem.dtype), from,
+                  row_bytes);
+    };
+    copy(params.k_perm, key);
+    copy(params.v_perm, value);
   }
   if (params.k_mean == nullptr) return;
   float* mean = params.k_mean + (head * num_kv_blocks + kv_block_idx) * head_dim;
