@@ -73,14 +73,6 @@ struct Kernels {
 // The kernels for the widest instruction set this CPU has.
 const Kernels& kernels();
 
-// The start of a row, in bytes from the start of the rows. Static: files of several instruction
-// sets include it, and none may run the code of another.
-template <class Rows>
-static int64_t row_start(const Rows& rows, const RowPlace& place, int64_t head, DType dtype) {
-  return element_size(dtype) *
-         (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
-}
-
 void sort_segment(const SortSegmentsParams& params, int64_t item);
 // A row of a head's keys and of its values.
 void copy_page_row(const CopyPagesParams& params, int64_t item);

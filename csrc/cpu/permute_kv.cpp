@@ -20,7 +20,7 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
   const int64_t begin = kv_block_idx * params.kv_block_size;
   const int64_t end = smaller(begin + params.kv_block_size, params.num_copied);
 
-  const int64_t row_bytes = head_dim * element_size(problem.dtype);
+  const int64_t size = element_size(problem.dtype);
   const int64_t k_head = b * params.k.batch_stride + hkv * params.k.head_stride;
   const int64_t v_head = b * params.v.batch_stride + hkv * params.v.head_stride;
   for (int64_t row = begin; row < end; ++row) {
@@ -29,8 +29,8 @@ void permute_block(const PermuteKVParams& params, int64_t item, float* scratch) 
     const void* key = offset(params.k.data, k_head + src * params.k.row_stride, problem.dtype);
     const void* value = offset(params.v.data, v_head + src * params.v.row_stride, problem.dtype);
     const auto copy = [&](const MutableRows& to, const void* from) {
-      std::memcpy(static_cast<char*>(to.data) + row_start(to, place, hp, problem.dtype), from,
-                  row_bytes);
+      std::memcpy(static_cast<char*>(to.data) + size * row_start(to, place, hp), from,
+                  size * head_dim);
     };
     copy(params.k_perm, key);
     copy(params.v_perm, value);

@@ -80,6 +80,14 @@ PBS_HOST_DEVICE constexpr RowPlace place_of(const Pages& pages, int64_t b, int64
   return RowPlace{pages.table[row / pages.page_size], row % pages.page_size};
 }
 
+// The start of a row of a head, in elements from the start of the rows. Static: files of several
+// instruction sets include it, and none may run the code of another.
+template <class Rows>
+PBS_HOST_DEVICE static constexpr int64_t row_start(const Rows& rows, const RowPlace& place,
+                                                   int64_t head) {
+  return place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride;
+}
+
 // (B, Hq, Nq, D), (B, Hkv, Nkv, D) and the like.
 struct Operands {
   ConstRows q;

@@ -17,13 +17,6 @@ constexpr int kAtOnce = 4;  // pieces of 16 bytes that a thread has in flight
 // NaN in each of the dtypes.
 constexpr uint32_t kNanWord = 0x7fff7fffu;
 
-// The start of a row, in bytes from the start of the rows.
-template <class Rows>
-__device__ int64_t row_start(const Rows& rows, const RowPlace& place, int head, int size) {
-  return size *
-         (place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride);
-}
-
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesParams params) {
   // NOTE: a kernel cannot raise; NaN makes a bad table visible without a stray access. Later
   // kernels read pages that are not copied, so the whole table counts.
@@ -52,9 +45,9 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesPar
       const int64_t column = item % num_pieces * 16;
       const RowPlace in_page =
           is_bad ? RowPlace{0, 0} : place_of(params.pages, 0, params.first_row + row);
-      to[i] = static_cast<char*>(rows.data) + row_start(rows, {0, row}, head, size) + column;
+      to[i] = static_cast<char*>(rows.data) + size * row_start(rows, {0, row}, head) + column;
       const char* from =
-          static_cast<const char*>(pages.data) + row_start(pages, in_page, head, size) + column;
+          static_cast<const char*>(pages.data) + size * row_start(pages, in_page, head) + column;
       pieces[i] = is_bad ? uint4{kNanWord, kNanWord, kNanWord, kNanWord}
                          : *reinterpret_cast<const uint4*>(from);
     }

@@ -259,8 +259,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     place = place_in_pages(params.pages, static_cast<int>(window.b),
                            static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
   }
-  T* out = static_cast<T*>(output.data) + place.b * output.batch_stride +
-           window.kv_head * num_perms * output.head_stride + place.row * output.row_stride +
+  T* out = static_cast<T*>(output.data) + row_start(output, place, window.kv_head * num_perms) +
            window.first_column;
   const auto out_stride = static_cast<int>(output.row_stride);
   const int num_rows = rows_of_warp(window.num_copied);
