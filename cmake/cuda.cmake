@@ -3,9 +3,12 @@
 # AUTO builds the kernels wherever nvcc is on PATH. If nvcc is there and something else is missing, the
 # build fails: pip hides a warning, and the owner of a GPU would get a library without kernels.
 set(PBS_WITH_CUDA OFF)
-# One folder of csrc/cuda for each GPU family, and the architectures that it is compiled for.
-set(PBS_GPU_FAMILIES sm90)
-set(PBS_ARCH_sm90 90a)
+# One folder of csrc/cuda for each GPU family, and the architectures that it is compiled for. GPUs
+# that are newer than all of them take the PTX of the virtual one.
+set(PBS_GPU_FAMILIES sm90 sm80)
+set(PBS_ARCH_sm90 90a-real)
+set(PBS_ARCH_sm80 80-real 86-real 89-real 100-real 120-real 80-virtual
+    CACHE STRING "Architectures of the sm80 family")
 if(NOT PBS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "PBS_CUDA must be AUTO, ON or OFF, got ${PBS_CUDA}")
 endif()
@@ -46,6 +49,8 @@ else()
     enable_language(CUDA)
     set(PBS_WITH_CUDA ON)
     list(JOIN PBS_CUDA_ARCH ", sm_" architectures)
+    string(REPLACE "-real" "" architectures "${architectures}")
+    string(REGEX REPLACE "sm_([0-9]+)-virtual" "PTX of \\1" architectures "${architectures}")
     set(PBS_CUDA_STATUS "sm_${architectures}")
   endif()
 endif()
@@ -84,9 +89,9 @@ function(pbs_add_cuda_kernels target)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_${family}>)
   endforeach()
   # What all families use.
-  file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu
-       ${PROJECT_SOURCE_DIR}/csrc/cuda/common/*.cu)
-  pbs_add_cuda_objects(pbs_cuda_common "${PBS_CUDA_ARCH}" ${sources})
+  file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
+  file(GLOB_RECURSE common_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/common/*.cu)
+  pbs_add_cuda_objects(pbs_cuda_common "${PBS_CUDA_ARCH}" ${sources} ${common_sources})
   file(GLOB_RECURSE host_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp)
   list(FILTER host_sources EXCLUDE REGEX "/no_cuda\\.cpp$")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_cuda_common> ${host_sources})

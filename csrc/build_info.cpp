@@ -29,8 +29,8 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_gpu_families()
     std::string list;
     for (const pbs::GpuFamily& family : pbs::kGpuFamilies) {
       list += std::string(list.empty() ? "" : ", ") + "{\"name\": \"" + family.name +
-              "\", \"first\": " + std::to_string(family.first) +
-              ", \"last\": " + std::to_string(family.last) + "}";
+              "\", \"first\": " + std::to_string(family.first) + ", \"last\": " +
+              (family.last == pbs::kNewest ? "null" : std::to_string(family.last)) + "}";
     }
     return "[" + list + "]";
   }();

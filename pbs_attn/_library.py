@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -93,18 +94,26 @@ def _gpu_families() -> tuple[dict[str, Any], ...]:
 
 def runs_on(capability: tuple[int, int]) -> bool:
     """Whether a build with CUDA has kernels for GPUs of this compute capability."""
-    major, minor = capability
-    return any(
-        family["first"] <= 10 * major + minor <= family["last"] for family in _gpu_families()
-    )
+    return gpu_family(capability) is not None
+
+
+def gpu_family(capability: tuple[int, int]) -> str | None:
+    """The family of kernels that a GPU of this compute capability takes: the one that the
+    environment variable ``PBS_GPU_FAMILY`` names, else the first that runs on it. None if there is
+    no such family."""
+    wanted = os.environ.get("PBS_GPU_FAMILY", "")
+    size = 10 * capability[0] + capability[1]
+    for family in _gpu_families():
+        is_wanted = wanted in ("", family["name"])
+        if is_wanted and family["first"] <= size <= (family["last"] or size):
+            return str(family["name"])
+    return None
 
 
 def gpu_capabilities() -> str:
-    """The compute capabilities that a build with CUDA has kernels for: "9.0", or "8.0 to 8.9"."""
-    ranges = [[family["first"], family["last"]] for family in _gpu_families()]
-    return ", ".join(
-        " to ".join(f"{size // 10}.{size % 10}" for size in sorted(set(ends))) for ends in ranges
-    )
+    """The compute capabilities that a build with CUDA has kernels for: "8.0 or newer"."""
+    oldest = min(family["first"] for family in _gpu_families())
+    return f"{oldest // 10}.{oldest % 10} or newer"
 
 
 @functools.cache
@@ -118,7 +127,8 @@ def build_info() -> dict[str, Any]:
         ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
         CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build;
         ``gpu_families``, the kinds of GPU that a build with CUDA has kernels for, each with a
-        ``name`` and the ``first`` and ``last`` of its compute capabilities (90 means 9.0);
+        ``name`` and the ``first`` and ``last`` of its compute capabilities (90 means 9.0; a
+        ``last`` of None, that newer GPUs run it, too);
         ``head_dims``.
     """
     info: dict[str, Any] = dict(compiled_info())

@@ -9,6 +9,13 @@ const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Of the current device.
+cudaError_t get_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
+}
+
 }  // namespace
 
 const char* current_device(int* device) { return text_of(cudaGetDevice(device)); }
@@ -27,11 +34,13 @@ const char* compute_capability(int device, int* capability) {
 }
 
 const char* count_sms(int* num_sms) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
+  return text_of(get_attribute(cudaDevAttrMultiProcessorCount, num_sms));
+}
+
+const char* shared_bytes_per_sm(int64_t* num_bytes) {
+  int found = 0;
+  const cudaError_t error = get_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &found);
+  *num_bytes = found;
   return text_of(error);
 }
 

@@ -2,6 +2,8 @@
 // no error as null.
 #pragma once
 
+#include <cstdint>
+
 namespace pbs::cuda {
 
 const char* current_device(int* device);
@@ -10,5 +12,7 @@ const char* set_device(int device);
 const char* compute_capability(int device, int* capability);
 // Multiprocessors of the current device.
 const char* count_sms(int* num_sms);
+// Shared memory of a multiprocessor of the current device.
+const char* shared_bytes_per_sm(int64_t* num_bytes);
 
 }  // namespace pbs::cuda

@@ -2,6 +2,8 @@
 // to say to it (device, stream, memory).
 #include <dlfcn.h>
 
+#include <cstdlib>
+
 #include "device.h"
 #include "launch.h"
 #include "pbs/arch.h"
@@ -69,9 +71,12 @@ void check_positive(float scale) {
 const cuda::Launchers& launchers_for(const Tensor& t) {
   int capability = 0;
   check_cuda(cuda::compute_capability(t.get_device_index(), &capability), "cudaDeviceGetAttribute");
-  const std::string error = capability_error(capability);
+  // Read at each call, so that a program can compare families.
+  const char* variable = std::getenv(kFamilyVariable);
+  const std::string wanted = variable == nullptr ? "" : variable;
+  const std::string error = capability_error(capability, wanted);
   if (!error.empty()) fail(error);
-  return cuda::launchers(find_family(capability));
+  return cuda::launchers(find_family(capability, wanted));
 }
 
 class CudaBackend {

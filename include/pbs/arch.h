@@ -15,23 +15,34 @@ struct GpuFamily {
   int last;
 };
 
+// The last capability of a family that newer GPUs run, too.
+constexpr int kNewest = 9999;
+
+// A GPU takes the first family that runs on it.
 constexpr GpuFamily kGpuFamilies[] = {
     // sm_90a code is specific to its architecture: it runs on compute capability 9.0 alone, neither
     // on older GPUs nor on newer ones.
     {"sm90", 90, 90},
+    // mma.sync and cp.async, which every GPU since Ampere has; those that were not there at compile
+    // time take its PTX.
+    {"sm80", 80, kNewest},
 };
+constexpr int kOldest = 80;
+
+// Names the family to use instead of the first one, such as "sm80" on compute capability 9.0.
+constexpr const char* kFamilyVariable = "PBS_GPU_FAMILY";
 
 // The operators that every family has.
 constexpr const char* kCudaStages[] = {"score_keys",    "sort_segments", "permute_kv",
                                        "select_blocks", "attend",        "attention"};
 
 // The family of a GPU of this compute capability, by its place in kGpuFamilies; -1 if there is
-// none.
-constexpr int find_family(int capability) {
+// none. Where `wanted` is not empty, only the family of that name counts.
+inline int find_family(int capability, const std::string& wanted) {
   for (size_t i = 0; i < std::size(kGpuFamilies); ++i) {
-    if (capability >= kGpuFamilies[i].first && capability <= kGpuFamilies[i].last) {
-      return static_cast<int>(i);
-    }
+    const GpuFamily& family = kGpuFamilies[i];
+    if (!wanted.empty() && wanted != family.name) continue;
+    if (capability >= family.first && capability <= family.last) return static_cast<int>(i);
   }
   return -1;
 }
@@ -40,21 +51,22 @@ inline std::string capability_text(int capability) {
   return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
 }
 
-// "9.0", or "8.0 to 8.9, 9.0".
-inline std::string capabilities_text() {
-  std::ostringstream text;
-  for (const GpuFamily& family : kGpuFamilies) {
-    text << (&family == kGpuFamilies ? "" : ", ") << capability_text(family.first);
-    if (family.last != family.first) text << " to " << capability_text(family.last);
+// Empty when a family runs on a GPU of this compute capability, and is the wanted one if that is
+// not empty.
+inline std::string capability_error(int capability, const std::string& wanted) {
+  if (find_family(capability, wanted) >= 0) return "";
+  if (find_family(capability, "") < 0) {
+    return "q must be on a GPU of compute capability " + capability_text(kOldest) +
+           " or newer, which this build of pbs_attn has kernels for, got " +
+           capability_text(capability);
   }
-  return text.str();
-}
-
-// Empty when a family runs on a GPU of this compute capability.
-inline std::string capability_error(int capability) {
-  if (find_family(capability) >= 0) return "";
-  return "q must be on a GPU of compute capability " + capabilities_text() +
-         ", which this build of pbs_attn has kernels for, got " + capability_text(capability);
+  std::ostringstream names;
+  for (const GpuFamily& family : kGpuFamilies) {
+    if (find_family(capability, family.name) < 0) continue;
+    names << (names.tellp() > 0 ? " or " : "") << family.name;
+  }
+  return std::string(kFamilyVariable) + " must be empty or " + names.str() +
+         " on a GPU of compute capability " + capability_text(capability) + ", got " + wanted;
 }
 
 }  // namespace pbs

@@ -7,6 +7,10 @@
 
 namespace pbs {
 
+// A tile in shared memory is a row of column groups, each as wide as the swizzle span of 128 (or,
+// for 96 columns, 64) bytes.
+constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
 // Tiles [0, num_own) hold original keys, from the last visible ones back to own_begin, so that the
 // triangle of the causal mask comes first; tiles [num_own, total) hold selected blocks, as many to
 // a tile as fit, and the first of them what does not fill one. Tiles [num_masked, total) are seen

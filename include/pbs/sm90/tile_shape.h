@@ -50,10 +50,6 @@ constexpr int v_stages(int head_dim) { return head_dim_tiles(head_dim).v_stages;
 // Query blocks drawn ahead, the one in work among them.
 constexpr int kDrawnBlocks = 3;
 
-// A tile in shared memory is a row of column groups, each as wide as the swizzle span of 128 (or,
-// for 96 columns, 64) bytes.
-constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
-
 // All tiles together take this much with 2-byte elements. The limit of what one CTA may take,
 // below, includes the barriers.
 constexpr int tile_bytes(int head_dim) {

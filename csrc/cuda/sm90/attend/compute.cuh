@@ -6,9 +6,9 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
+#include "common/attend/softmax.cuh"
 #include "epilogue.cuh"
 #include "operands.cuh"
-#include "softmax.cuh"
 #include "work.cuh"
 
 namespace pbs::cuda::sm90 {

@@ -1,12 +1,17 @@
-// Launches the kernel of a head dim and an element type; each head dim has a small .cu of its own,
-// so that they compile side by side.
+// The kernels of attend that attend.cu launches. Each head dim has a small .cu of its own, so that
+// they compile side by side.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include "common/attend/order.cuh"
+
 namespace pbs::cuda::sm90 {
 
 struct AttendArgs;
+
+// Fills the workspace: the counter with 0, and the order.
+cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
 
 template <class Element, int kHeadDim>
 cudaError_t run_attend(const AttendArgs& args, int num_ctas, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // What a thread of a consumer warpgroup multiplies and what it gets, in CuTe's names.
 #pragma once
 
-#include "softmax.cuh"
+#include "common/attend/softmax.cuh"
 #include "traits.cuh"
 
 namespace pbs::cuda::sm90 {

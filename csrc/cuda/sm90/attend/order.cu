@@ -3,116 +3,15 @@
 
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "order.cuh"
-#include "pbs/bitmask.h"
+#include "common/attend/sort_groups.cuh"
+#include "instances.h"
 
 namespace pbs::cuda::sm90 {
 namespace {
 
 constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
-constexpr int kThreads = kOrderBins;
-// From so many words of the mask on, a kernel of more CTAs counts them first.
-constexpr int64_t kMostWordsToCount = 1 << 19;
-constexpr int kCountThreads = 256;
 
-__device__ QueryBlock block_of(const OrderArgs& args, const WorkTile& tile) {
-  return query_block(tile.q_block_idx, args.problem, args.blocking, args.is_causal);
-}
-
-// In words first, first + step, ... of the query block's mask.
-__device__ int count_selected(const OrderArgs& args, const WorkTile& tile, int first, int step) {
-  if (tile.head >= args.groups.num_heads) return 0;
-  const int num_candidates = static_cast<int>(block_of(args, tile).num_candidates);
-  const int64_t row = static_cast<int64_t>(tile.head) * args.groups.num_q_blocks + tile.q_block_idx;
-  const uint32_t* words = args.block_mask + row * args.num_mask_words;
-  int count = 0;
-#pragma unroll 8
-  for (int w = first; w * static_cast<int>(kBitsPerWord) < num_candidates; w += step) {
-    count += __popc(candidate_bits(words[w], w, num_candidates));
-  }
-  return count;
-}
-
-// Counts what each query block selects, by one warp each.
-__global__ void __launch_bounds__(kCountThreads)
-    attend_count_kernel(const __grid_constant__ OrderArgs args) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_blocks = args.groups.blocks_per_group();
-  const auto idx = static_cast<int>(blockIdx.x * (kCountThreads / 32) + threadIdx.x / 32);
-  if (idx >= args.groups.num_groups() * num_blocks) return;
-  const WorkTile tile = work_tile(args.groups, idx / num_blocks, idx % num_blocks);
-  const int count = __reduce_add_sync(~0u, count_selected(args, tile, lane, 32));
-  if (lane == 0) args.workspace[args.layout.unsorted + idx] = count;
-}
-
-// Keys that the query block visits.
-__device__ int count_keys(const OrderArgs& args, const WorkTile& tile, int num_selected) {
-  if (tile.head >= args.groups.num_heads) return 0;
-  const QueryBlock block = block_of(args, tile);
-  return num_selected * static_cast<int>(args.blocking.kv_block_size) +
-         static_cast<int>(block.own_end - block.own_begin);
-}
-
-// Exclusive sum over the threads' values.
-__device__ int scan(int value, int (&warp_sums)[kThreads / 32]) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  int sum = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += left;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  for (int w = 0; w < warp; ++w) before += warp_sums[w];
-  return before + sum - value;
-}
-
-__device__ void sort_group(const OrderArgs& args, int group_idx) {
-  __shared__ int bins[kOrderBins];
-  __shared__ int warp_sums[kThreads / 32];
-  __shared__ float group_weight;
-  const int num_blocks = args.groups.blocks_per_group();
-  const int64_t first_block = group_idx * int64_t{num_blocks};
-  int32_t* unsorted = args.workspace + args.layout.unsorted + first_block;
-  auto* sorted = reinterpret_cast<OrderedBlock*>(args.workspace + args.layout.sorted) + first_block;
-  const int most_keys = static_cast<int>(args.problem.num_kv);
-  const float bins_per_key = static_cast<float>(kOrderBins - 1) / most_keys;
-  bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) group_weight = 0;
-  __syncthreads();
-  float weight = 0.0f;
-  for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
-    const WorkTile tile = work_tile(args.groups, group_idx, i);
-    const int num_selected =
-        args.is_counted ? unsorted[i] : count_selected(args, tile, /*first=*/0, /*step=*/1);
-    const int num_keys = count_keys(args, tile, num_selected);
-    unsorted[i] = num_selected;
-    weight += static_cast<float>(num_keys);
-    atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
-  }
-  // One atomic a warp: those on one place in shared memory are served one after the other.
-  for (int step = 16; step > 0; step /= 2) weight += __shfl_xor_sync(~0u, weight, step);
-  if (threadIdx.x % 32 == 0) atomicAdd(&group_weight, weight);
-  __syncthreads();
-  const int first = scan(bins[threadIdx.x], warp_sums);
-  __syncthreads();
-  bins[threadIdx.x] = first;
-  __syncthreads();
-  for (int i = threadIdx.x; i < num_blocks; i += kThreads) {
-    const int num_selected = unsorted[i];
-    const int num_keys = count_keys(args, work_tile(args.groups, group_idx, i), num_selected);
-    const int place = atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
-    sorted[place] = OrderedBlock{i, num_selected};
-  }
-  if (threadIdx.x == 0) {
-    args.workspace[args.layout.weights + group_idx] = __float_as_int(group_weight);
-  }
-  __syncthreads();
-}
-
-__global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kOrderThreads, 1)
     attend_order_kernel(const __grid_constant__ OrderArgs args) {
   cudaTriggerProgrammaticLaunchCompletion();  // attend may start, and waits where it needs this
   const int num_groups = args.groups.num_groups();
@@ -122,32 +21,17 @@ __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kThreads, 1)
   }
   cute::cluster_arrive();
   cute::cluster_wait();
-  const int32_t* weights = args.workspace + args.layout.weights;
-  for (int group_idx = blockIdx.x * kThreads + threadIdx.x; group_idx < num_groups;
-       group_idx += kClusterCtas * kThreads) {
-    const float weight = __int_as_float(__ldcg(weights + group_idx));
-    int rank = 0;
-    for (int other = 0; other < num_groups; ++other) {
-      const float other_weight = __int_as_float(__ldcg(weights + other));
-      rank += other_weight > weight || (other_weight == weight && other < group_idx);
-    }
-    args.workspace[args.layout.group_at + rank] = group_idx;
+  for (int group_idx = blockIdx.x * kOrderThreads + threadIdx.x; group_idx < num_groups;
+       group_idx += kClusterCtas * kOrderThreads) {
+    rank_group(args, group_idx);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_order(OrderArgs args, cudaStream_t stream) {
-  const int64_t num_blocks =
-      static_cast<int64_t>(args.groups.num_groups()) * args.groups.blocks_per_group();
-  args.is_counted = num_blocks * args.num_mask_words > kMostWordsToCount;
-  if (args.is_counted) {
-    const auto num_ctas = static_cast<unsigned>(ceil_div(num_blocks, kCountThreads / 32));
-    attend_count_kernel<<<num_ctas, kCountThreads, 0, stream>>>(args);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
-  attend_order_kernel<<<kClusterCtas, kThreads, 0, stream>>>(args);
+  if (const cudaError_t error = launch_count(args, stream); error != cudaSuccess) return error;
+  attend_order_kernel<<<kClusterCtas, kOrderThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

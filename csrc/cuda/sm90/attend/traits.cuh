@@ -8,10 +8,8 @@
 #include <cstddef>
 #include <cute/tensor.hpp>
 
-#include "pbs/key_tiles.h"
-#include "pbs/params.h"
+#include "common/attend/draw.cuh"
 #include "pbs/sm90/tile_shape.h"
-#include "pbs/work_order.h"
 
 namespace pbs::cuda::sm90 {
 
@@ -23,13 +21,7 @@ using cute::Layout;
 using cute::Shape;
 using cute::Step;
 
-struct AttendArgs {
-  AttendParams params;
-  WorkGroups groups;
-  OrderLayout layout;
-  int32_t* workspace;
-  int32_t num_mask_words;  // of a row of block_mask
-  int32_t page_shift;      // logarithm of the rows of a page; 31 without pages
+struct AttendArgs : DrawArgs {
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
@@ -82,21 +74,7 @@ struct AttendTraits {
   using LayoutVt = decltype(cute::tile_to_shape(
       ColumnAtom{}, Shape<Int<kHeadDim>, Int<kKeys>, Int<kVStages>>{}, Step<_2, _1, _3>{}));
 
-  // A query block, as the scheduler hands it to everybody else.
-  struct Work {
-    KeyTiles tiles;  // total < 0: no more work
-    int32_t b;
-    int32_t q_head;
-    int32_t kv_head;
-    int32_t perm_head;
-    int32_t own_begin;  // row of what lies in memory
-    int32_t num_candidates;
-    int32_t first_row;
-    int32_t num_rows;
-    const uint32_t* mask_words;
-    Element* out;
-    float* lse;
-  };
+  using Work = AttendWork<Element>;
 
   struct SharedStorage {
     alignas(kSwizzleBytes) Element q[cute::cosize_v<LayoutQ>];

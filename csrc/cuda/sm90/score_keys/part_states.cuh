@@ -1,8 +1,8 @@
 // The states of queries that parts of the keys have left.
 #pragma once
 
+#include "common/row_state.cuh"
 #include "key_parts.cuh"
-#include "sm90/row_state.cuh"
 
 namespace pbs::cuda::sm90 {
 

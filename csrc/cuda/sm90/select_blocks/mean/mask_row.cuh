@@ -7,20 +7,6 @@
 
 namespace pbs::cuda::sm90 {
 
-// The permuted key block that holds token 0.
-__device__ inline int find_sink(const SelectBlocksParams& params, int64_t b, int64_t hp) {
-  const Problem& problem = params.problem;
-  if (params.perm == nullptr) return 0;
-  const int32_t* perm = params.perm + (b * problem.num_perm_heads + hp) * problem.num_kv;
-  const auto size = static_cast<int>(smaller(params.blocking.segment_size, problem.num_kv));
-  int place = 0;
-#pragma unroll 8
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < size; i += 32) {
-    if (perm[i] == 0) place = i;
-  }
-  return __reduce_max_sync(~0u, place) / static_cast<int>(params.blocking.kv_block_size);
-}
-
 // Sets the bits of a row, and counts them. Candidates from num_scored on are visited anyhow.
 __device__ inline void write_row(const SelectBlocksParams& params, int num_words, int64_t row,
                                  int num_scored, int num_candidates, int sink, const float* weights,

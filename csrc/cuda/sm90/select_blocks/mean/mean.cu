@@ -8,6 +8,7 @@
 
 #include "common/elements.h"
 #include "common/launch_kernel.h"
+#include "common/select_blocks/find_sink.cuh"
 #include "cut_row.cuh"
 #include "device.h"
 #include "mask_row.cuh"

@@ -1,7 +1,7 @@
 // From the sums of a stack to rows of the block mask, by single warps.
 #pragma once
 
-#include "../mean/mask_row.cuh"
+#include "common/select_blocks/find_sink.cuh"
 #include "stack_sums.cuh"
 
 namespace pbs::cuda::sm90 {

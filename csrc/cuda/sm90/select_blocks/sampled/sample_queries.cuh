@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/exp2.cuh"
+#include "common/row_state.cuh"
 #include "layout.cuh"
-#include "sm90/row_state.cuh"
 #include "unit_walk.cuh"
 #include "weights.cuh"
 

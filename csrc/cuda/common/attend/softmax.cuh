@@ -1,10 +1,12 @@
-// Online softmax over the accumulators of one warpgroup.
+// Online softmax over accumulators, two rows a thread.
 #pragma once
 
-#include "common/exp2.cuh"
-#include "sm90/warpgroup.cuh"
+#include <cute/tensor.hpp>
 
-namespace pbs::cuda::sm90 {
+#include "common/exp2.cuh"
+#include "common/fragments.cuh"
+
+namespace pbs::cuda {
 
 // By how many powers of two weights may outgrow the maximum that they are relative to before that
 // maximum moves: far from the end of float16, and a maximum that creeps up tile by tile costs
@@ -130,4 +132,4 @@ struct Softmax {
   }
 };
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

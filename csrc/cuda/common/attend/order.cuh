@@ -1,4 +1,4 @@
-// What attend and the kernel that runs before it share.
+// What attend and the kernels that run before it share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 #include "pbs/params.h"
 #include "pbs/work_order.h"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 struct OrderArgs {
   Problem problem;
@@ -20,7 +20,7 @@ struct OrderArgs {
   bool is_counted;  // the workspace holds what each query block selects
 };
 
-// Fills the workspace: the counter with 0, and the order.
-cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
+// Where masks are long, counts in a kernel of its own what each query block selects.
+cudaError_t launch_count(OrderArgs& args, cudaStream_t stream);
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

@@ -3,7 +3,7 @@
 
 #include "common/exp2.cuh"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 // The sum of exp2(score - max) over some keys of one query. `max` is not always their maximum, but
 // near enough to it that the sum is a number.
@@ -18,4 +18,4 @@ __device__ inline RowState merge(const RowState& a, const RowState& b) {
   return RowState{max, a.sum * exp2_approx(a.max - max) + b.sum * exp2_approx(b.max - max)};
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

@@ -1,0 +1,151 @@
+// What a warp computes: scores of its query rows against a tile of keys, their softmax, and the
+// weighted sum of the tile's values.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include "common/attend/softmax.cuh"
+#include "common/attend/write_rows.cuh"
+#include "common/mma_sync.cuh"
+#include "traits.cuh"
+
+namespace pbs::cuda::sm80 {
+
+template <class Traits>
+class RowTiles {
+ public:
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::Shared;
+  using Work = typename Traits::Work;
+
+  __device__ RowTiles(Shared& shared, float scale_log2)
+      : lane_(static_cast<int>(threadIdx.x) % 32),
+        first_row_(static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles),
+        q_(shared.q, first_row_ + lane_ % 16, lane_ / 16),
+        k_(shared.k, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2),
+        v_(shared.v, lane_ % 16, lane_ / 16) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      softmax_[m] = Softmax{scale_log2};
+      cute::clear(output_[m]);
+    }
+  }
+
+  // S = Q . K^T, of the tile of keys in shared memory.
+  __device__ __forceinline__ void multiply_keys() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) cute::clear(scores_[m]);
+#pragma unroll
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+      uint32_t q[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(q_.at(step, 16 * m), q[m]);
+#pragma unroll
+      for (int pair = 0; pair < Traits::kKeys / 16; ++pair) {
+        uint32_t k[4];
+        load_matrices(k_.at(step, 16 * pair), k);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply(scores_[m], 2 * pair, q[m], k[0], k[1]);
+          multiply(scores_[m], 2 * pair + 1, q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  // Scores to weights. Where a maximum moved, what was summed up before it shrinks.
+  template <bool kIsMasked>
+  __device__ __forceinline__ void weigh(const KeyTiles& tiles, int tile_idx) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (kIsMasked) mask(tiles, tile_idx, m);
+      float rescale[kThreadRows];
+      if (softmax_[m].raise(scores_[m], rescale)) {
+#pragma unroll
+        for (int i = 0; i < cute::size(output_[m]); ++i) output_[m](i) *= rescale[row_of(i)];
+      }
+      softmax_[m].add(softmax_[m].weigh_any(scores_[m]));
+    }
+  }
+
+  // O += P . V, of the tile of values in shared memory.
+  __device__ __forceinline__ void multiply_values() {
+#pragma unroll
+    for (int step = 0; step < Traits::kKeys / 16; ++step) {
+      uint32_t p[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[m][i] = rounded_pair(scores_[m], 8 * step + 2 * i);
+      }
+#pragma unroll
+      for (int pair = 0; pair < Traits::kHeadDim / 16; ++pair) {
+        uint32_t v[4];
+        load_transposed(v_.at(pair, 16 * step), v);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply(output_[m], 2 * pair, p[m], v[0], v[1]);
+          multiply(output_[m], 2 * pair + 1, p[m], v[2], v[3]);
+        }
+      }
+    }
+  }
+
+  __device__ void write(const Work& work, int64_t row_stride) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+        write_row<Traits::kHeadDim>(work, row_stride, softmax_[m], output_[m], r, row(m) + 8 * r,
+                                    lane_);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRowTiles = Traits::kRowTiles;
+
+  // The thread's first row of a row tile.
+  __device__ int row(int m) const { return first_row_ + 16 * m + lane_ / 4; }
+
+  // Adds to 8 columns of the accumulators.
+  template <class Accumulators>
+  __device__ __forceinline__ static void multiply(Accumulators& acc, int eight,
+                                                  const uint32_t (&a)[4], uint32_t b0,
+                                                  uint32_t b1) {
+    float (&four)[4] = *reinterpret_cast<float (*)[4]>(&acc(4 * eight));
+    multiply_16x8x16<Element>(four, a[0], a[1], a[2], a[3], b0, b1);
+  }
+
+  template <class Scores>
+  __device__ __forceinline__ static uint32_t rounded_pair(const Scores& weights, int i) {
+    cutlass::NumericArrayConverter<Element, float, 2> convert;
+    const cutlass::Array<Element, 2> pair =
+        convert(cutlass::Array<float, 2>{weights(i), weights(i + 1)});
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+
+  __device__ __forceinline__ void mask(const KeyTiles& tiles, int tile_idx, int m) {
+    // Against constants, counted from this lane's first column.
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int limit =
+          visible_keys(tiles, tile_idx, row(m) + 8 * r, Traits::kKeys) - column_of(0, lane_);
+#pragma unroll
+      for (int i = 0; i < cute::size(scores_[m]); ++i) {
+        if (row_of(i) == r && column_of(i, 0) >= limit) scores_[m](i) = -INFINITY;
+      }
+    }
+  }
+
+  int lane_;
+  int first_row_;  // of the warp
+  typename Traits::QueryRead q_;
+  typename Traits::KeyRead k_;
+  typename Traits::KeyRead v_;
+  Softmax softmax_[kRowTiles];
+  typename Traits::Output output_[kRowTiles];
+  typename Traits::Scores scores_[kRowTiles];
+};
+
+}  // namespace pbs::cuda::sm80

@@ -1,0 +1,17 @@
+// The kernels of attend that attend.cu launches. Each head dim has a small .cu of its own, so that
+// they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/attend/draw_args.h"
+
+namespace pbs::cuda::sm80 {
+
+// Fills the workspace: the counter with 0, and the order.
+cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
+
+template <class Element, int kHeadDim, int kKeys>
+cudaError_t run_attend(const DrawArgs& args, int num_sms, cudaStream_t stream);
+
+}  // namespace pbs::cuda::sm80

@@ -1,0 +1,96 @@
+// Tiles of rows from device memory to shared memory, by cp.async, and where products find their
+// operands in them.
+//
+// A tile is a row of column groups, and a group holds its columns of all rows (pbs/key_tiles.h).
+// Pieces of 16 bytes are swizzled as tile_offset (common/fragments.cuh) says, so that neither
+// copies nor ldmatrix meet bank conflicts.
+#pragma once
+
+#include <cstdint>
+
+#include "common/fragments.cuh"
+#include "pbs/key_tiles.h"
+
+namespace pbs::cuda::sm80 {
+
+constexpr int kPieceElements = 8;  // 16 bytes
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts to copy 16 bytes, or zeros where nothing exists.
+__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+// Until at most kPending of this thread's groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A thread's pieces of tiles of kHeadDim columns and kTileRows rows, which kThreads threads copy.
+template <int kHeadDim, int kTileRows, int kThreads>
+class TileCopy {
+ public:
+  static constexpr int kGroupColumns = group_columns(kHeadDim);
+  static constexpr int kLanesPerRow = kGroupColumns / kPieceElements;
+  static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
+
+  __device__ explicit TileCopy(const void* tile)
+      : row_(static_cast<int>(threadIdx.x) / kLanesPerRow),
+        column_(static_cast<int>(threadIdx.x) % kLanesPerRow * kPieceElements),
+        to_(shared_address(tile) + tile_offset<kGroupColumns>(kTileRows, row_, column_)) {
+    static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
+  }
+
+  // Starts to copy kRows rows to rows [first, first + kRows) of the tile. Those from num_rows on do
+  // not exist.
+  template <int kRows, class Element>
+  __device__ __forceinline__ void start(int first, const Element* rows, int64_t row_stride,
+                                        int num_rows) const {
+    static_assert(kRows % kRowsAtOnce == 0);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kRowsAtOnce) {
+      const bool exists = row_ + i < num_rows;
+      const Element* from = rows + (exists ? row_ + i : 0) * row_stride + column_;
+#pragma unroll
+      for (int group = 0; group < kHeadDim / kGroupColumns; ++group) {
+        copy_piece(to_ + (group * kTileRows + first + i) * kGroupColumns * 2,
+                   from + group * kGroupColumns, exists);
+      }
+    }
+  }
+
+ private:
+  int row_;
+  int column_;
+  uint32_t to_;
+};
+
+// A lane's address for ldmatrix, of 16 columns at a time: of row `row` of the tile, and of the
+// first or the second 8 of these columns. Rows may be added in multiples of 8.
+template <int kHeadDim, int kTileRows>
+class TileRead {
+ public:
+  static constexpr int kGroupColumns = group_columns(kHeadDim);
+  static constexpr int kStepsPerGroup = kGroupColumns / 16;
+
+  __device__ TileRead(const void* tile, int row, int half)
+      : row_(shared_address(tile) + row * kGroupColumns * 2),
+        swizzle_((half ^ (kGroupColumns == 64 ? row % 8 : row / 2 % 4)) * 16) {}
+
+  // Columns [16 * step, 16 * step + 16), `rows` rows further down.
+  __device__ __forceinline__ uint32_t at(int step, int rows) const {
+    return row_ + (step / kStepsPerGroup * kTileRows + rows) * kGroupColumns * 2 +
+           (swizzle_ ^ (step % kStepsPerGroup * 32));
+  }
+
+ private:
+  uint32_t row_;
+  uint32_t swizzle_;
+};
+
+}  // namespace pbs::cuda::sm80
