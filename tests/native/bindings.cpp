@@ -9,7 +9,7 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
-#include "pbs/sm90/sampled_plan.h"
+#include "pbs/sm90/sampled_tiles.h"
 #include "pbs/sm90/score_parts.h"
 #include "pbs/sm90/select_tiles.h"
 #include "pbs/sm90/tile_shape.h"
@@ -110,20 +110,20 @@ PYBIND11_MODULE(pbs_native, m) {
                           sm90::max_key_blocks(params.problem, params.blocking));
   });
   m.attr("logit_rows") = sm90::kLogitRows;
-  py::class_<sm90::SampledPlan>(m, "SampledPlan")
-      .def_readonly("rows_per_pair", &sm90::SampledPlan::rows_per_pair)
-      .def_readonly("pairs_per_stack", &sm90::SampledPlan::pairs_per_stack)
-      .def_readonly("stacks_per_unit", &sm90::SampledPlan::stacks_per_unit)
-      .def_readonly("selections_per_perm", &sm90::SampledPlan::selections_per_perm)
-      .def_readonly("pairs_per_perm", &sm90::SampledPlan::pairs_per_perm)
-      .def_readonly("stacks_per_perm", &sm90::SampledPlan::stacks_per_perm)
-      .def_readonly("units_per_perm", &sm90::SampledPlan::units_per_perm)
-      .def_readonly("num_perm_heads", &sm90::SampledPlan::num_perm_heads)
-      .def_readonly("heads_per_group", &sm90::SampledPlan::heads_per_group)
-      .def_readonly("key_parts", &sm90::SampledPlan::key_parts)
-      .def_readonly("num_ctas", &sm90::SampledPlan::num_ctas)
-      .def_readonly("num_tiles", &sm90::SampledPlan::num_tiles)
-      .def_readonly("head_dim", &sm90::SampledPlan::head_dim);
+  py::class_<pbs::cuda::SampledPlan>(m, "SampledPlan")
+      .def_readonly("rows_per_pair", &pbs::cuda::SampledPlan::rows_per_pair)
+      .def_readonly("pairs_per_stack", &pbs::cuda::SampledPlan::pairs_per_stack)
+      .def_readonly("stacks_per_unit", &pbs::cuda::SampledPlan::stacks_per_unit)
+      .def_readonly("selections_per_perm", &pbs::cuda::SampledPlan::selections_per_perm)
+      .def_readonly("pairs_per_perm", &pbs::cuda::SampledPlan::pairs_per_perm)
+      .def_readonly("stacks_per_perm", &pbs::cuda::SampledPlan::stacks_per_perm)
+      .def_readonly("units_per_perm", &pbs::cuda::SampledPlan::units_per_perm)
+      .def_readonly("num_perm_heads", &pbs::cuda::SampledPlan::num_perm_heads)
+      .def_readonly("heads_per_group", &pbs::cuda::SampledPlan::heads_per_group)
+      .def_readonly("key_parts", &pbs::cuda::SampledPlan::key_parts)
+      .def_readonly("num_ctas", &pbs::cuda::SampledPlan::num_ctas)
+      .def_readonly("num_tiles", &pbs::cuda::SampledPlan::num_tiles)
+      .def_readonly("head_dim", &pbs::cuda::SampledPlan::head_dim);
   m.def("sampled_plan",
         [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t num_perm_heads,
            int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
@@ -139,25 +139,25 @@ PYBIND11_MODULE(pbs_native, m) {
           return sm90::sampled_plan(params, num_sms);
         });
   // Where its parts begin, in order, and where the last one ends.
-  m.def("sampled_workspace", [](const sm90::SampledPlan& plan) {
-    const sm90::SampledWorkspace at = sm90::sampled_workspace(plan);
+  m.def("sampled_workspace", [](const pbs::cuda::SampledPlan& plan) {
+    const pbs::cuda::SampledWorkspace at = sm90::sampled_workspace(plan);
     return std::vector<int64_t>{at.key_tiles, at.stacks, at.rows, at.tables, at.counter, at.end};
   });
-  m.def("table_bytes", &sm90::table_bytes);
+  m.def("table_bytes", &pbs::cuda::table_bytes);
   m.def("key_tile_bytes", &sm90::key_tile_bytes);
   m.def("stack_bytes", &sm90::stack_bytes);
   m.def("sampled_key_stages", &sm90::sampled_key_stages);
-  m.attr("stack_rows") = sm90::kStackRows;
-  m.attr("sampled_keys") = sm90::kSampledKeys;
-  m.attr("sum_keys") = sm90::kSumKeys;
-  m.attr("tiles_per_read") = sm90::kTilesPerRead;
-  m.attr("sums_per_read") = sm90::kSumsPerRead;
-  m.attr("sampled_row_bytes") = sizeof(sm90::SampledRow);
+  m.attr("stack_rows") = pbs::cuda::kStackRows;
+  m.attr("sampled_keys") = pbs::cuda::kSampledKeys;
+  m.attr("sum_keys") = pbs::cuda::kSumKeys;
+  m.attr("tiles_per_read") = pbs::cuda::kTilesPerRead;
+  m.attr("sums_per_read") = pbs::cuda::kSumsPerRead;
+  m.attr("sampled_row_bytes") = sizeof(pbs::cuda::SampledRow);
   m.attr("drawn_units") = sm90::kDrawnUnits;
   m.attr("sampled_tables") = sm90::kSampledTables;
   m.attr("sum_warpgroups") = sm90::kSumWarpgroups;
   m.attr("stacks_per_unit") =
-      std::make_tuple(sm90::kFewestStacks, sm90::kFewStacks, sm90::kManyStacks);
+      std::make_tuple(pbs::cuda::kFewestStacks, pbs::cuda::kFewStacks, pbs::cuda::kManyStacks);
   // Of one query block: how many of its candidates a score chooses among, and whether it is in the
   // dense tail.
   m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,

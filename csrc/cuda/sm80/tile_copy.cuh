@@ -36,6 +36,7 @@ template <int kHeadDim, int kTileRows, int kThreads>
 class TileCopy {
  public:
   static constexpr int kGroupColumns = group_columns(kHeadDim);
+  static constexpr int kGroups = kHeadDim / kGroupColumns;
   static constexpr int kLanesPerRow = kGroupColumns / kPieceElements;
   static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
 
@@ -57,7 +58,7 @@ class TileCopy {
       const bool exists = row_ + i < num_rows;
       const Element* from = rows + (exists ? row_ + i : 0) * row_stride + column_;
 #pragma unroll
-      for (int group = 0; group < kHeadDim / kGroupColumns; ++group) {
+      for (int group = 0; group < kGroups; ++group) {
         copy_piece(to_ + (group * kTileRows + first + i) * kGroupColumns * 2,
                    from + group * kGroupColumns, exists);
       }
@@ -70,19 +71,19 @@ class TileCopy {
   uint32_t to_;
 };
 
-// A lane's address for ldmatrix, of 16 columns at a time: of row `row` of the tile, and of the
-// first or the second 8 of these columns. Rows may be added in multiples of 8.
+// A lane's address for ldmatrix: of row `row` of a tile, and of piece `piece` of the columns that
+// the products of one step, or of two, take. Rows may be added in multiples of 8.
 template <int kHeadDim, int kTileRows>
 class TileRead {
  public:
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   static constexpr int kStepsPerGroup = kGroupColumns / 16;
 
-  __device__ TileRead(const void* tile, int row, int half)
+  __device__ TileRead(const void* tile, int row, int piece)
       : row_(shared_address(tile) + row * kGroupColumns * 2),
-        swizzle_((half ^ (kGroupColumns == 64 ? row % 8 : row / 2 % 4)) * 16) {}
+        swizzle_((piece ^ (kGroupColumns == 64 ? row % 8 : row / 2 % 4)) * 16) {}
 
-  // Columns [16 * step, 16 * step + 16), `rows` rows further down.
+  // Columns from 16 * step on, `rows` rows further down.
   __device__ __forceinline__ uint32_t at(int step, int rows) const {
     return row_ + (step / kStepsPerGroup * kTileRows + rows) * kGroupColumns * 2 +
            (swizzle_ ^ (step % kStepsPerGroup * 32));

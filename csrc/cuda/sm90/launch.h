@@ -3,7 +3,7 @@
 #pragma once
 
 #include "pbs/params.h"
-#include "pbs/sm90/sampled_plan.h"
+#include "pbs/sm90/sampled_tiles.h"
 #include "pbs/sm90/select_tiles.h"
 
 namespace pbs::cuda::sm90 {

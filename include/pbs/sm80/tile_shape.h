@@ -15,6 +15,8 @@ constexpr int kPartRows = 32;
 // Multiprocessors of 8.6, 8.9 and 12.0 have 100 KB of shared memory, those of other GPUs 164 KB at
 // least. One CTA may take all but 1 KB.
 constexpr int64_t kLargeSharedBytes = 164 * 1024;
+constexpr int64_t kSmallSharedBytes = 100 * 1024;
+constexpr int64_t kReservedBytesPerCta = 1024;
 constexpr int kSmallSharedBytesPerCta = 99 * 1024;
 
 // Keys of a tile. A warp has 32 query rows (16 with 256 columns): accumulators of more than 64 keys

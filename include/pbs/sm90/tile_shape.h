@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "pbs/geometry.h"
+#include "pbs/key_tiles.h"
 
 namespace pbs::cuda::sm90 {
 

@@ -9,6 +9,7 @@
 #include "common/attend/softmax.cuh"
 #include "epilogue.cuh"
 #include "operands.cuh"
+#include "sm90/warpgroup.cuh"
 #include "work.cuh"
 
 namespace pbs::cuda::sm90 {

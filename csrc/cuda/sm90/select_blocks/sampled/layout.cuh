@@ -9,7 +9,7 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
-#include "pbs/sm90/sampled_plan.h"
+#include "pbs/sm90/sampled_tiles.h"
 
 namespace pbs::cuda::sm90 {
 

@@ -1,68 +1,10 @@
 // From the sums of a stack to rows of the block mask, by single warps.
 #pragma once
 
-#include "common/select_blocks/find_sink.cuh"
+#include "common/select_blocks/sampled/pair_mask.cuh"
 #include "stack_sums.cuh"
 
 namespace pbs::cuda::sm90 {
-
-// Sums of one pair's samples.
-struct PairSums {
-  const char* table;        // from the first row of the pair on
-  const uint32_t* weights;  // of its rows
-  int num_rows;
-};
-
-// The largest share that a sample gives to each block of the tiles that a lane reads at once.
-template <int kSumsPerBlock>
-struct ReadShares {
-  static constexpr int kBlocks = kSumsPerRead / kSumsPerBlock;
-  static constexpr int kPairs = kSumsPerBlock == 1 ? kBlocks / 2 : kBlocks;
-
-  BFloat16Pair largest[kPairs];
-
-  __device__ ReadShares() {
-#pragma unroll
-    for (BFloat16Pair& pair : largest) pair = pair_of(0);
-  }
-
-  __device__ float of_block(int i) const {
-    if (kSumsPerBlock > 1) return __low2float(largest[i]);
-    return i % 2 == 0 ? __low2float(largest[i / 2]) : __high2float(largest[i / 2]);
-  }
-
-  __device__ void add(const PairSums& sums, int read) {
-    constexpr int kAtOnce = 8;  // loads in flight
-    const auto* rows = reinterpret_cast<const uint4*>(
-        sums.table + static_cast<int64_t>(read) * kStackRows * kSumsPerRead * 2);
-#pragma unroll 1
-    for (int first = 0; first < sums.num_rows; first += kAtOnce) {
-      uint4 row[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) row[i] = rows[min(first + i, sums.num_rows - 1)];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        add_row(row[i], pair_of(sums.weights[min(first + i, sums.num_rows - 1)]));
-      }
-    }
-  }
-
- private:
-  __device__ void add_row(const uint4& row, BFloat16Pair weight) {
-    BFloat16Pair shares[] = {__hmul2(pair_of(row.x), weight), __hmul2(pair_of(row.y), weight),
-                             __hmul2(pair_of(row.z), weight), __hmul2(pair_of(row.w), weight)};
-    if (kSumsPerBlock > 1) {
-#pragma unroll
-      for (BFloat16Pair& share : shares) share = __hadd2(share, __lowhigh2highlow(share));
-    }
-    if (kSumsPerBlock > 2) {
-      shares[0] = __hadd2(shares[0], shares[1]);
-      shares[1] = __hadd2(shares[2], shares[3]);
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) largest[i] = __hmax2(largest[i], shares[i]);
-  }
-};
 
 template <class Traits>
 class SampledRowsMask {
@@ -70,7 +12,7 @@ class SampledRowsMask {
   using Shared = typename Traits::Shared;
 
   __device__ SampledRowsMask(const SampledArgs& args, Shared& shared, int warp)
-      : args_(args), shared_(shared), warp_(warp), lane_(static_cast<int>(threadIdx.x) % 32) {}
+      : args_(args), shared_(shared), warp_(warp), mask_(args) {}
 
   __device__ void run() {
     const int pairs_per_stack = args_.plan.pairs_per_stack;
@@ -88,86 +30,17 @@ class SampledRowsMask {
                             shared_.weights[walk.table()][stack] + first_row,
                             args_.plan.rows_per_pair};
         const SampledPair pair = unit.pair(pairs.first + i % pairs_per_stack);
-        switch (args_.params.blocking.kv_block_size / kSumKeys) {
-          case 1:
-            write_pair<1>(unit, pair, sums, sink);
-            break;
-          case 2:
-            write_pair<2>(unit, pair, sums, sink);
-            break;
-          case 4:
-            write_pair<4>(unit, pair, sums, sink);
-            break;
-        }
+        mask_.write(unit, pair, sums, sink);
       }
       shared_.table_empty[walk.table()].arrive();
     }
   }
 
  private:
-  // Sets the bits of the blocks that reach the threshold, or need not, and counts them.
-  template <int kSumsPerBlock>
-  __device__ void write_pair(const SampledUnit& unit, const SampledPair& pair, const PairSums& sums,
-                             int sink) const {
-    constexpr int kBlocksPerRead = kSumsPerRead / kSumsPerBlock;
-    const Problem& problem = args_.params.problem;
-    const SelectRule& rule = args_.params.rule;
-    const QueryBlock block = block_of(args_, pair.block_idx);
-    const auto num_candidates = static_cast<int>(block.num_candidates);
-    const int num_scored = num_scored_blocks(args_, block);
-    const bool takes_all = rule.threshold >= 1.0 || (num_scored > 0 && !is_ordered(sums));
-    const float least = takes_all ? 0.0f : static_cast<float>(rule.threshold);
-    const auto num_heads = static_cast<int>(heads_per_selection(problem, rule));
-    const int64_t first_row =
-        (unit.b * problem.num_q_heads + pair.hq) * static_cast<int64_t>(args_.num_q_blocks) +
-        pair.block_idx;
-    // What a lane reads are bits of one byte of the mask.
-    const int num_bytes = 4 * args_.num_words;
-    int count = 0;
-    for (int first = 0; first < num_bytes * kSumsPerBlock; first += 32) {
-      const int read = first + lane_;
-      ReadShares<kSumsPerBlock> shares;
-      if (read * kBlocksPerRead < num_scored) shares.add(sums, read);
-      uint32_t bits = 0;
-#pragma unroll
-      for (int i = 0; i < kBlocksPerRead; ++i) {
-        const int candidate = read * kBlocksPerRead + i;
-        const bool is_visited =
-            candidate >= num_scored || candidate == sink || !(shares.of_block(i) < least);
-        if (candidate < num_candidates) bits |= static_cast<uint32_t>(is_visited) << i;
-      }
-      count += __popc(bits);
-#pragma unroll
-      for (int step = 1; step < kSumsPerBlock; step *= 2) {
-        bits |= __shfl_down_sync(~0u, bits, step) << step * kBlocksPerRead;
-      }
-      const int byte = read / kSumsPerBlock;
-      if (read % kSumsPerBlock != 0 || byte >= num_bytes) continue;
-      for (int head = 0; head < num_heads; ++head) {
-        const int64_t row = first_row + head * static_cast<int64_t>(args_.num_q_blocks);
-        reinterpret_cast<uint8_t*>(args_.params.block_mask + row * args_.num_words)[byte] =
-            static_cast<uint8_t>(bits);
-      }
-    }
-    count = __reduce_add_sync(~0u, count);
-    for (int head = lane_; head < num_heads; head += 32) {
-      args_.params.counts[first_row + head * static_cast<int64_t>(args_.num_q_blocks)] = count;
-    }
-  }
-
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
-  __device__ bool is_ordered(const PairSums& sums) const {
-    bool is_ordered = true;
-    for (int row = lane_; row < sums.num_rows; row += 32) {
-      is_ordered &= __low2float(pair_of(sums.weights[row])) >= 0.0f;
-    }
-    return __all_sync(~0u, is_ordered);
-  }
-
   const SampledArgs& args_;
   Shared& shared_;
   int warp_;
-  int lane_;
+  PairMask mask_;
 };
 
 }  // namespace pbs::cuda::sm90

@@ -6,16 +6,14 @@
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <limits>
-
 #include "common/elements.h"
 #include "common/launch_kernel.h"
 #include "device.h"
 #include "key_images.cuh"
 #include "mask_rows.cuh"
 #include "pbs/dispatch.h"
-#include "sample_queries.cuh"
 #include "sm90/launch.h"
+#include "stack_image.cuh"
 #include "sums.cuh"
 
 namespace pbs::cuda::sm90 {
@@ -64,29 +62,11 @@ cudaError_t launch_scores(const SampledArgs& args, cudaStream_t stream) {
                        Traits::kThreads, Traits::kSharedBytes, stream);
 }
 
-template <class Element, int kHeadDim, int kKeyParts>
-cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
-  const int64_t num_stacks =
-      static_cast<int64_t>(args.plan.num_perm_heads) * args.plan.stacks_per_perm;
-  return launch_kernel(select_blocks_samples_kernel<Element, kHeadDim, kKeyParts>, args, num_stacks,
-                       kKeyParts * kSampleThreads, 0, stream);
-}
-
-template <class Element, int kHeadDim>
-cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
-  if (args.plan.key_parts == 1) return launch_samples<Element, kHeadDim, 1>(args, stream);
-  if constexpr (kHeadDim <= 128) {
-    if (args.plan.key_parts == 2) return launch_samples<Element, kHeadDim, 2>(args, stream);
-    if (args.plan.key_parts == 4) return launch_samples<Element, kHeadDim, 4>(args, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 template <class Element, int kHeadDim>
 cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
   const SampledPlan& plan = args.plan;
   const int64_t num_heads = plan.num_perm_heads;
-  cudaError_t error = launch_samples<Element, kHeadDim>(args, stream);
+  cudaError_t error = launch_samples<StackImage<kHeadDim>, Element, kHeadDim>(args, stream);
   if (error != cudaSuccess) return error;
   if (plan.num_tiles > 0) {
     error = launch_kernel(select_blocks_key_images_kernel<Element, kHeadDim>, args,
@@ -111,28 +91,6 @@ SampledPlan plan_of(const SelectBlocksParams& params) {
   return sampled_plan(params, num_sms);
 }
 
-SampledArgs args_of(const SelectBlocksParams& params, void* workspace) {
-  const Problem& problem = params.problem;
-  const Blocking& blocking = params.blocking;
-  SampledArgs args{};
-  args.params = params;
-  args.plan = plan_of(params);
-  const SampledWorkspace at = sampled_workspace(args.plan);
-  char* memory = static_cast<char*>(workspace);
-  args.key_tiles = memory + at.key_tiles;
-  args.stacks = memory + at.stacks;
-  args.rows = reinterpret_cast<SampledRow*>(memory + at.rows);
-  args.tables = memory + at.tables;
-  args.counter = reinterpret_cast<int*>(memory + at.counter);
-  args.num_kv = static_cast<int>(problem.num_kv);
-  args.num_candidate_rows =
-      static_cast<int>(num_candidate_rows(problem, blocking, params.is_causal));
-  args.num_q_blocks = static_cast<int>(num_query_blocks(problem, blocking));
-  args.num_words = static_cast<int>(num_mask_words(num_key_blocks(problem, blocking)));
-  args.has_own = params.is_causal || problem.num_kv % blocking.segment_size != 0;
-  return args;
-}
-
 }  // namespace
 
 int64_t select_sampled_workspace(const SelectBlocksParams& params) {
@@ -140,15 +98,10 @@ int64_t select_sampled_workspace(const SelectBlocksParams& params) {
 }
 
 const char* launch_select_sampled(const SelectBlocksParams& params, void* workspace, void* stream) {
-  const SampledArgs args = args_of(params, workspace);
-  const SampledPlan& plan = args.plan;
+  const SampledPlan plan = plan_of(params);
+  const SampledArgs args = sampled_args(params, plan, sampled_workspace(plan), workspace);
   if (plan.num_ctas == 0) return nullptr;
-  if (static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads >
-          std::numeric_limits<int32_t>::max() ||
-      static_cast<int64_t>(plan.num_tiles) * plan.num_perm_heads >
-          std::numeric_limits<int32_t>::max()) {
-    return "too many query blocks for one grid";
-  }
+  if (exceeds_grid(plan)) return "too many query blocks for one grid";
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = dispatch_half(params.problem.dtype, [&](auto element) {
     return dispatch_head_dim(params.problem.head_dim, [&](auto head_dim) {

@@ -3,9 +3,8 @@
 // permuted keys its columns.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "common/exp2.cuh"
+#include "common/select_blocks/sampled/pair_mask.cuh"
 #include "unit_walk.cuh"
 #include "weights.cuh"
 
@@ -18,15 +17,6 @@ constexpr float kMostAbove = 80.0f;  // powers of two
 // to.
 constexpr float kPackedAbove = 16.0f - kOwnExponent;
 
-using BFloat16Pair = __nv_bfloat162;
-
-__device__ inline uint32_t bits_of(BFloat16Pair pair) {
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ inline BFloat16Pair pair_of(uint32_t bits) {
-  return reinterpret_cast<const BFloat16Pair&>(bits);
-}
-
 // A lane's sums of a tile: of both of its rows, and of the 32 keys that its place in the quad says.
 using LaneSums = float[kThreadRows];
 static_assert(kSumsPerTile == 4, "a lane of a quad has one");
@@ -35,7 +25,7 @@ static_assert(kSumsPerTile == 4, "a lane of a quad has one");
 // other: the sum of both lanes' values.
 __device__ __forceinline__ __half2 exchanged_sum(__half2 first, __half2 second, bool keeps_second,
                                                  int mask) {
-  const uint32_t low = bits_of(first), high = bits_of(second);
+  const uint32_t low = half_bits_of(first), high = half_bits_of(second);
   const uint32_t received = __shfl_xor_sync(~0u, keeps_second ? low : high, mask);
   return __hadd2(half_pair_of(keeps_second ? high : low), half_pair_of(received));
 }
@@ -129,7 +119,7 @@ class StackSums {
     for (int i = 0; i < cute::size(pairs); ++i) {
       // The two keys of a pair belong to one block.
       const bool is_hidden = begin + column_of(2 * i, lane) >= candidate_end_[i % kThreadRows];
-      if (is_hidden) pairs(i) = bits_of(__float2half2_rn(-INFINITY));
+      if (is_hidden) pairs(i) = half_bits_of(__float2half2_rn(-INFINITY));
     }
   }
 

@@ -20,7 +20,7 @@ constexpr float kOwnWeight = 1 << kOwnExponent;
 // A straight line is up to 1.061 times a power of two: half of it is taken off.
 constexpr float kWeightOffset = (15.0f + kOwnExponent - 0.043f) / kWeightRange;
 
-__device__ __forceinline__ uint32_t bits_of(__half2 pair) {
+__device__ __forceinline__ uint32_t half_bits_of(__half2 pair) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 __device__ __forceinline__ __half2 half_pair_of(uint32_t bits) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ __half2 minus_weights(__half2 scores, __half2 factor,
   // second number.
   const __half2 steps =
       __hfma2(exponent, __float2half2_rn(kWeightRange / 32.0f), __float2half2_rn(1.0f));
-  return half_pair_of(bits_of(steps) << 5);
+  return half_pair_of(half_bits_of(steps) << 5);
 }
 
 }  // namespace pbs::cuda::sm90

@@ -1,18 +1,19 @@
 // The sampled queries of each stack, and what they know of their own segments.
 #pragma once
 
-#include "common/exp2.cuh"
-#include "common/row_state.cuh"
-#include "layout.cuh"
-#include "unit_walk.cuh"
-#include "weights.cuh"
+#include <cutlass/array.h>
+#include <cutlass/numeric_conversion.h>
 
-namespace pbs::cuda::sm90 {
+#include "common/exp2.cuh"
+#include "common/fragments.cuh"
+#include "common/launch_kernel.h"
+#include "common/mma_sync.cuh"
+#include "common/row_state.cuh"
+#include "units.cuh"
+
+namespace pbs::cuda {
 
 constexpr int kSampleThreads = 128;  // a warp for 16 rows, and a part of the keys
-
-// Powers of two that the rounding of an offset may move the own segment by.
-constexpr float kMostOwnShift = 4.0f;
 
 // 8 elements of two bytes.
 union Words {
@@ -20,26 +21,11 @@ union Words {
   uint32_t word[4];
 };
 
-template <class Element>
-__device__ void multiply_16x8x16(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                 uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
 // A warp's 16 queries. A lane has pieces of two of them, 8 rows apart: those of columns
 // 8 * (lane % 4) of every 32. The order of columns does not matter to a product as long as the keys
-// have the same.
-template <class Element, int kHeadDim, int kKeyParts>
+// have the same. `Image` is what a family makes of a stack: it may copy the queries, and says how
+// the weights of the own segment shift the row.
+template <class Image, class Element, int kHeadDim, int kKeyParts>
 class SampledQueries {
  public:
   __device__ SampledQueries(const SampledArgs& args, int perm_head, int stack)
@@ -48,8 +34,7 @@ class SampledQueries {
         part_(static_cast<int>(threadIdx.x) / kSampleThreads),
         unit_(args, perm_head, /*nth=*/0),
         pairs_(stack_pairs(args, stack)),
-        image_(args.stacks +
-               stack_idx(args, perm_head, stack) * static_cast<int64_t>(stack_bytes(kHeadDim))),
+        image_(args, stack_idx(args, perm_head, stack)),
         states_(args.rows + stack_idx(args, perm_head, stack) * kStackRows),
         lane_(static_cast<int>(threadIdx.x) % 32),
         row_(row_of_thread(thread_)) {}
@@ -60,7 +45,9 @@ class SampledQueries {
     for (int r = 0; r < kThreadRows; ++r) load(r);
     if (part_ == 0) {
 #pragma unroll
-      for (int r = 0; r < kThreadRows; ++r) write(r);
+      for (int r = 0; r < kThreadRows; ++r) {
+        scales_[r] = image_.template write<Element>(row_ + 8 * r, queries_[r]);
+      }
     }
     add_keys();
     if (kKeyParts > 1 && !merge_parts()) return;
@@ -126,33 +113,6 @@ class SampledQueries {
     for (int i = 0; i < kChunks; ++i) {
       queries_[r][i].whole =
           row.query >= 0 ? *reinterpret_cast<const uint4*>(from + 32 * i + lane_ % 4 * 8) : uint4{};
-    }
-  }
-
-  __device__ cutlass::Array<float, 8> floats(int r, int chunk) const {
-    return cutlass::NumericArrayConverter<float, Element, 8>()(
-        reinterpret_cast<const cutlass::Array<Element, 8>&>(queries_[r][chunk]));
-  }
-
-  // Writes the row to the image of the stack, and keeps the scale of its elements.
-  __device__ void write(int r) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const auto values = floats(r, i);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(values[e]));
-    }
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-    const NarrowScale scale(largest);
-    scales_[r] = scale.scale;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const auto narrow = narrowed(floats(r, i), scale.inverse);
-      const int place =
-          typename SampledLayouts<kHeadDim>::Stack{}(row_ + 8 * r, 32 * i + lane_ % 4 * 8);
-      *reinterpret_cast<uint2*>(image_ + place) = reinterpret_cast<const uint2&>(narrow);
     }
   }
 
@@ -271,19 +231,10 @@ class SampledQueries {
     SampledRow state{0.0f, 0.0f, 0.0f, -1};  // there is no such row
     if (rows_[r].query >= 0) {
       state.factor = scales_[r] * args_.params.scale * kLog2e;
-      set_own(state, base + log2f(sum));
+      Image::set_own(state, base + log2f(sum), args_.has_own);
       state.candidate_end = rows_[r].candidate_end;
     }
     if (lane_ % 4 == 0) states_[row_ + 8 * r] = state;
-  }
-
-  // From the logarithm of the own keys' weights. NaN, which selects everything, where half
-  // precision cannot hold it.
-  __device__ void set_own(SampledRow& state, float log2_own) const {
-    state.offset = __half2float(__float2half_rn(kWeightOffset - log2_own * (1.0f / kWeightRange)));
-    const float rest = log2_own + (state.offset - kWeightOffset) * kWeightRange;
-    state.own_sum = args_.has_own ? exp2_approx(rest) : 0.0f;
-    if (!(fabsf(rest) < kMostOwnShift)) state.own_sum = NAN;
   }
 
   const SampledArgs& args_;
@@ -291,30 +242,48 @@ class SampledQueries {
   int part_;          // of the keys
   SampledUnit unit_;  // any of the permutation
   StackPairs pairs_;
-  char* image_;
+  Image image_;
   SampledRow* states_;
   int lane_;
   int row_;
   Row rows_[kThreadRows];
   Words queries_[kThreadRows][kChunks];
-  float scales_[kThreadRows];
-  const Element* keys_ = nullptr;  // the lane's columns
+  float scales_[kThreadRows] = {};  // of what the image holds
+  const Element* keys_ = nullptr;   // the lane's columns
   int64_t row_stride_ = 0;
   float tops_[kThreadRows] = {-INFINITY, -INFINITY};
   float sums_[kThreadRows] = {};
 };
 
 // One CTA a stack.
-template <class Element, int kHeadDim, int kKeyParts>
+template <class Image, class Element, int kHeadDim, int kKeyParts>
 __global__ void __launch_bounds__(kSampleThreads* kKeyParts,
                                   kHeadDim <= 128 ? kSampleCtasPerSm / kKeyParts : 2)
     select_blocks_samples_kernel(const __grid_constant__ SampledArgs args) {
-  cudaTriggerProgrammaticLaunchCompletion();  // the images of the keys are another matter
+  Image::begin();
   const auto idx = static_cast<int>(blockIdx.x);
   if (idx == 0 && threadIdx.x == 0) *args.counter = 0;
-  SampledQueries<Element, kHeadDim, kKeyParts>(args, idx / args.plan.stacks_per_perm,
-                                               idx % args.plan.stacks_per_perm)
+  SampledQueries<Image, Element, kHeadDim, kKeyParts>(args, idx / args.plan.stacks_per_perm,
+                                                      idx % args.plan.stacks_per_perm)
       .run();
 }
 
-}  // namespace pbs::cuda::sm90
+template <class Image, class Element, int kHeadDim, int kKeyParts>
+cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
+  const int64_t num_stacks =
+      static_cast<int64_t>(args.plan.num_perm_heads) * args.plan.stacks_per_perm;
+  return launch_kernel(select_blocks_samples_kernel<Image, Element, kHeadDim, kKeyParts>, args,
+                       num_stacks, kKeyParts * kSampleThreads, 0, stream);
+}
+
+template <class Image, class Element, int kHeadDim>
+cudaError_t launch_samples(const SampledArgs& args, cudaStream_t stream) {
+  if (args.plan.key_parts == 1) return launch_samples<Image, Element, kHeadDim, 1>(args, stream);
+  if constexpr (kHeadDim <= 128) {
+    if (args.plan.key_parts == 2) return launch_samples<Image, Element, kHeadDim, 2>(args, stream);
+    if (args.plan.key_parts == 4) return launch_samples<Image, Element, kHeadDim, 4>(args, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace pbs::cuda

@@ -1,5 +1,5 @@
-// How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes. Host
-// and device.
+// How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes, in
+// every GPU family. Host and device.
 //
 // A pair is a query block and a selection: that of a query head, or of all that share a
 // permutation. The pairs of a permutation follow each other by query block, then by head, so that
@@ -11,9 +11,8 @@
 #include <cstdint>
 
 #include "pbs/params.h"
-#include "pbs/sm90/tile_shape.h"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 constexpr int kStackRows = 64;     // sampled queries of a stack, one warpgroup's rows
 constexpr int kSampledKeys = 128;  // of a tile, the columns of a product
@@ -23,30 +22,15 @@ constexpr int kSumsPerTile = kSampledKeys / kSumKeys;
 constexpr int kTilesPerRead = 2;
 constexpr int kSumsPerRead = kTilesPerRead * kSumsPerTile;
 
-constexpr int kDrawnUnits = 3;     // by a CTA, at once
-constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-constexpr int kSumWarpgroups = 4;  // that multiply
 // Stacks of a unit. Four share the keys that are loaded; but on short prompts the longest unit of
-// four takes longer than all others together. Then two or four warpgroups share the work of a
-// stack.
+// four takes longer than all others together. Then more warps share the work of a stack.
 constexpr int kFewestStacks = 1;
 constexpr int kFewStacks = 2;
 constexpr int kManyStacks = 4;
 
-// Tiles of keys in flight.
-PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
-  return head_dim_tiles(head_dim).sampled_stages;
-}
-
-// A tile in device memory is the image of what shared memory holds: its elements of one byte,
-// swizzled, and a float behind them that they are multiples of. Bulk copies move 16 bytes at least.
-PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kSampledKeys * head_dim + 16; }
-PBS_HOST_DEVICE constexpr int stack_bytes(int head_dim) { return kStackRows * head_dim; }
-
-// What the rows of a stack know before they meet a candidate. Products of their elements of one
-// byte times `factor` are logarithms to base 2. `offset`, which half precision holds, shifts them
-// so that the keys of the own segment weigh `own_sum` together, about 1
-// (csrc/cuda/sm90/select_blocks/sampled/weights.cuh).
+// What the rows of a stack know before they meet a candidate. Products of their elements times
+// `factor` are logarithms to base 2. `offset` shifts them so that the keys of the own segment weigh
+// `own_sum` together, about 1; each family has a scale of its own for it.
 struct alignas(16) SampledRow {
   float factor;
   float offset;
@@ -81,7 +65,16 @@ struct SampledPlan {
   int32_t head_dim;
 };
 
-constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num_sms) {
+// What a family makes of a GPU.
+struct SampledMachine {
+  int64_t num_sms;
+  int64_t ctas_per_sm;
+  int64_t most_stacks;  // of a unit
+  int64_t tile_bytes;   // of a tile of keys, as it is read
+};
+
+constexpr SampledPlan sampled_plan(const SelectBlocksParams& params,
+                                   const SampledMachine& machine) {
   const Problem& problem = params.problem;
   const Blocking& blocking = params.blocking;
   const int64_t num_q_blocks = num_query_blocks(problem, blocking);
@@ -99,30 +92,32 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params, int64_t num
   const int64_t num_stacks = static_cast<int64_t>(plan.stacks_per_perm) * plan.num_perm_heads;
   plan.key_parts = 1;
   while (plan.key_parts < kMostKeyParts && problem.head_dim <= 128 &&
-         2 * plan.key_parts * num_stacks <= kSampleCtasPerSm * num_sms) {
+         2 * plan.key_parts * num_stacks <= kSampleCtasPerSm * machine.num_sms) {
     plan.key_parts *= 2;
   }
-  plan.stacks_per_unit = num_stacks < kFewFrom * num_sms    ? kFewestStacks
-                         : num_stacks < kManyFrom * num_sms ? kFewStacks
-                                                            : kManyStacks;
+  const int64_t ctas_at_once = machine.num_sms * machine.ctas_per_sm;
+  const int64_t wanted = num_stacks < kFewFrom * ctas_at_once    ? kFewestStacks
+                         : num_stacks < kManyFrom * ctas_at_once ? kFewStacks
+                                                                 : kManyStacks;
+  plan.stacks_per_unit = narrow(smaller(wanted, machine.most_stacks));
   plan.units_per_perm = narrow(ceil_div(plan.stacks_per_perm, plan.stacks_per_unit));
   plan.num_tiles =
       narrow(ceil_div(num_candidate_rows(problem, blocking, params.is_causal), kSampledKeys));
-  const int64_t bytes_per_head =
-      static_cast<int64_t>(plan.num_tiles) * key_tile_bytes(plan.head_dim);
+  const int64_t bytes_per_head = plan.num_tiles * machine.tile_bytes;
   plan.heads_per_group =
       narrow(larger(1, smaller(plan.num_perm_heads, kGroupBytes / larger(1, bytes_per_head))));
-  plan.num_ctas =
-      narrow(smaller(num_sms, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
+  plan.num_ctas = narrow(
+      smaller(ctas_at_once, static_cast<int64_t>(plan.units_per_perm) * plan.num_perm_heads));
   return plan;
 }
 
-// Parts of the workspace, in this order, each at a multiple of 128 bytes.
+// Parts of the workspace, in this order, each at a multiple of 128 bytes. A family that multiplies
+// the operands where they are makes no copies of them.
 struct SampledWorkspace {
-  int64_t key_tiles = 0;  // (perm heads, num_tiles) of key_tile_bytes
-  int64_t stacks;         // (perm heads, stacks_per_perm) of stack_bytes
+  int64_t key_tiles = 0;  // (perm heads, num_tiles) copies of tiles of keys
+  int64_t stacks;         // (perm heads, stacks_per_perm) copies of stacks
   int64_t rows;           // (perm heads, stacks_per_perm, kStackRows) SampledRow
-  int64_t tables;         // (num_ctas, kSampledTables, stacks_per_unit) of table_bytes
+  int64_t tables;         // (num_ctas, tables_per_cta, stacks_per_unit) of table_bytes
   int64_t counter;        // one int32: units drawn
   int64_t end;
 };
@@ -132,7 +127,9 @@ PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
   return ceil_div(plan.num_tiles, kTilesPerRead) * kStackRows * kSumsPerRead * 2;
 }
 
-constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan) {
+// Bytes of the copy of a tile and of a stack, and tables of a CTA.
+constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan, int64_t key_tile_bytes,
+                                             int64_t stack_bytes, int64_t tables_per_cta) {
   constexpr int64_t kAlignment = 128;
   const auto behind = [](int64_t begin, int64_t bytes) {
     return ceil_div(begin + bytes, kAlignment) * kAlignment;
@@ -140,13 +137,13 @@ constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan) {
   const int64_t heads = plan.num_perm_heads;
   const int64_t stacks = heads * plan.stacks_per_perm;
   SampledWorkspace at{};
-  at.stacks = behind(at.key_tiles, heads * plan.num_tiles * key_tile_bytes(plan.head_dim));
-  at.rows = behind(at.stacks, stacks * stack_bytes(plan.head_dim));
+  at.stacks = behind(at.key_tiles, heads * plan.num_tiles * key_tile_bytes);
+  at.rows = behind(at.stacks, stacks * stack_bytes);
   at.tables = behind(at.rows, stacks * kStackRows * static_cast<int64_t>(sizeof(SampledRow)));
-  at.counter = behind(at.tables, static_cast<int64_t>(plan.num_ctas) * kSampledTables *
-                                     plan.stacks_per_unit * table_bytes(plan));
+  at.counter =
+      behind(at.tables, plan.num_ctas * tables_per_cta * plan.stacks_per_unit * table_bytes(plan));
   at.end = behind(at.counter, sizeof(int32_t));
   return at;
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda
