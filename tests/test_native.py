@@ -315,6 +315,72 @@ def test_select_tiles_keep_every_cta_busy(native, num_tokens, rows):
     assert tiles.num_slots >= 3  # 96 KiB
 
 
+# Of a multiprocessor: compute capability 8.6, 8.9 and 12.0; 8.0; 10.0.
+SHARED_BYTES_SM80 = [100 * 1024, 164 * 1024, 228 * 1024]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    num_heads=st.integers(1, 64),
+    num_tokens=st.integers(1, 2**22),
+    num_sms=st.integers(1, 200),
+    shared_bytes=st.sampled_from(SHARED_BYTES_SM80),
+    **SELECT_SIZES,
+)
+def test_select_tiles_fit_sm80(
+    native,
+    num_heads,
+    num_tokens,
+    num_sms,
+    shared_bytes,
+    head_dim,
+    is_float,
+    block_size,
+    kv_block_size,
+    segments,
+):
+    sizes = (head_dim, is_float, block_size, kv_block_size, 128 * segments)
+    tiles, most = native.select_tiles_sm80(num_heads, num_tokens, *sizes, num_sms, shared_bytes)
+    num_blocks = math.ceil(num_tokens / kv_block_size)
+    if shared_bytes == SHARED_BYTES_SM80[0]:
+        assert shared_bytes - 1024 == native.small_shared_bytes_per_cta
+        assert (tiles.rows > 0) == (num_blocks <= most)
+    elif num_blocks <= most:
+        assert tiles.rows > 0
+    assert tiles.rows <= native.logit_rows_sm80
+    assert most >= (22100 if head_dim == 256 else 23100)  # docs/ops.md, Errors
+    # SelectShared (sm80/select_blocks/mean/mean.cu), and rows with three zeros behind.
+    entries = num_blocks + math.ceil((128 * segments + block_size) / kv_block_size)
+    fixed = 4 * native.logit_rows_sm80 * (head_dim + 128) + 16
+    assert tiles.shared_bytes >= fixed + 4 * tiles.rows * (entries + 3)
+    assert (tiles.shared_bytes - fixed) % 16 == 0
+    if tiles.rows > 0:
+        assert tiles.shared_bytes <= shared_bytes - 1024
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "shared_bytes", "rows", "num_ctas"),
+    [
+        (8192, 100 * 1024, 4, 2),
+        (16384, 100 * 1024, 4, 2),
+        (32768, 100 * 1024, 8, 2),
+        (131072, 100 * 1024, 8, 2),
+        (131072, 228 * 1024, 8, 2),
+        (262144, 100 * 1024, 5, 2),
+        (262144, 164 * 1024, 8, 2),
+        (524288, 100 * 1024, 5, 1),
+        (1048576, 100 * 1024, 2, 1),
+        (1048576, 164 * 1024, 4, 1),
+    ],
+)
+def test_select_tiles_sm80_by_length(native, num_tokens, shared_bytes, rows, num_ctas):
+    """Of 32 heads on 132 multiprocessors, which have room for so many CTAs."""
+    sizes = (32, num_tokens, 128, False, 128, 128, 256)
+    tiles, _ = native.select_tiles_sm80(*sizes, 132, shared_bytes)
+    assert tiles.rows == rows
+    assert min(2, shared_bytes // (tiles.shared_bytes + 1024)) == num_ctas
+
+
 class SampledCase(NamedTuple):
     """Arguments of sampled_plan."""
 

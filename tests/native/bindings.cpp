@@ -9,6 +9,9 @@
 #include "pbs/bitmask.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
+#include "pbs/sm80/sampled_tiles.h"
+#include "pbs/sm80/select_tiles.h"
+#include "pbs/sm80/tile_shape.h"
 #include "pbs/sm90/sampled_tiles.h"
 #include "pbs/sm90/score_parts.h"
 #include "pbs/sm90/select_tiles.h"
@@ -18,7 +21,23 @@
 
 namespace py = pybind11;
 namespace cpu = pbs::cpu::native_test;
+namespace sm80 = pbs::cuda::sm80;
 namespace sm90 = pbs::cuda::sm90;
+
+// Of select_blocks with mean scores, with as many queries as keys.
+static pbs::SelectBlocksParams select_params(int64_t num_heads, int64_t num_tokens,
+                                             int64_t head_dim, bool is_float, int64_t block_size,
+                                             int64_t kv_block_size, int64_t segment_size) {
+  pbs::SelectBlocksParams params{};
+  params.problem.batch = 1;
+  params.problem.num_q_heads = num_heads;
+  params.problem.num_q = num_tokens;
+  params.problem.num_kv = num_tokens;
+  params.problem.head_dim = head_dim;
+  params.problem.dtype = is_float ? pbs::DType::kFloat32 : pbs::DType::kFloat16;
+  params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
+  return params;
+}
 
 PYBIND11_MODULE(pbs_native, m) {
   py::class_<pbs::QueryBlock>(m, "QueryBlock")
@@ -95,21 +114,29 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("rows", &sm90::SelectTiles::rows)
       .def_readonly("num_slots", &sm90::SelectTiles::num_slots)
       .def_readonly("shared_bytes", &sm90::SelectTiles::shared_bytes);
-  // Takes as many queries as keys; returns the most key blocks that have room, too.
+  // These return the most key blocks that have room, too.
   m.def("select_tiles", [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
                            int64_t block_size, int64_t kv_block_size, int64_t segment_size) {
-    pbs::SelectBlocksParams params{};
-    params.problem.batch = 1;
-    params.problem.num_q_heads = num_heads;
-    params.problem.num_q = num_tokens;
-    params.problem.num_kv = num_tokens;
-    params.problem.head_dim = head_dim;
-    params.problem.dtype = is_float ? pbs::DType::kFloat32 : pbs::DType::kFloat16;
-    params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
+    const auto params = select_params(num_heads, num_tokens, head_dim, is_float, block_size,
+                                      kv_block_size, segment_size);
     return std::make_pair(sm90::select_tiles(params, 132),
                           sm90::max_key_blocks(params.problem, params.blocking));
   });
   m.attr("logit_rows") = sm90::kLogitRows;
+  py::class_<sm80::SelectTiles>(m, "SelectTilesSm80")
+      .def_readonly("rows", &sm80::SelectTiles::rows)
+      .def_readonly("shared_bytes", &sm80::SelectTiles::shared_bytes);
+  m.def("select_tiles_sm80",
+        [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
+           int64_t block_size, int64_t kv_block_size, int64_t segment_size, int64_t num_sms,
+           int64_t shared_bytes_per_sm) {
+          const auto params = select_params(num_heads, num_tokens, head_dim, is_float, block_size,
+                                            kv_block_size, segment_size);
+          return std::make_pair(sm80::select_tiles(params, num_sms, shared_bytes_per_sm),
+                                sm80::max_key_blocks(params.problem, params.blocking));
+        });
+  m.attr("logit_rows_sm80") = sm80::kLogitRows;
+  m.attr("small_shared_bytes_per_cta") = sm80::kSmallSharedBytesPerCta;
   py::class_<pbs::cuda::SampledPlan>(m, "SampledPlan")
       .def_readonly("rows_per_pair", &pbs::cuda::SampledPlan::rows_per_pair)
       .def_readonly("pairs_per_stack", &pbs::cuda::SampledPlan::pairs_per_stack)

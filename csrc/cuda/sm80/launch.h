@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pbs/params.h"
+#include "pbs/sm80/select_tiles.h"
 
 namespace pbs::cuda::sm80 {
 

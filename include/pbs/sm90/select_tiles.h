@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "pbs/params.h"
+#include "pbs/select_rows.h"
 #include "pbs/sm90/tile_shape.h"
 
 namespace pbs::cuda::sm90 {
@@ -14,8 +15,7 @@ constexpr int kRowWarps = 16;   // compute rows of logits and cut them
 constexpr int kMeanWarps = 4;   // average queries
 constexpr int kMeanBuffers = 2;
 constexpr int kMaxQuerySlots = 8;
-constexpr int kCutScratch = 128;  // words of a warp: weights that it cuts in registers
-constexpr int kOnesBytes = 256;   // of 16 x 8 elements
+constexpr int kOnesBytes = 256;  // of 16 x 8 elements
 constexpr int kSelectBarrierBytes = 288;
 
 // A tile's mean queries are held as two TF32 halves, which take so many floats each.
@@ -27,12 +27,6 @@ PBS_HOST_DEVICE constexpr int query_slot_columns(int head_dim) {
 }
 PBS_HOST_DEVICE constexpr int query_slot_bytes(int head_dim, int block_size) {
   return 2 * block_size * query_slot_columns(head_dim);
-}
-
-// Floats from one row of logits to the next. Rows start 8 banks apart, and have room for three
-// zeros at the end.
-constexpr int64_t logit_stride(int64_t num_entries) {
-  return ceil_div(num_entries + 3, 32) * 32 + 8;
 }
 
 struct SelectTiles {

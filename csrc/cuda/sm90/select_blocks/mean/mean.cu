@@ -4,14 +4,13 @@
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <limits>
-
 #include "common/elements.h"
 #include "common/launch_kernel.h"
 #include "common/select_blocks/find_sink.cuh"
-#include "cut_row.cuh"
+#include "common/select_blocks/mean/cut_row.cuh"
+#include "common/select_blocks/mean/mask_row.cuh"
+#include "common/select_blocks/mean/mean_args.cuh"
 #include "device.h"
-#include "mask_row.cuh"
 #include "pbs/dispatch.h"
 #include "query_means.cuh"
 #include "sm90/launch.h"
@@ -20,31 +19,11 @@
 namespace pbs::cuda::sm90 {
 namespace {
 
-constexpr int kMeanKeysThreads = 256;
-
 // 96 a thread are there at launch (65536 / 640, in steps of 8).
 constexpr int kRowRegisters = 104;
 constexpr int kMeanRegisters = 64;
 static_assert(kRowWarps * kRowRegisters + kMeanWarps * kMeanRegisters ==
               (kRowWarps + kMeanWarps) * 96);
-
-// One warp a key block.
-template <class T>
-__global__ void __launch_bounds__(kMeanKeysThreads)
-    select_blocks_mean_keys_kernel(const __grid_constant__ SelectArgs args) {
-  const Problem& problem = args.params.problem;
-  const ConstRows& k = args.params.k;
-  const int64_t item = (static_cast<int64_t>(blockIdx.x) * kMeanKeysThreads + threadIdx.x) / 32;
-  const int64_t head = item / args.num_kv_blocks;
-  if (head >= problem.batch * problem.num_kv_heads) return;
-  const int64_t begin = item % args.num_kv_blocks * args.params.blocking.kv_block_size;
-  const T* rows = static_cast<const T*>(k.data) + head / problem.num_kv_heads * k.batch_stride +
-                  head % problem.num_kv_heads * k.head_stride;
-  mean_rows(rows, k.row_stride, begin,
-            smaller(begin + args.params.blocking.kv_block_size, problem.num_kv),
-            static_cast<int>(problem.head_dim), 1.0f,
-            [to = args.own_means + item * problem.head_dim](int d, float x) { to[d] = x; });
-}
 
 template <class Element, int kHeadDim>
 __device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>& shared) {
@@ -85,8 +64,9 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>
     for (int r = warp; r < tile.num_blocks; r += kRowWarps) {
       const QueryBlock block = block_of(args, tile, r);
       float* row = shared.logits + r * args.row_stride;
-      const Cut cut =
-          cut_row(args, tile, block, q_means, r, row, shared.scratch + warp * kCutScratch);
+      const Cut cut = cut_row(
+          args, tile, block, [&](int d) { return q_means.read(r, d); }, row,
+          shared.scratch + warp * kCutScratch);
       const auto num_scored = static_cast<int>(num_scored_blocks(
           block, problem, args.params.blocking, args.params.rule, args.params.is_causal));
       write_row(args.params, args.num_words,
@@ -146,14 +126,11 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
       return encode_error;
     }
   }
-  if (counts_own_mass(args.params.rule)) {
-    const int64_t num_key_blocks = problem.batch * problem.num_kv_heads * args.num_kv_blocks;
-    const auto num_ctas = static_cast<unsigned>(ceil_div(32 * num_key_blocks, kMeanKeysThreads));
-    select_blocks_mean_keys_kernel<Element><<<num_ctas, kMeanKeysThreads, 0, stream>>>(args);
-  }
   const int64_t num_tiles =
       problem.batch * problem.num_q_heads * ceil_div(args.num_q_blocks, args.tiles.rows);
-  const cudaError_t error = dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
+  cudaError_t error = launch_own_means(args, stream);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  error = dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
     return launch_kernel(select_blocks_mean_kernel<Element, head_dim>, args,
                          smaller(num_sms, num_tiles), kSelectThreads, args.tiles.shared_bytes,
                          stream);
@@ -163,27 +140,13 @@ const char* launch(SelectArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t select_mean_workspace(const SelectBlocksParams& params) {
-  const Problem& problem = params.problem;
-  if (!counts_own_mass(params.rule)) return 0;
-  return problem.batch * problem.num_kv_heads * num_key_blocks(problem, params.blocking) *
-         problem.head_dim * static_cast<int64_t>(sizeof(float));
-}
+int64_t select_mean_workspace(const SelectBlocksParams& params) { return own_means_bytes(params); }
 
 const char* launch_select_mean(const SelectBlocksParams& params, void* workspace, void* stream) {
-  const Problem& problem = params.problem;
-  const Blocking& blocking = params.blocking;
+  if (num_select_rows(params) == 0) return nullptr;
   SelectArgs args{};
-  args.params = params;
-  args.own_means = static_cast<float*>(workspace);
-  args.num_q_blocks = static_cast<int>(num_query_blocks(problem, blocking));
-  args.num_kv_blocks = static_cast<int>(num_key_blocks(problem, blocking));
-  args.num_words = static_cast<int>(num_mask_words(args.num_kv_blocks));
-  args.row_stride = static_cast<int>(logit_stride(num_mass_entries(params)));
-  const int64_t num_rows = problem.batch * problem.num_q_heads * args.num_q_blocks;
-  if (num_rows == 0) return nullptr;
-  if (num_rows > std::numeric_limits<int32_t>::max()) return "too many query blocks for one grid";
-  return dispatch_element(problem.dtype, [&](auto element) {
+  if (const char* error = fill_mean_args(params, workspace, args)) return error;
+  return dispatch_element(params.problem.dtype, [&](auto element) {
     return launch<decltype(element)>(args, static_cast<cudaStream_t>(stream));
   });
 }

@@ -10,7 +10,8 @@
 #include <type_traits>
 
 #include "common/exp2.cuh"
-#include "mean_rows.cuh"
+#include "common/select_blocks/mean/mean_rows.cuh"
+#include "pbs/key_tiles.h"
 #include "sm90/ring.cuh"
 #include "sm90/tma.cuh"
 #include "sm90/warpgroup.cuh"

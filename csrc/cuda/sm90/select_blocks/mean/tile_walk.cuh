@@ -7,8 +7,8 @@
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 
+#include "common/select_blocks/mean/mean_args.cuh"
 #include "logits.cuh"
-#include "pbs/params.h"
 #include "pbs/sm90/select_tiles.h"
 #include "sm90/warpgroup.cuh"
 
@@ -16,13 +16,7 @@ namespace pbs::cuda::sm90 {
 
 constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps);
 
-struct SelectArgs {
-  SelectBlocksParams params;
-  float* own_means;  // (B, Hkv, num_kv_blocks, D) of keys in their own order; with causal mass
-  int num_q_blocks;
-  int num_kv_blocks;
-  int num_words;
-  int row_stride;  // floats from one row of logits to the next
+struct SelectArgs : MeanArgs {
   SelectTiles tiles;
   CUtensorMap q;  // not of float32
 };
@@ -66,14 +60,6 @@ struct SelectShared {
   SelectBarriers* barriers;
 };
 
-// Some query blocks of one head.
-struct SelectTile {
-  int64_t b;
-  int64_t hq;
-  int first_block;
-  int num_blocks;
-};
-
 // The tiles of a CTA. Tiles are numbered from the longest rows to the shortest, across heads, and
 // taken from both ends in turn: what is loaded for a short one comes in while a long one is in
 // work.
@@ -111,10 +97,5 @@ class TileWalk {
   int tiles_per_head_;
   int nth_ = 0;
 };
-
-__device__ inline QueryBlock block_of(const SelectArgs& args, const SelectTile& tile, int row) {
-  return query_block(tile.first_block + row, args.params.problem, args.params.blocking,
-                     args.params.is_causal);
-}
 
 }  // namespace pbs::cuda::sm90

@@ -5,7 +5,7 @@
 #include "pbs/params.h"
 #include "top_mass.cuh"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 // Sets the bits of a row, and counts them. Candidates from num_scored on are visited anyhow.
 __device__ inline void write_row(const SelectBlocksParams& params, int num_words, int64_t row,
@@ -41,4 +41,4 @@ __device__ inline void write_row(const SelectBlocksParams& params, int num_words
   if (lane == 0) params.counts[row] = count;
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

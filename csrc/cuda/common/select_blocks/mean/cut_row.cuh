@@ -1,16 +1,16 @@
 // From a row of logits to the cut of its weights, by one warp.
 #pragma once
 
-#include "tile_walk.cuh"
+#include "mean_args.cuh"
 #include "top_mass.cuh"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 // Logits of the own segment's key blocks behind those of the candidates. Returns how many there are
 // in all.
-__device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& tile,
-                                     const QueryBlock& block, const SplitQueries& q_means, int row,
-                                     float* logits) {
+template <class ReadMean>
+__device__ int add_own_logits(const MeanArgs& args, const SelectTile& tile, const QueryBlock& block,
+                              const ReadMean& q_mean, float* logits) {
   const Problem& problem = args.params.problem;
   const int head_dim = static_cast<int>(problem.head_dim);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -23,7 +23,7 @@ __device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& t
   for (int64_t j = first; j < last; ++j, ++n) {
     float sum = 0.0f;
     for (int d = lane; d < head_dim; d += 32) {
-      sum += q_means.read(row, d) * own_means[j * head_dim + d];
+      sum += q_mean(d) * own_means[j * head_dim + d];
     }
     sum = warp_sum(sum);
     if (lane == 0) logits[n] = sum;
@@ -32,14 +32,15 @@ __device__ inline int add_own_logits(const SelectArgs& args, const SelectTile& t
   return n;
 }
 
-// The cut of a row. Leaves weights of candidates in `logits`.
-__device__ inline Cut cut_row(const SelectArgs& args, const SelectTile& tile,
-                              const QueryBlock& block, const SplitQueries& q_means, int row,
-                              float* logits, uint32_t* scratch) {
+// The cut of a row, whose mean query has the elements q_mean(d). Leaves weights of candidates in
+// `logits`.
+template <class ReadMean>
+__device__ Cut cut_row(const MeanArgs& args, const SelectTile& tile, const QueryBlock& block,
+                       const ReadMean& q_mean, float* logits, uint32_t* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto num_candidates = static_cast<int>(block.num_candidates);
   const int n = counts_own_mass(args.params.rule)
-                    ? add_own_logits(args, tile, block, q_means, row, logits)
+                    ? add_own_logits(args, tile, block, q_mean, logits)
                     : num_candidates;
   const float total = weigh(logits, n);
   float own = 0.0f;
@@ -56,4 +57,4 @@ __device__ inline Cut cut_row(const SelectArgs& args, const SelectTile& tile,
   return find_cut(logits, num_candidates, of_candidates, needed, scratch);
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

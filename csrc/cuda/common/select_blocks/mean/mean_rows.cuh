@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 template <class T>
 using Piece = cutlass::AlignedArray<T, 16 / sizeof(T), 16>;
@@ -58,4 +58,4 @@ __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int6
   }
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "common/exp2.cuh"
-#include "pbs/sm90/select_tiles.h"
+#include "pbs/select_rows.h"
 
-namespace pbs::cuda::sm90 {
+namespace pbs::cuda {
 
 __device__ inline float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
@@ -276,4 +276,4 @@ __device__ inline Cut find_cut(float* weights, int n, float total, float needed,
   return Cut{range.low(), num_equal, num_equal == range.num_between()};
 }
 
-}  // namespace pbs::cuda::sm90
+}  // namespace pbs::cuda

@@ -1,0 +1,59 @@
+// Tiles of select_blocks with mean scores on sm_80: how many query blocks a CTA has in work, and
+// the shared memory they take. Host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/params.h"
+#include "pbs/select_rows.h"
+#include "pbs/sm80/tile_shape.h"
+
+namespace pbs::cuda::sm80 {
+
+constexpr int kLogitRows = 8;         // query blocks of a tile at most, one for each warp
+constexpr int kSelectCtasPerSm = 2;   // as registers allow, with 128 a thread
+constexpr int kReservedBytes = 1024;  // of each CTA's shared memory
+
+struct SelectTiles {
+  int32_t rows;  // query blocks of a tile; 0 where not one fits
+  int64_t shared_bytes;
+};
+
+// A CTA holds this much beside its rows of logits: the mean queries, what its warps cut, and where
+// the sink is.
+constexpr int64_t select_fixed_bytes(int64_t head_dim) {
+  return 4 * kLogitRows * (head_dim + kCutScratch) + 16;
+}
+
+// As many rows as leave room for two CTAs on a multiprocessor, one of which reads queries while the
+// other computes. Where these are less than half a tile, one CTA takes all shared memory, so that
+// keys are read less often. On a short sequence half a tile, so that all multiprocessors have work.
+constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num_sms,
+                                   int64_t shared_bytes_per_sm) {
+  constexpr int64_t kTilesPerCta = 2;
+  const Problem& problem = params.problem;
+  const int64_t num_rows =
+      problem.batch * problem.num_q_heads * num_query_blocks(problem, params.blocking);
+  const bool is_short = num_rows < kLogitRows * num_sms * kSelectCtasPerSm * kTilesPerCta;
+  const int64_t wanted = is_short ? kLogitRows / 2 : kLogitRows;
+  const int64_t fixed_bytes = select_fixed_bytes(problem.head_dim);
+  const int64_t row_bytes = 4 * logit_stride(num_mass_entries(params));
+  int64_t rows = 0;
+  for (int64_t num_ctas = kSelectCtasPerSm; num_ctas > 0; --num_ctas) {
+    const int64_t room = shared_bytes_per_sm / num_ctas - kReservedBytes - fixed_bytes;
+    rows = smaller(wanted, larger(0, room) / row_bytes);
+    if (rows >= kLogitRows / 2) break;
+  }
+  SelectTiles tiles{};
+  tiles.rows = static_cast<int32_t>(rows);
+  tiles.shared_bytes = fixed_bytes + rows * row_bytes;
+  return tiles;
+}
+
+// The key blocks that a row of logits has room for, on the GPUs with the least shared memory.
+constexpr int64_t max_key_blocks(const Problem& problem, const Blocking& blocking) {
+  const int64_t room = kSmallSharedBytesPerCta - select_fixed_bytes(problem.head_dim);
+  return round_down(room / 4 - 8, 32) - 3 - num_own_entries(blocking);
+}
+
+}  // namespace pbs::cuda::sm80
