@@ -271,6 +271,37 @@ def test_score_plan_refuses_what_does_not_fit(native):
     assert native.score_plan(False, 4096, 1, 500, 132, 128).num_stages == 0
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    num_keys=st.one_of(st.integers(0, 3000), st.integers(0, 2**22), st.just(2**31 - 1)),
+    num_walks=st.integers(1, 1000),
+    num_sms=st.integers(1, 200),
+)
+def test_score_parts_hold_all_keys(native, num_keys, num_walks, num_sms):
+    parts = native.score_parts(num_keys, num_walks, num_sms)
+    assert parts.keys_per_part > 0 and parts.keys_per_part % 128 == 0
+    assert 0 <= parts.keys_per_part * parts.num_parts - num_keys < parts.keys_per_part
+    # No more CTAs than four waves, unless the walks alone, of at most 2^30 keys each, are more.
+    fewest = num_walks * -(-max(num_keys, 1) // 2**30)
+    assert num_walks * parts.num_parts <= max(fewest, 4 * native.score_ctas_per_sm * num_sms)
+
+
+@pytest.mark.parametrize("num_walks", [8, 32])
+def test_score_parts_fill_the_gpu_once(native, num_walks):
+    parts = native.score_parts(131072, num_walks, 132)
+    assert parts.num_parts * num_walks == 256  # of 264 places
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_score_ring_fits_twice_in_small_shared_memory(native, head_dim):
+    stage_rows, num_stages, num_bytes = native.score_ring(head_dim)
+    assert 128 % stage_rows == 0
+    assert num_stages >= 3  # one in work, two on their way
+    assert num_bytes == num_stages * stage_rows * (2 * head_dim + 4)
+    # A multiprocessor of compute capability 8.6 has 100 KB, and keeps 1 KB for itself a CTA.
+    assert native.score_ctas_per_sm * (num_bytes + 1024) <= 100 * 1024
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 4])
 def test_a_warpgroup_meets_few_blocks(native, num_heads):
     """Every fourth product, of all tiles by all blocks of the heads in turn."""

@@ -10,6 +10,7 @@
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
 #include "pbs/sm80/sampled_tiles.h"
+#include "pbs/sm80/score_parts.h"
 #include "pbs/sm80/select_tiles.h"
 #include "pbs/sm80/tile_shape.h"
 #include "pbs/sm90/sampled_tiles.h"
@@ -110,6 +111,16 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("score_stage_rows", &sm90::score_stage_rows);
   m.def("blocks_per_warpgroup", &sm90::blocks_per_warpgroup);
   m.attr("score_warpgroups") = sm90::kScoreWarpgroups;
+  py::class_<sm80::ScoreParts>(m, "ScoreParts")
+      .def_readonly("keys_per_part", &sm80::ScoreParts::keys_per_part)
+      .def_readonly("num_parts", &sm80::ScoreParts::num_parts);
+  m.def("score_parts", &sm80::score_parts);
+  // Rows of a stage, stages, and bytes of shared memory.
+  m.def("score_ring", [](int head_dim) {
+    return std::make_tuple(sm80::score_stage_rows(head_dim), sm80::score_stages(head_dim),
+                           sm80::score_shared_bytes(head_dim));
+  });
+  m.attr("score_ctas_per_sm") = sm80::kScoreCtasPerSm;
   py::class_<sm90::SelectTiles>(m, "SelectTiles")
       .def_readonly("rows", &sm90::SelectTiles::rows)
       .def_readonly("num_slots", &sm90::SelectTiles::num_slots)

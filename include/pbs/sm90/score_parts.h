@@ -4,13 +4,13 @@
 #include <cstdint>
 
 #include "pbs/geometry.h"
+#include "pbs/score_rows.h"
 #include "pbs/sm90/tile_shape.h"
 
 namespace pbs::cuda::sm90 {
 
-// A product of the matrix unit: a block of 64 rows, one warpgroup's, by a tile of 128.
+// A product of the matrix unit: a block of 64 rows, one warpgroup's, by a tile of kScoreTileRows.
 constexpr int kScoreBlockRows = 64;
-constexpr int kScoreTileRows = 128;
 constexpr int kScoreWarpgroups = 4;  // that multiply
 
 constexpr int score_tile_bytes(int head_dim) { return 2 * kScoreTileRows * head_dim; }

@@ -3,6 +3,7 @@
 // most 128 queries is cheaper than holding 128 x Nkv of them.
 #pragma once
 
+#include "common/score_keys/weights.cuh"
 #include "key_parts.cuh"
 #include "part_states.cuh"
 
@@ -28,16 +29,14 @@ class Importance {
                         args.params.problem.num_kv),
         shifts_(static_cast<float*>(part.table)) {}
 
-  // From what the parts found in the first pass: a weight is exp2(score + shift). By all consumers.
+  // The shifts, from what the parts found in the first pass. By all consumers.
   __device__ void prepare() {
     const int64_t first_head = part_.first_head(args_);
     for (int i = threadIdx.x; i < part_.heads_per_kv * kScoreTileRows; i += kScoreConsumers) {
       const int row = i % kScoreTileRows;
       const RowState all = merge_parts(row_states(args_, first_head + i / kScoreTileRows) + row,
                                        args_.num_merged, 1);
-      // A query that sees nothing but -inf weighs nothing, as one that does not exist.
-      const bool weighs = row < args_.num_rows && all.sum != 0.0f;
-      shifts_[i - row + place_of_shift(row)] = weighs ? -(all.max + log2f(all.sum)) : -INFINITY;
+      shifts_[i - row + place_of_shift(row)] = shift_of(all, row < args_.num_rows);
     }
     cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   }
@@ -64,7 +63,7 @@ class Importance {
           const cute::Tensor scores = multiply(k.stage, head, turns);
           if (head == visit.num_heads - 1) release(barriers.k_empty[k.stage]);
           const int head_of_kv = visit.group * args_.plan.heads_per_group + head;
-          add(scores, shifts_ + head_of_kv * kScoreTileRows, totals);
+          add_weights(scores, shifts_ + head_of_kv * kScoreTileRows, factor_, lane_, totals);
           if (is_per_query_head_) write(head_of_kv, key, true, totals);
         }
         if (!is_per_query_head_) write(0, key, visit.group == 0, totals);
@@ -97,30 +96,6 @@ class Importance {
   }
 
  private:
-  // Where the shift of a query is among those of its head: a thread's columns of two products of 8
-  // follow each other.
-  __device__ static int place_of_shift(int query) {
-    return query / 16 * 16 + query % 8 / 2 * 4 + query % 16 / 8 * 2 + query % 2;
-  }
-
-  template <class Scores>
-  __device__ void add(const Scores& scores, const float* shifts, float (&totals)[kThreadRows]) {
-    float sums[kThreadRows][2] = {};
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(scores); i += 8) {
-      const float4 four = *reinterpret_cast<const float4*>(shifts + i * 2 + lane_ % 4 * 4);
-      CUTE_UNROLL
-      for (int r = 0; r < kThreadRows; ++r) {
-        sums[r][0] += exp2_approx(scores(i + 2 * r) * factor_ + four.x);
-        sums[r][1] += exp2_approx(scores(i + 2 * r + 1) * factor_ + four.y);
-        sums[r][0] += exp2_approx(scores(i + 4 + 2 * r) * factor_ + four.z);
-        sums[r][1] += exp2_approx(scores(i + 4 + 2 * r + 1) * factor_ + four.w);
-      }
-    }
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) totals[r] += sums[r][0] + sums[r][1];
-  }
-
   // The thread's keys, from `key` on 8 apart. Clears what it writes.
   __device__ void write(int perm, int key, bool is_first, float (&totals)[kThreadRows]) const {
     float* importance = importance_ + perm * args_.params.problem.num_kv;

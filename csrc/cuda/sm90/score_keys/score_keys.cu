@@ -79,22 +79,16 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
 
 // One query head a CTA: merges the parts into the first, so that not every CTA of the second pass
 // has to.
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMergeThreads)
     score_keys_merge_kernel(const __grid_constant__ ScoreArgs args) {
-  constexpr int kSlices = 1024 / kScoreTileRows;
-  __shared__ float2 slices[kSlices][kScoreTileRows];
+  __shared__ MergeSlices slices;
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
   const int row = static_cast<int>(threadIdx.x) % kScoreTileRows;
   const int slice = static_cast<int>(threadIdx.x) / kScoreTileRows;
   float2* states = row_states(args, blockIdx.x) + row;
-  const RowState own =
-      merge_parts(states + slice * kScoreTileRows, args.num_states - slice, kSlices);
-  slices[slice][row] = float2{own.max, own.sum};
-  __syncthreads();
-  if (slice != 0) return;
-  const RowState all = merge_parts(&slices[0][row], kSlices, 1);
-  *states = float2{all.max, all.sum};
+  const RowState all = merge_slices(states, args.num_states, slice, row, slices);
+  if (slice == 0) *states = float2{all.max, all.sum};
 }
 
 template <class Traits>
@@ -140,7 +134,7 @@ cudaError_t launch(const Passes& passes, cudaStream_t stream) {
                     kScoreThreads, shared_bytes(passes.sums, true), stream);
   if (error == cudaSuccess && passes.importance.num_merged < passes.sums.num_states) {
     error = launch_kernel(score_keys_merge_kernel, passes.sums, problem.batch * problem.num_q_heads,
-                          1024, 0, stream, true);
+                          kMergeThreads, 0, stream, true);
   }
   if (error != cudaSuccess) return error;
   return launch_kernel(score_keys_importance_kernel<Traits>, passes.importance,

@@ -1,0 +1,109 @@
+// Rows that pass by the blocks of score_keys: copied to a ring of stages in shared memory, which
+// all warps read.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "pbs/params.h"
+#include "pbs/sm80/score_parts.h"
+#include "sm80/tile_copy.cuh"
+
+namespace pbs::cuda::sm80 {
+
+struct ScoreArgs {
+  ScoreKeysParams params;
+  ScoreParts sums;        // of the first pass; a walk is a query head
+  ScoreParts importance;  // of the second; a walk is a key head
+  float2* state;   // (B, Hq, sums.num_parts, kScoreTileRows): maximum and sum of a query's weights
+  float* shifts;   // (B, Hq, kScoreTileRows), in the order of place_of_shift
+  int num_rows;    // queries of a head
+  int num_scored;  // keys of a head
+};
+
+template <class Element_, int kHeadDim_>
+struct ScoreTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kRowTiles = kScoreBlockRows / (16 * kScoreWarps);  // of a warp
+  static constexpr int kStageRows = score_stage_rows(kHeadDim);
+  static constexpr int kNumStages = score_stages(kHeadDim);
+  static constexpr int kBlockStages = kScoreBlockRows / kStageRows;  // that hold a block's rows
+  // Accumulators of a row tile: rows of a stage are columns of the products.
+  static constexpr int kColumns = 32;
+  using Scores = decltype(cute::make_tensor<float>(cute::Shape<cute::Int<kColumns / 2>>{}));
+  using Copy = TileCopy<kHeadDim, kStageRows, kScoreThreads>;
+  using Read = TileRead<kHeadDim, kStageRows>;
+
+  struct Stage {
+    alignas(128) Element rows[kStageRows * kHeadDim];
+    float shifts[kStageRows];  // where the rows are queries
+  };
+  static_assert(sizeof(Stage) == score_stage_bytes(kHeadDim));
+  static_assert(kNumStages >= 3);
+};
+
+// What goes to a stage. There is no row where `rows` is null.
+template <class Element>
+struct StageRows {
+  const Element* rows;
+  int64_t row_stride;
+  int num_rows;         // that exist; the others are zeros
+  const float* shifts;  // or null
+};
+
+// Rows [first, first + num_rows) of a head; of none, if there are none left.
+template <class Element>
+__device__ __forceinline__ StageRows<Element> stage_rows(const ConstRows& rows, int64_t b, int head,
+                                                         int64_t first, int num_rows) {
+  const RowPlace place{b, num_rows > 0 ? first : 0};
+  return {static_cast<const Element*>(rows.data) + row_start(rows, place, head), rows.row_stride,
+          num_rows, nullptr};
+}
+
+template <class Traits>
+class ScoreRing {
+ public:
+  using Element = typename Traits::Element;
+  using Stage = typename Traits::Stage;
+
+  __device__ explicit ScoreRing(void* shared) : stages_(static_cast<Stage*>(shared)) {}
+
+  // Walk::next() says what goes to each stage.
+  template <class Walk>
+  __device__ __forceinline__ void start(Walk& walk) {
+#pragma unroll
+    for (int i = 0; i < Traits::kNumStages - 1; ++i) fill(i, walk.next());
+  }
+
+  // The next stage; the one before is filled anew.
+  template <class Walk>
+  __device__ __forceinline__ const Stage& advance(Walk& walk) {
+    wait_for_copies<Traits::kNumStages - 2>();
+    __syncthreads();  // the stage is there, and all are done with the one before
+    fill(stage_ == 0 ? Traits::kNumStages - 1 : stage_ - 1, walk.next());
+    const Stage& stage = stages_[stage_];
+    stage_ = stage_ == Traits::kNumStages - 1 ? 0 : stage_ + 1;
+    return stage;
+  }
+
+ private:
+  __device__ __forceinline__ void fill(int idx, const StageRows<Element>& from) {
+    constexpr int kRows = Traits::kStageRows;
+    Stage& stage = stages_[idx];
+    if (from.rows != nullptr) {
+      typename Traits::Copy(stage.rows)
+          .template start<kRows>(0, from.rows, from.row_stride, from.num_rows);
+    }
+    const int first = static_cast<int>(threadIdx.x) * 4;
+    if (from.shifts != nullptr && first < kRows) {
+      copy_piece(shared_address(stage.shifts + first), from.shifts + first, true);
+    }
+    commit_copies();
+  }
+
+  Stage* stages_;
+  int stage_ = 0;
+};
+
+}  // namespace pbs::cuda::sm80

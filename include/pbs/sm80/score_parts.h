@@ -1,0 +1,63 @@
+// How the sm_80 score_keys deals out keys, and its shared memory. Host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "pbs/geometry.h"
+#include "pbs/score_rows.h"
+#include "pbs/sm80/tile_shape.h"
+
+namespace pbs::cuda::sm80 {
+
+// A CTA holds a block of rows in registers, 32 a warp, and multiplies it by rows that pass by:
+// queries by keys in the first pass, keys by queries in the second.
+constexpr int kScoreWarps = 4;
+constexpr int kScoreThreads = 32 * kScoreWarps;
+constexpr int kScoreBlockRows = 32 * kScoreWarps;
+static_assert(kScoreBlockRows == kScoreTileRows, "a block holds the queries of a head");
+
+constexpr int kScoreCtasPerSm = 2;
+// Of each of them, where a multiprocessor has 100 KB and keeps 1 KB a CTA for itself.
+constexpr int kScoreSharedBytes = (kSmallSharedBytesPerCta + 1024) / kScoreCtasPerSm - 1024;
+
+// Rows that are loaded together, each with a shift of 4 bytes; and how many times there is room for
+// them.
+constexpr int score_stage_rows(int head_dim) { return head_dim <= 128 ? 64 : 32; }
+constexpr int score_stage_bytes(int head_dim) {
+  return score_stage_rows(head_dim) * (2 * head_dim + 4);
+}
+constexpr int score_stages(int head_dim) { return kScoreSharedBytes / score_stage_bytes(head_dim); }
+constexpr int score_shared_bytes(int head_dim) {
+  return score_stages(head_dim) * score_stage_bytes(head_dim);
+}
+
+// Of a part, so that a block behind its last key still counts in 32 bits.
+constexpr int64_t kMostPartKeys = int64_t{1} << 30;
+
+// The keys that each of num_walks CTAs would walk over, in parts that are CTAs of their own.
+struct ScoreParts {
+  int32_t keys_per_part;  // fewer in the last
+  int32_t num_parts;
+};
+
+// A part costs about as much as kScoreBlockRows keys more than those that it has.
+constexpr ScoreParts score_parts(int64_t num_keys, int64_t num_walks, int64_t num_sms) {
+  const int64_t num_slots = kScoreCtasPerSm * num_sms;
+  const int64_t num_blocks = larger(1, ceil_div(num_keys, kScoreBlockRows));
+  int64_t best_time = INT64_MAX;
+  int64_t best = 1;
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    const int64_t parts = larger(1, smaller(num_blocks, waves * num_slots / larger(1, num_walks)));
+    const int64_t time = ceil_div(num_walks * parts, num_slots) * (ceil_div(num_blocks, parts) + 1);
+    if (time < best_time) {
+      best_time = time;
+      best = parts;
+    }
+  }
+  const int64_t keys_per_part =
+      smaller(kMostPartKeys, ceil_div(num_blocks, best) * kScoreBlockRows);
+  return ScoreParts{static_cast<int32_t>(keys_per_part),
+                    static_cast<int32_t>(ceil_div(num_keys, keys_per_part))};
+}
+
+}  // namespace pbs::cuda::sm80
