@@ -231,8 +231,8 @@ def sampled_mass(
     Of each query block so many are taken, or all if it has fewer, the i-th at the end of the i-th
     of so many equal parts; with select_per="kv_head" the i-th is of head i modulo the number of
     heads that share a KV head. A query weighs every candidate key, and each own key up to its own
-    position. With rounding="e4m3" queries meet the candidates, and shares are limited, as on
-    CUDA."""
+    position. With rounding="e4m3" queries meet the candidates, and shares are limited, as in the
+    sm90 kernels; with rounding="limited" shares are limited, as in the sm80 kernels."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, _ = block_roles(layout)
     width, num_heads = kv_block_size or block_size, q.shape[1]
@@ -262,10 +262,12 @@ def sampled_mass(
         original = scale_for(q, scale) * samples @ original_keys[:, :, own].mT
         if is_causal:
             original = original.masked_fill(own > position[:, None], -torch.inf)
-        if rounding == "e4m3":
+        if rounding is not None:
             first = permuted[..., :FIRST_KEYS]
-            met = rounded_products(samples, Rounded(*(x[:, :, :end] for x in rounded_keys)))
-            weights = cut_softmax(scale_for(q, scale) * met, original, first)
+            if rounding == "e4m3":
+                met = rounded_products(samples, Rounded(*(x[:, :, :end] for x in rounded_keys)))
+                permuted = scale_for(q, scale) * met
+            weights = cut_softmax(permuted, original, first)
         else:
             weights = torch.cat([permuted, original], -1).softmax(-1).nan_to_num(0.0)
         padded = F.pad(weights, (0, -len(own) % width))

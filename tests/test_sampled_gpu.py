@@ -8,7 +8,6 @@ import reference as ref
 import torch
 from cases import Case, clustered_qkv
 from test_stages_gpu import HALVES, assert_sampled, assert_selection, select_on_gpu
-from tolerances import SAMPLED_RTOL
 
 pytestmark = pytest.mark.gpu
 LOG2E = math.log2(math.e)
@@ -178,7 +177,7 @@ def test_sampled_score_of_growing_logits(factor, last):
     ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > last).float()
     k[..., 0], q[..., 0] = ramp.bfloat16(), factor
     # Where logits are hundreds, the rounding of a sum of products is a good part of a weight.
-    mask, masses = assert_sampled(case, q, k, rtol=SAMPLED_RTOL if factor == 1 else 0.5)
+    mask, masses = assert_sampled(case, q, k, rtol=None if factor == 1 else 0.5)
     if factor == 3000 and last == 500:
         assert (masses[:, :, -1, 8:15] > 0.04).all()
         assert mask[:, :, -1, 8:15].all()

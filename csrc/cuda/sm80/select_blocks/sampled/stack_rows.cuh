@@ -10,9 +10,9 @@
 
 namespace pbs::cuda::sm80 {
 
-// A sum larger than this times the weights of the own segment counts as if it were as large, so
-// that all sums and their totals are finite.
-constexpr float kMostSum = 0x1p80f;
+// A weight larger than this times those of the own segment counts as if it were as large, so that
+// all sums are finite.
+constexpr float kMostAbove = 80.0f;  // powers of two
 
 // kRowTiles times 16 rows of a unit, whose queries the warp has in registers. Of a row tile a lane
 // has two rows of the products; of the sums it has those that row_of_sum says.
@@ -72,7 +72,7 @@ class StackRows {
 #pragma unroll
       for (int i = 0; i < kSumRows; ++i) {
         // Candidates are whole sums. What lies behind them weighs nothing, whatever it is.
-        const float sum = begin < candidate_end_[i] ? limited(sums[nth][i]) : 0.0f;
+        const float sum = begin < candidate_end_[i] ? sums[nth][i] : 0.0f;
         sums[nth][i] = sum;
         total_[i] += sum;
       }
@@ -95,9 +95,10 @@ class StackRows {
   // Of the unit.
   __device__ int row(int m, int r) const { return first_row_ + 16 * m + lane_ / 4 + 8 * r; }
 
-  __device__ static float limited(float sum) {
+  // NaN stays NaN.
+  __device__ static float limited(float above) {
     float least;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(sum), "f"(kMostSum));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(above), "f"(kMostAbove));
     return least;
   }
 
@@ -137,7 +138,7 @@ class StackRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         parts[m * kThreadRows + row_of(i)] +=
-            exp2_approx(scores[m][i] * factor_ + offset_[m][row_of(i)]);
+            exp2_approx(limited(scores[m][i] * factor_ + offset_[m][row_of(i)]));
       }
     }
   }
