@@ -41,7 +41,7 @@ def nvcc(tmp_path):
     "release, reason",
     [
         ("13.0", "no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0"),
-        ("11.8", "sm_90a needs nvcc >= 12.3, found 11.8"),
+        ("11.8", "sm_120 needs nvcc >= 12.8, found 11.8"),
     ],
 )
 def test_a_build_with_nvcc_has_kernels_or_fails(nvcc, release, reason, tmp_path):
@@ -66,7 +66,7 @@ def test_a_build_without_nvcc(tmp_path):
 def test_cudacxx_names_nvcc(nvcc, tmp_path):
     compiler = nvcc("11.8").rename(tmp_path / "elsewhere") / "nvcc"
     status, said = configure(tmp_path / "build", CUDACXX=str(compiler))
-    assert status != 0 and "sm_90a needs nvcc >= 12.3, found 11.8" in said
+    assert status != 0 and "sm_120 needs nvcc >= 12.8, found 11.8" in said
 
 
 @pytest.mark.parametrize(

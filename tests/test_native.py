@@ -748,7 +748,7 @@ def test_scored_blocks_are_those_not_visited_anyhow(
 
 def test_capability(native):
     for major, minor in product(range(5, 13), range(10)):
-        error = native.capability_error(10 * major + minor)
+        error = native.capability_error(10 * major + minor, "")
         assert (error == "") == runs_on((major, minor))
         if error:
             assert error.startswith(
