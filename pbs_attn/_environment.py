@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ._library import build_info
+from ._library import build_info, gpu_family
 
 RUN = uuid.uuid4().hex[:12]  # this process: times of different ones are not compared
 
@@ -37,13 +37,14 @@ def find_driver_version(text: str) -> str:
 
 
 def describe(device: torch.device | str) -> dict[str, str]:
-    """Hardware, threads, versions and the process that measured, as CSV columns. `driver` is empty
-    on a CPU."""
+    """Hardware, threads, versions and the process that measured, as CSV columns. `gpu_family`, the
+    kernels in use, and `driver` are empty on a CPU."""
     device = torch.device(device)
     is_gpu = device.type == "cuda"
     info = build_info()
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
+        "gpu_family": str(gpu_family(torch.cuda.get_device_capability(device))) if is_gpu else "",
         "threads": str(torch.get_num_threads()),
         "cpu_capability": info["cpu_capability"],
         "torch": torch.__version__,

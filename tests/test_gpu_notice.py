@@ -14,8 +14,8 @@ NO_NVCC = {"cuda_version": "", "cuda_status": "no CUDA compiler (nvcc) was found
 SWITCHED_OFF = {"cuda_version": "", "cuda_status": "switched off (PBS_CUDA=OFF)"}
 WITH_KERNELS = {"cuda_version": "13.0", "cuda_status": "sm_90a"}
 FAMILIES = [
-    {"name": "sm80", "first": 80, "last": 89},
     {"name": "sm90", "first": 90, "last": 90},
+    {"name": "sm80", "first": 80, "last": None},
 ]
 HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
 
@@ -24,7 +24,7 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
 def machine(monkeypatch):
     """Makes a machine with these GPUs, and a library of these families."""
 
-    def make(*gpus, compiled=NO_NVCC, torch_cuda="13.0", visible=1, families=FAMILIES[1:]):
+    def make(*gpus, compiled=NO_NVCC, torch_cuda="13.0", visible=1, families=FAMILIES):
         monkeypatch.setattr(_library, "_gpu_families", lambda: families)
         monkeypatch.setattr(_library, "_gpu_capabilities", lambda: list(gpus))
         monkeypatch.setattr(_library, "compiled_info", lambda: compiled)
@@ -52,35 +52,37 @@ def test_torch_without_cuda(machine):
 
 @pytest.mark.parametrize("torch_cuda", ["13.0", None])
 def test_another_gpu(machine, torch_cuda):
-    machine(AMPERE, (8, 9), torch_cuda=torch_cuda)
+    machine(TURING, (7, 0), torch_cuda=torch_cuda)
     notice = _library.missing_gpu_support()
-    assert "need compute capability 9.0, and this machine has 8.0, 8.9" in notice
+    assert "need compute capability 8.0 or newer, and this machine has 7.5, 7.0" in notice
 
 
-def test_families_say_which_gpus_are_used(machine):
-    machine(TURING, BLACKWELL, families=FAMILIES)
-    notice = _library.missing_gpu_support()
-    assert "need compute capability 8.0 to 8.9, 9.0, and this machine has 7.5, 10.0" in notice
-    assert [_library.runs_on(gpu) for gpu in (TURING, AMPERE, (8, 9), HOPPER, BLACKWELL)] == [
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
-    machine(AMPERE, families=FAMILIES)
-    assert _library.missing_gpu_support().startswith("the GPU is not used: this build of pbs_attn")
+@pytest.mark.parametrize(
+    ("wanted", "families"),
+    [
+        ("", [None, "sm80", "sm80", "sm90", "sm80"]),
+        ("sm80", [None, "sm80", "sm80", "sm80", "sm80"]),
+        ("sm90", [None, None, None, "sm90", None]),
+        ("sm70", [None] * 5),
+    ],
+)
+def test_families_by_gpu(machine, monkeypatch, wanted, families):
+    machine()
+    monkeypatch.setenv("PBS_GPU_FAMILY", wanted)
+    gpus = (TURING, AMPERE, (8, 9), HOPPER, BLACKWELL)
+    assert [_library.gpu_family(gpu) for gpu in gpus] == families
+    assert [_library.runs_on(gpu) for gpu in gpus] == [name is not None for name in families]
 
 
 @pytest.mark.parametrize("is_built", [True, False])
-@pytest.mark.parametrize("gpu", [AMPERE, HOPPER, BLACKWELL])
+@pytest.mark.parametrize("gpu", [TURING, AMPERE, HOPPER, BLACKWELL])
 def test_kernels_run_on_the_families_of_a_build_with_cuda(machine, monkeypatch, gpu, is_built):
     machine(gpu)
     stages = ("attention",) if is_built else ()
     monkeypatch.setattr(_library, "build_info", lambda: {"cuda_stages": stages})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-    assert _library.has_kernel("attention", "cuda") == (is_built and gpu == HOPPER)
+    assert _library.has_kernel("attention", "cuda") == (is_built and gpu != TURING)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_import_warns_of_a_build_without_kernels(machine):
         ([HOPPER], {"compiled": WITH_KERNELS}),
         ([HOPPER], {"torch_cuda": None}),
         ([HOPPER], {"visible": 0}),
-        ([AMPERE], {}),
+        ([TURING], {}),
         ([], {}),
     ],
 )

@@ -462,7 +462,7 @@ def sampled_cases(draw):
 
 def pairs_of(case, plan, unit_idx):
     """First head and query block of each pair of a unit, as unit_of and SampledUnit::pair
-    (sm90/select_blocks/sampled/unit_walk.cuh) find them."""
+    (common/select_blocks/sampled/units.cuh) find them."""
     group, in_group = divmod(unit_idx, plan.units_per_perm * plan.heads_per_group)
     first_head = group * plan.heads_per_group
     num_heads = min(plan.heads_per_group, plan.num_perm_heads - first_head)
@@ -629,6 +629,26 @@ def test_sampled_tables_hold_what_units_see(native, case):
     assert not any(end % native.sum_keys for end in seen)
 
 
+@settings(deadline=None, max_examples=200)
+@given(case=sampled_cases())
+def test_sampled_plan_of_sm80(native, case):
+    """Two CTAs a multiprocessor, whose warps hold the queries of at most four stacks in registers;
+    one of two stacks with 256 columns. Operands are not copied."""
+    is_wide = case.head_dim > 128
+    plan = native.sampled_plan_sm80(*case)
+    at_once = case.num_sms * (1 if is_wide else 2)
+    num_stacks = plan.stacks_per_perm * plan.num_perm_heads
+    wanted = native.stacks_per_unit[(num_stacks >= 2 * at_once) + (num_stacks >= 6 * at_once)]
+    assert plan.stacks_per_unit == min(wanted, 2 if is_wide else 4)
+    assert plan.units_per_perm == math.ceil(plan.stacks_per_perm / plan.stacks_per_unit)
+    assert plan.num_ctas == min(at_once, plan.units_per_perm * plan.num_perm_heads)
+    key_tiles, stacks, rows, tables, counter, end = native.sampled_workspace_sm80(plan)
+    assert key_tiles == stacks == rows == 0
+    assert tables >= num_stacks * native.stack_rows * native.sampled_row_bytes
+    assert counter - tables >= plan.num_ctas * plan.stacks_per_unit * native.table_bytes(plan)
+    assert end > counter
+
+
 @pytest.mark.parametrize(
     "empty", ["batch", "num_q", "num_kv"], ids=["no batch", "no queries", "no keys"]
 )
@@ -746,7 +766,8 @@ def test_scored_blocks_are_those_not_visited_anyhow(
         assert is_in_tail == in_tail[idx]
 
 
-def test_capability(native):
+def test_capability(native, monkeypatch):
+    monkeypatch.delenv("PBS_GPU_FAMILY", raising=False)
     for major, minor in product(range(5, 13), range(10)):
         error = native.capability_error(10 * major + minor, "")
         assert (error == "") == runs_on((major, minor))
@@ -755,6 +776,21 @@ def test_capability(native):
                 f"q must be on a GPU of compute capability {gpu_capabilities()}"
             )
             assert error.endswith(f"got {major}.{minor}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "families"),
+    [(90, "sm80", None), (90, "sm90", None), (80, "sm90", "sm80"), (90, "sm70", "sm90 or sm80")],
+)
+def test_a_family_by_name(native, capability, wanted, families):
+    error = native.capability_error(capability, wanted)
+    if families is None:
+        assert error == ""
+        return
+    assert error == (
+        f"PBS_GPU_FAMILY must be empty or {families} on a GPU of compute capability "
+        f"{capability / 10}, got {wanted}"
+    )
 
 
 def test_exp2(native):

@@ -162,25 +162,20 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("num_ctas", &pbs::cuda::SampledPlan::num_ctas)
       .def_readonly("num_tiles", &pbs::cuda::SampledPlan::num_tiles)
       .def_readonly("head_dim", &pbs::cuda::SampledPlan::head_dim);
-  m.def("sampled_plan",
-        [](int64_t batch, int64_t num_q_heads, int64_t num_kv_heads, int64_t num_perm_heads,
-           int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
-           int64_t kv_block_size, int64_t segment_size, bool is_causal, int32_t num_samples,
-           bool shares_heads, int64_t num_sms) {
-          pbs::SelectBlocksParams params{};
-          params.problem = pbs::Problem{batch, num_q_heads, num_kv_heads, num_perm_heads,
-                                        num_q, num_kv,      head_dim,     pbs::DType::kBFloat16};
-          params.blocking = pbs::Blocking{block_size, kv_block_size, segment_size};
-          params.is_causal = is_causal;
-          params.rule.num_samples = num_samples;
-          params.rule.shares_heads = shares_heads;
-          return sm90::sampled_plan(params, num_sms);
-        });
-  // Where its parts begin, in order, and where the last one ends.
-  m.def("sampled_workspace", [](const pbs::cuda::SampledPlan& plan) {
-    const pbs::cuda::SampledWorkspace at = sm90::sampled_workspace(plan);
-    return std::vector<int64_t>{at.key_tiles, at.stacks, at.rows, at.tables, at.counter, at.end};
+  m.def("sampled_plan", [](py::args args) {
+    return sm90::sampled_plan(sampled_params(args), args[kNumSms].cast<int64_t>());
   });
+  m.def("sampled_plan_sm80", [](py::args args) {
+    return sm80::sampled_plan(sampled_params(args), args[kNumSms].cast<int64_t>());
+  });
+  // Where its parts begin, in order, and where the last one ends.
+  const auto ends = [](const pbs::cuda::SampledWorkspace& at) {
+    return std::vector<int64_t>{at.key_tiles, at.stacks, at.rows, at.tables, at.counter, at.end};
+  };
+  m.def("sampled_workspace",
+        [ends](const pbs::cuda::SampledPlan& plan) { return ends(sm90::sampled_workspace(plan)); });
+  m.def("sampled_workspace_sm80",
+        [ends](const pbs::cuda::SampledPlan& plan) { return ends(sm80::sampled_workspace(plan)); });
   m.def("table_bytes", &pbs::cuda::table_bytes);
   m.def("key_tile_bytes", &sm90::key_tile_bytes);
   m.def("stack_bytes", &sm90::stack_bytes);
@@ -223,4 +218,17 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("half_to_float", &cpu::half_to_float);
   m.def("float_to_half", &cpu::float_to_half);
   m.def("float_to_bfloat16", &cpu::float_to_bfloat16);
+}  // Where the multiprocessors are among the arguments of sampled_plan.
+constexpr size_t kNumSms = 13;
+
+pbs::SelectBlocksParams sampled_params(const py::args& args) {
+  const auto size = [&](size_t i) { return args[i].cast<int64_t>(); };
+  pbs::SelectBlocksParams params{};
+  params.problem = pbs::Problem{size(0), size(1), size(2), size(3),
+                                size(4), size(5), size(6), pbs::DType::kBFloat16};
+  params.blocking = pbs::Blocking{size(7), size(8), size(9)};
+  params.is_causal = args[10].cast<bool>();
+  params.rule.num_samples = args[11].cast<int32_t>();
+  params.rule.shares_heads = args[12].cast<bool>();
+  return params;
 }

@@ -32,43 +32,37 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // A thread's pieces of tiles of kHeadDim columns and kTileRows rows, which kThreads threads copy.
+// As all that is here is short to compute, it is computed anew at each use.
 template <int kHeadDim, int kTileRows, int kThreads>
-class TileCopy {
- public:
+struct TileCopy {
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   static constexpr int kGroups = kHeadDim / kGroupColumns;
   static constexpr int kLanesPerRow = kGroupColumns / kPieceElements;
   static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
-
-  __device__ explicit TileCopy(const void* tile)
-      : row_(static_cast<int>(threadIdx.x) / kLanesPerRow),
-        column_(static_cast<int>(threadIdx.x) % kLanesPerRow * kPieceElements),
-        to_(shared_address(tile) + tile_offset<kGroupColumns>(kTileRows, row_, column_)) {
-    static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
-  }
+  static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
 
   // Starts to copy kRows rows to rows [first, first + kRows) of the tile. Those from num_rows on do
   // not exist.
   template <int kRows, class Element>
-  __device__ __forceinline__ void start(int first, const Element* rows, int64_t row_stride,
-                                        int num_rows) const {
+  __device__ __forceinline__ static void start(const void* tile, int first, const Element* rows,
+                                               int64_t row_stride, int num_rows) {
     static_assert(kRows % kRowsAtOnce == 0);
+    const int thread = read_thread();
+    const int own_row = thread / kLanesPerRow;
+    const int column = thread % kLanesPerRow * kPieceElements;
+    const uint32_t to =
+        shared_address(tile) + tile_offset<kGroupColumns>(kTileRows, own_row, column);
 #pragma unroll
     for (int i = 0; i < kRows; i += kRowsAtOnce) {
-      const bool exists = row_ + i < num_rows;
-      const Element* from = rows + (exists ? row_ + i : 0) * row_stride + column_;
+      const bool exists = own_row + i < num_rows;
+      const Element* from = rows + (exists ? own_row + i : 0) * row_stride + column;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        copy_piece(to_ + (group * kTileRows + first + i) * kGroupColumns * 2,
+        copy_piece(to + (group * kTileRows + first + i) * kGroupColumns * 2,
                    from + group * kGroupColumns, exists);
       }
     }
   }
-
- private:
-  int row_;
-  int column_;
-  uint32_t to_;
 };
 
 // A lane's address for ldmatrix: of row `row` of a tile, and of piece `piece` of the columns that

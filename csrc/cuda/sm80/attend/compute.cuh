@@ -18,12 +18,7 @@ class RowTiles {
   using Shared = typename Traits::Shared;
   using Work = typename Traits::Work;
 
-  __device__ RowTiles(Shared& shared, float scale_log2)
-      : lane_(static_cast<int>(threadIdx.x) % 32),
-        first_row_(static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles),
-        q_(shared.q, first_row_ + lane_ % 16, lane_ / 16),
-        k_(shared.k, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2),
-        v_(shared.v, lane_ % 16, lane_ / 16) {
+  __device__ RowTiles(const Shared& shared, float scale_log2) : shared_(shared) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       softmax_[m] = Softmax{scale_log2};
@@ -31,19 +26,27 @@ class RowTiles {
     }
   }
 
+  // Whether the warp's last row, and with it any, sees a key of the tile.
+  __device__ bool sees_some(const KeyTiles& tiles, int tile_idx) const {
+    return visible_keys(tiles, tile_idx, first_row() + 16 * kRowTiles - 1, Traits::kKeys) > 0;
+  }
+
   // S = Q . K^T, of the tile of keys in shared memory.
   __device__ __forceinline__ void multiply_keys() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) cute::clear(scores_[m]);
+    const int lane = read_thread() % 32;
+    const typename Traits::QueryRead queries(shared_.q, first_row() + lane % 16, lane / 16);
+    const typename Traits::KeyRead keys(shared_.k, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
       uint32_t q[kRowTiles][4];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) load_matrices(q_.at(step, 16 * m), q[m]);
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(queries.at(step, 16 * m), q[m]);
 #pragma unroll
       for (int pair = 0; pair < Traits::kKeys / 16; ++pair) {
         uint32_t k[4];
-        load_matrices(k_.at(step, 16 * pair), k);
+        load_matrices(keys.at(step, 16 * pair), k);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           multiply(scores_[m], 2 * pair, q[m], k[0], k[1]);
@@ -53,12 +56,28 @@ class RowTiles {
     }
   }
 
-  // Scores to weights. Where a maximum moved, what was summed up before it shrinks.
-  template <bool kIsMasked>
-  __device__ __forceinline__ void weigh(const KeyTiles& tiles, int tile_idx) {
+  // Hides what rows do not see of a tile.
+  __device__ __forceinline__ void mask(const KeyTiles& tiles, int tile_idx) {
+    const int lane = read_thread() % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      if (kIsMasked) mask(tiles, tile_idx, m);
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+        const int row = first_row() + lane / 4 + 16 * m + 8 * r;
+        // Against constants, counted from this lane's first column.
+        const int limit = visible_keys(tiles, tile_idx, row, Traits::kKeys) - column_of(0, lane);
+#pragma unroll
+        for (int i = 0; i < cute::size(scores_[m]); ++i) {
+          if (row_of(i) == r && column_of(i, 0) >= limit) scores_[m](i) = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Scores to weights. Where a maximum moved, what was summed up before it shrinks.
+  __device__ __forceinline__ void weigh() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
       float rescale[kThreadRows];
       if (softmax_[m].raise(scores_[m], rescale)) {
 #pragma unroll
@@ -70,6 +89,8 @@ class RowTiles {
 
   // O += P . V, of the tile of values in shared memory.
   __device__ __forceinline__ void multiply_values() {
+    const int lane = read_thread() % 32;
+    const typename Traits::KeyRead values(shared_.v, lane % 16, lane / 16);
 #pragma unroll
     for (int step = 0; step < Traits::kKeys / 16; ++step) {
       uint32_t p[kRowTiles][4];
@@ -81,7 +102,7 @@ class RowTiles {
 #pragma unroll
       for (int pair = 0; pair < Traits::kHeadDim / 16; ++pair) {
         uint32_t v[4];
-        load_transposed(v_.at(pair, 16 * step), v);
+        load_transposed(values.at(pair, 16 * step), v);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           multiply(output_[m], 2 * pair, p[m], v[0], v[1]);
@@ -92,12 +113,13 @@ class RowTiles {
   }
 
   __device__ void write(const Work& work, int64_t row_stride) const {
+    const int lane = read_thread() % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        write_row<Traits::kHeadDim>(work, row_stride, softmax_[m], output_[m], r, row(m) + 8 * r,
-                                    lane_);
+        write_row<Traits::kHeadDim>(work, row_stride, softmax_[m], output_[m], r,
+                                    first_row() + lane / 4 + 16 * m + 8 * r, lane);
       }
     }
   }
@@ -105,8 +127,8 @@ class RowTiles {
  private:
   static constexpr int kRowTiles = Traits::kRowTiles;
 
-  // The thread's first row of a row tile.
-  __device__ int row(int m) const { return first_row_ + 16 * m + lane_ / 4; }
+  // Of the warp.
+  __device__ static int first_row() { return read_thread() / 32 * 16 * kRowTiles; }
 
   // Adds to 8 columns of the accumulators.
   template <class Accumulators>
@@ -125,24 +147,7 @@ class RowTiles {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
 
-  __device__ __forceinline__ void mask(const KeyTiles& tiles, int tile_idx, int m) {
-    // Against constants, counted from this lane's first column.
-#pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      const int limit =
-          visible_keys(tiles, tile_idx, row(m) + 8 * r, Traits::kKeys) - column_of(0, lane_);
-#pragma unroll
-      for (int i = 0; i < cute::size(scores_[m]); ++i) {
-        if (row_of(i) == r && column_of(i, 0) >= limit) scores_[m](i) = -INFINITY;
-      }
-    }
-  }
-
-  int lane_;
-  int first_row_;  // of the warp
-  typename Traits::QueryRead q_;
-  typename Traits::KeyRead k_;
-  typename Traits::KeyRead v_;
+  const Shared& shared_;
   Softmax softmax_[kRowTiles];
   typename Traits::Output output_[kRowTiles];
   typename Traits::Scores scores_[kRowTiles];

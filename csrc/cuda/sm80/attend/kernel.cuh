@@ -12,45 +12,45 @@
 
 namespace pbs::cuda::sm80 {
 
+// Draws the next query block that visits anything. By one warp.
 template <class Traits>
-__device__ void start_queries(const DrawArgs& args, typename Traits::Shared& shared) {
-  using Element = typename Traits::Element;
-  const auto& work = shared.work;
-  const ConstRows& q = args.params.q;
-  const Element* rows = static_cast<const Element*>(q.data) +
-                        row_start(q, RowPlace{work.b, work.first_row}, work.q_head);
-  typename Traits::QueryCopy(shared.q).template start<kTileRows>(0, rows, q.row_stride,
-                                                                 work.num_rows);
+__device__ void draw_work(const DrawArgs& args, typename Traits::Work& work) {
+  WorkDrawer drawer(args);
+  do {
+    if (threadIdx.x % 32 == 0) drawer.fill(drawer.draw(), Traits::kKeys, work);
+    __syncwarp();
+    if (work.tiles.total == 0) {
+      write_nothing<Traits::kHeadDim>(work, args.params.out.row_stride);
+      __syncwarp();
+    }
+  } while (work.tiles.total == 0);
 }
 
-// All keys that a query block visits.
+// All keys that a query block visits. Draws the next block meanwhile, and starts to load it.
 template <class Traits>
-__device__ __forceinline__ void attend_block(const DrawArgs& args,
-                                             typename Traits::Shared& shared) {
-  const auto& work = shared.work;
-  const KeyTiles tiles = work.tiles;
-  start_queries<Traits>(args, shared);
-  TileLoader<Traits> loader(args, shared);
-  loader.start_keys(0);
+__device__ __forceinline__ void attend_block(const DrawArgs& args, typename Traits::Shared& shared,
+                                             int slot, TileLoader<Traits>& loader) {
+  const auto& work = shared.work[slot];
+  auto& next = shared.work[slot ^ 1];
+  const KeyTiles& tiles = work.tiles;
   RowTiles<Traits> rows(shared, args.params.scale * kLog2e);
-  const auto visit = [&](int tile_idx, auto is_masked) {
+#pragma unroll 1
+  for (int tile_idx = 0; tile_idx < tiles.total; ++tile_idx) {
     wait_for_copies<0>();
     __syncthreads();  // the keys are there, and all are done with the values before
-    loader.start_values();
-    rows.multiply_keys();
+    loader.start_values(work, tile_idx);
+    if (tile_idx == 0 && threadIdx.x < 32) draw_work<Traits>(args, next);
+    const bool is_masked = tile_idx < tiles.num_masked;
+    const bool sees_some = !is_masked || rows.sees_some(tiles, tile_idx);
+    if (sees_some) rows.multiply_keys();
     wait_for_copies<0>();
     __syncthreads();  // the values are there, and all are done with the keys
-    if (tile_idx + 1 < tiles.total) loader.start_keys(tile_idx + 1);
-    rows.template weigh<decltype(is_masked)::value>(tiles, tile_idx);
+    loader.start_next(work, tile_idx, next);
+    if (!sees_some) continue;
+    if (is_masked) rows.mask(tiles, tile_idx);
+    rows.weigh();
     rows.multiply_values();
-  };
-  int tile_idx = 0;
-#pragma unroll 1
-  for (; tile_idx < min(tiles.num_masked, tiles.total); ++tile_idx) {
-    visit(tile_idx, std::true_type{});
   }
-#pragma unroll 1
-  for (; tile_idx < tiles.total; ++tile_idx) visit(tile_idx, std::false_type{});
   rows.write(work, args.params.out.row_stride);
 }
 
@@ -59,22 +59,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     attend_kernel(const __grid_constant__ DrawArgs args) {
   extern __shared__ __align__(128) char raw[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(raw);
-  WorkDrawer drawer(args);
-  int draw_idx = threadIdx.x == 0 ? drawer.draw() : 0;
-  while (true) {
-    if (threadIdx.x == 0) {
-      drawer.fill(draw_idx, Traits::kKeys, shared.work);
-      draw_idx = drawer.draw();  // on its way while this block is in work
-    }
-    __syncthreads();
-    const int total = shared.work.tiles.total;
-    if (total < 0) return;
-    if (total > 0) {
-      attend_block<Traits>(args, shared);
-    } else if (threadIdx.x < 32) {
-      write_nothing<Traits::kHeadDim>(shared.work, args.params.out.row_stride);
-    }
-    __syncthreads();  // all are done with this query block
+  if (threadIdx.x < 32) draw_work<Traits>(args, shared.work[0]);
+  __syncthreads();
+  if (shared.work[0].tiles.total < 0) return;
+  TileLoader<Traits> loader(args, shared);
+  loader.begin(shared.work[0]);
+#pragma unroll 1
+  for (int slot = 0; shared.work[slot].tiles.total > 0; slot ^= 1) {
+    attend_block<Traits>(args, shared, slot, loader);
   }
 }
 

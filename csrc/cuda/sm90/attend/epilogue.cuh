@@ -6,14 +6,6 @@
 
 namespace pbs::cuda::sm90 {
 
-// The index of this thread, read anew: what is computed from it is not carried, in registers that
-// the main loop lacks, from one block's end to the next one's.
-__device__ inline int read_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 template <class Traits, class Output>
 __device__ void write_rows(const AttendParams& params, const typename Traits::Work& work,
                            const Softmax& softmax, const Output& tOrO) {

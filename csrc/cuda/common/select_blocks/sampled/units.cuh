@@ -18,6 +18,7 @@ struct SampledArgs {
   SampledRow* rows;
   char* tables;
   int* counter;  // of drawn units, without the first of each CTA
+  float factor;  // scale * log2(e)
   int num_kv;
   int num_candidate_rows;
   int num_q_blocks;
@@ -38,6 +39,7 @@ inline SampledArgs sampled_args(const SelectBlocksParams& params, const SampledP
   args.rows = reinterpret_cast<SampledRow*>(memory + at.rows);
   args.tables = memory + at.tables;
   args.counter = reinterpret_cast<int*>(memory + at.counter);
+  args.factor = params.scale * kLog2e;
   args.num_kv = static_cast<int>(problem.num_kv);
   args.num_candidate_rows =
       static_cast<int>(num_candidate_rows(problem, blocking, params.is_causal));

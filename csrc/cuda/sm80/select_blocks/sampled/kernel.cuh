@@ -41,7 +41,7 @@ class StageLoader {
   using Copy = TileCopy<Traits::kHeadDim, kStageKeys, Traits::kThreads>;
 
   __device__ StageLoader(const SampledArgs& args, Shared& shared, const SampledUnit& unit)
-      : args_(args), unit_(unit), first_(shared.k[0]) {}
+      : args_(args), unit_(unit), shared_(shared) {}
 
   // Starts to copy the keys from first_key on, if there are any.
   __device__ __forceinline__ void start(int slot, int first_key) const {
@@ -54,29 +54,27 @@ class StageLoader {
       const RowPlace place = place_in_pages(args_.params.pages, unit_.b, key);
       const Element* rows =
           static_cast<const Element*>(keys.data) + row_start(keys, place, unit_.hp);
-      // A slot further on is as many rows as its column groups have.
-      first_.template start<kPartRows>(slot * kStageKeys * Copy::kGroups + i, rows, keys.row_stride,
-                                       num_rows);
+      Copy::template start<kPartRows>(shared_.k[slot], i, rows, keys.row_stride, num_rows);
     }
   }
 
  private:
   const SampledArgs& args_;
   const SampledUnit& unit_;
-  Copy first_;
+  Shared& shared_;
 };
 
 // A lane's two neighbouring sums of a stage.
 template <class Traits>
-__device__ __forceinline__ void write_sums(const typename Traits::Rows& rows, char* tables,
-                                           int64_t bytes_per_table, int stage,
+__device__ __forceinline__ void write_sums(const SampledArgs& args, char* tables, int stage,
                                            const float (&sums)[2][Traits::Rows::kSumRows]) {
-  if (!rows.writes_sums()) return;
+  using Rows = typename Traits::Rows;
+  if (!Rows::writes_sums()) return;
 #pragma unroll
   for (int i = 0; i < Traits::Rows::kSumRows; ++i) {
-    const int row = rows.row_of_sum(i);
+    const int row = Rows::row_of_sum(i);
     constexpr int kStagesPerRead = kTilesPerRead * kSampledKeys / kStageKeys;
-    char* to = tables + row / kStackRows * bytes_per_table +
+    char* to = tables + row / kStackRows * table_bytes(args.plan) +
                (static_cast<int64_t>(stage / kStagesPerRead) * kStackRows + row % kStackRows) *
                    kSumsPerRead * 2 +
                stage % kStagesPerRead * 4;
@@ -96,9 +94,7 @@ __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledU
     loader.start(i, i * kStageKeys);
     commit_copies();
   }
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  typename Traits::Rows rows(args, unit, warp * 16 * Traits::kRowTiles);
-  const int64_t bytes_per_table = table_bytes(args.plan);
+  typename Traits::Rows rows(args, unit);
   int slot = 0;
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
@@ -109,12 +105,12 @@ __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledU
     commit_copies();
     float sums[2][Traits::Rows::kSumRows];
     rows.add(shared.k[slot], stage * kStageKeys, sums);
-    write_sums<Traits>(rows, tables, bytes_per_table, stage, sums);
+    write_sums<Traits>(args, tables, stage, sums);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   wait_for_copies<0>();
   __syncthreads();  // all are done with the keys
-  rows.write_weights(shared.weights());
+  rows.write_weights(unit, shared.weights());
 }
 
 // Rows of the block mask of a unit, by one warp after the other.

@@ -13,6 +13,8 @@ namespace pbs::cuda::sm80 {
 // A weight larger than this times those of the own segment counts as if it were as large, so that
 // all sums are finite.
 constexpr float kMostAbove = 80.0f;  // powers of two
+// No weight of a smaller sum is that large.
+constexpr float kSmallSum = 0x1p80f;
 
 // kRowTiles times 16 rows of a unit, whose queries the warp has in registers. Of a row tile a lane
 // has two rows of the products; of the sums it has those that row_of_sum says.
@@ -25,12 +27,9 @@ class StackRows {
   static constexpr int kSumRows = kRowTiles == 4 ? 2 : 1;
   using KeyRead = TileRead<kHeadDim, kStageKeys>;
 
-  __device__ StackRows(const SampledArgs& args, const SampledUnit& unit, int first_row)
-      : lane_(static_cast<int>(threadIdx.x) % 32),
-        first_row_(first_row),
-        factor_(args.params.scale * kLog2e) {
+  __device__ StackRows(const SampledArgs& args, const SampledUnit& unit) : args_(args) {
     load_queries(args, unit);
-    const bool exists = unit.pairs(first_row / kStackRows).count > 0;
+    const bool exists = unit.pairs(first_row() / kStackRows).count > 0;
     const SampledRow* rows =
         args.rows + stack_idx(args, unit.perm_head, unit.first_stack) * kStackRows;
 #pragma unroll
@@ -41,65 +40,81 @@ class StackRows {
 #pragma unroll
     for (int i = 0; i < kSumRows; ++i) {
       candidate_end_[i] = exists ? rows[row_of_sum(i)].candidate_end : -1;
-      own_sum_[i] = exists ? rows[row_of_sum(i)].own_sum : 0.0f;
       total_[i] = 0.0f;
     }
   }
 
   // The row of the unit that the lane's sum `i` belongs to.
-  __device__ int row_of_sum(int i) const {
-    const int quad = lane_ % 4;
-    if constexpr (kRowTiles == 4) return first_row_ + 16 * quad + lane_ / 4 + 8 * i;
-    if constexpr (kRowTiles == 2) return first_row_ + quad / 2 * 16 + quad % 2 * 8 + lane_ / 4;
-    return first_row_ + quad % 2 * 8 + lane_ / 4;
+  __device__ static int row_of_sum(int i) {
+    const int lane = read_thread() % 32;
+    const int quad = lane % 4;
+    if constexpr (kRowTiles == 4) return first_row() + 16 * quad + lane / 4 + 8 * i;
+    if constexpr (kRowTiles == 2) return first_row() + quad / 2 * 16 + quad % 2 * 8 + lane / 4;
+    return first_row() + quad % 2 * 8 + lane / 4;
   }
   // Where two lanes have the same sum, one of them writes it.
-  __device__ bool writes_sums() const { return kRowTiles > 1 || lane_ % 4 < 2; }
+  __device__ static bool writes_sums() { return kRowTiles > 1 || read_thread() % 4 < 2; }
 
   // Sums of a stage of keys, of which first_key is the first.
   __device__ __forceinline__ void add(const char* stage, int first_key,
                                       float (&sums)[kSumsPerStage][kSumRows]) {
-    const KeyRead keys(stage, lane_ % 8, lane_ / 8);
+    const int lane = read_thread() % 32;
+    const KeyRead keys(stage, lane % 8, lane / 8);
+    // The products of the next keys run beside the exponentials of these.
+    float scores[2][kRowTiles][4];
+    float parts[kRowTiles * kThreadRows];
+    bool is_small = true;
+    multiply(keys, 0, scores[0]);
+#pragma unroll
+    for (int i = 0; i < kStageKeys / 8; ++i) {
+      constexpr int kPerSum = kSumKeys / 8;
+      if (i + 1 < kStageKeys / 8) multiply(keys, (i + 1) * 8, scores[(i + 1) % 2]);
+      if (i % kPerSum == 0) clear(parts);
+      weigh<false>(scores[i % 2], parts);
+      if (i % kPerSum != kPerSum - 1) continue;
+      share_quad(parts, sums[i / kPerSum]);
+#pragma unroll
+      for (float sum : sums[i / kPerSum]) is_small &= sum < kSmallSum;
+    }
+    if (!__all_sync(~0u, is_small)) add_limited(keys, sums);
 #pragma unroll
     for (int nth = 0; nth < kSumsPerStage; ++nth) {
-      float parts[kRowTiles * kThreadRows] = {};
-#pragma unroll
-      for (int eighth = 0; eighth < kSumKeys / 8; ++eighth) {
-        add_eight(keys, nth * kSumKeys + eighth * 8, parts);
-      }
-      share_quad(parts, sums[nth]);
-      const int begin = first_key + nth * kSumKeys;
 #pragma unroll
       for (int i = 0; i < kSumRows; ++i) {
         // Candidates are whole sums. What lies behind them weighs nothing, whatever it is.
-        const float sum = begin < candidate_end_[i] ? sums[nth][i] : 0.0f;
-        sums[nth][i] = sum;
-        total_[i] += sum;
+        const bool is_candidate = first_key + nth * kSumKeys < candidate_end_[i];
+        sums[nth][i] = is_candidate ? sums[nth][i] : 0.0f;
+        total_[i] += sums[nth][i];
       }
     }
   }
 
   // What the weights of a row are to be multiplied by, as two equal bfloat16.
-  __device__ void write_weights(uint32_t* weights) const {
+  __device__ void write_weights(const SampledUnit& unit, uint32_t* weights) const {
     if (!writes_sums()) return;
+    const SampledRow* rows =
+        args_.rows + stack_idx(args_, unit.perm_head, unit.first_stack) * kStackRows;
 #pragma unroll
     for (int i = 0; i < kSumRows; ++i) {
-      const float total = total_[i] + own_sum_[i];
       // A row that does not exist weighs nothing; in one that sees nothing all shares are 0.
-      const float weight = candidate_end_[i] >= 0 && total != 0.0f ? 1.0f / total : 0.0f;
+      const bool exists = candidate_end_[i] >= 0;
+      const float total = total_[i] + (exists ? rows[row_of_sum(i)].own_sum : 0.0f);
+      const float weight = exists && total != 0.0f ? 1.0f / total : 0.0f;
       weights[row_of_sum(i)] = bits_of(__float2bfloat162_rn(weight));
     }
   }
 
  private:
-  // Of the unit.
-  __device__ int row(int m, int r) const { return first_row_ + 16 * m + lane_ / 4 + 8 * r; }
+  // Rows of the unit: the warp's first one, and the lane's in products.
+  __device__ static int first_row() { return read_thread() / 32 * 16 * kRowTiles; }
+  __device__ static int row(int m, int r) {
+    return first_row() + 16 * m + read_thread() % 32 / 4 + 8 * r;
+  }
 
-  // NaN stays NaN.
+  // Of an infinite score, as of one that is no number, NaN: dense attention has no number, either.
   __device__ static float limited(float above) {
-    float least;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(above), "f"(kMostAbove));
-    return least;
+    if (above == INFINITY) return NAN;
+    return above > kMostAbove ? kMostAbove : above;
   }
 
   // A lane's elements of both of its rows in every row tile, as products take them.
@@ -115,7 +130,7 @@ class StackRows {
         const Element* from =
             static_cast<const Element*>(q.data) +
             row_start(q, RowPlace{unit.b, sample.block.first_row + sample.row}, sample.hq) +
-            lane_ % 4 * 2;
+            read_thread() % 4 * 2;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -128,24 +143,52 @@ class StackRows {
     }
   }
 
-  // Adds the weights of 8 keys, of which the first is row `key` of the stage.
-  __device__ __forceinline__ void add_eight(const KeyRead& keys, int key,
-                                            float (&parts)[kRowTiles * kThreadRows]) {
-    float scores[kRowTiles][4] = {};
-    multiply(keys, key, scores);
+  __device__ static void clear(float (&parts)[kRowTiles * kThreadRows]) {
+#pragma unroll
+    for (float& part : parts) part = 0.0f;
+  }
+
+  // The sums of a stage once more, with weights that are limited. Rare code: it is not unrolled, as
+  // the registers are for the other.
+  __device__ __forceinline__ void add_limited(const KeyRead& keys,
+                                              float (&sums)[kSumsPerStage][kSumRows]) const {
+#pragma unroll
+    for (int nth = 0; nth < kSumsPerStage; ++nth) {
+      float parts[kRowTiles * kThreadRows];
+      clear(parts);
+#pragma unroll 1
+      for (int key = nth * kSumKeys; key < (nth + 1) * kSumKeys; key += 8) {
+        float scores[kRowTiles][4];
+        multiply(keys, key, scores);
+        weigh<true>(scores, parts);
+      }
+      share_quad(parts, sums[nth]);
+    }
+  }
+
+  // Adds the weights of the lane's scores, by row.
+  template <bool kIsLimited>
+  __device__ __forceinline__ void weigh(const float (&scores)[kRowTiles][4],
+                                        float (&parts)[kRowTiles * kThreadRows]) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        parts[m * kThreadRows + row_of(i)] +=
-            exp2_approx(limited(scores[m][i] * factor_ + offset_[m][row_of(i)]));
+        const float above = scores[m][i] * args_.factor + offset_[m][row_of(i)];
+        parts[m * kThreadRows + row_of(i)] += exp2_approx(kIsLimited ? limited(above) : above);
       }
     }
   }
 
-  // Two steps at once: four matrices of 8 keys by 8 columns.
+  // Scores of 8 keys, of which the first is row `key` of the stage. Two steps at once: four
+  // matrices of 8 keys by 8 columns.
   __device__ __forceinline__ void multiply(const KeyRead& keys, int key,
                                            float (&scores)[kRowTiles][4]) const {
+#pragma unroll
+    for (float (&four)[4] : scores) {
+#pragma unroll
+      for (float& score : four) score = 0.0f;
+    }
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
       uint32_t words[4];
@@ -165,8 +208,9 @@ class StackRows {
   // Adds up what the lanes of a quad have of each row, and leaves to each lane its own rows.
   __device__ __forceinline__ void share_quad(const float (&parts)[kRowTiles * kThreadRows],
                                              float (&sums)[kSumRows]) const {
-    const bool is_odd = lane_ & 1;
-    const bool is_upper = lane_ & 2;
+    const int lane = read_thread();
+    const bool is_odd = lane & 1;
+    const bool is_upper = lane & 2;
     if constexpr (kRowTiles == 4) {
       float half[4];
 #pragma unroll
@@ -191,13 +235,10 @@ class StackRows {
     return (keeps_second ? second : first) + received;
   }
 
-  int lane_;
-  int first_row_;  // of the warp, in the unit
-  float factor_;
+  const SampledArgs& args_;
   uint32_t queries_[kRowTiles][kSteps][4];
   float offset_[kRowTiles][kThreadRows];
   int candidate_end_[kSumRows];
-  float own_sum_[kSumRows];
   float total_[kSumRows];
 };
 
