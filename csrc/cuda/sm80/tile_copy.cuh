@@ -19,6 +19,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same number, of which the compiler does not know where it comes from: what is computed from it
+// is computed at each use, too, and costs no register in between.
+__device__ __forceinline__ int renewed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Starts to copy 16 bytes, or zeros where nothing exists.
 __device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -44,10 +51,10 @@ struct TileCopy {
   // Starts to copy kRows rows to rows [first, first + kRows) of the tile. Those from num_rows on do
   // not exist.
   template <int kRows, class Element>
-  __device__ __forceinline__ static void start(const void* tile, int first, const Element* rows,
-                                               int64_t row_stride, int num_rows) {
+  __device__ __forceinline__ static void start(int thread, const void* tile, int first,
+                                               const Element* rows, int64_t row_stride,
+                                               int num_rows) {
     static_assert(kRows % kRowsAtOnce == 0);
-    const int thread = read_thread();
     const int own_row = thread / kLanesPerRow;
     const int column = thread % kLanesPerRow * kPieceElements;
     const uint32_t to =

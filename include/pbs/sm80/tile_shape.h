@@ -26,6 +26,10 @@ PBS_HOST_DEVICE constexpr int tile_keys(int head_dim, bool has_large_shared) {
   return head_dim < 128 || has_large_shared ? 64 : 32;
 }
 
+constexpr int kMostParts = 2;  // of a tile
+
+PBS_HOST_DEVICE constexpr int attend_ctas_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
+
 PBS_HOST_DEVICE constexpr int attend_warps(int head_dim) { return head_dim <= 128 ? 4 : 8; }
 
 // Q, K and V of 2-byte elements.

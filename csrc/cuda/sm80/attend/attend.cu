@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kL2Bytes = int64_t{20} << 20;
 
 template <class Element, int kHeadDim>
-cudaError_t run(const DrawArgs& args, int num_sms, bool has_large_shared, cudaStream_t stream) {
+cudaError_t run(const AttendArgs& args, int num_sms, bool has_large_shared, cudaStream_t stream) {
   if (has_large_shared) {
     return run_attend<Element, kHeadDim, tile_keys(kHeadDim, true)>(args, num_sms, stream);
   }
@@ -25,13 +25,20 @@ cudaError_t run(const DrawArgs& args, int num_sms, bool has_large_shared, cudaSt
 }  // namespace
 
 int64_t attend_workspace(const AttendParams& params) {
-  return order_bytes(attend_groups(params, kL2Bytes));
+  const Problem& problem = params.problem;
+  int num_sms = 0;
+  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
+  const int64_t num_lists = 2 * num_sms * attend_ctas_per_sm(static_cast<int>(problem.head_dim));
+  return order_bytes(attend_groups(params, kL2Bytes)) +
+         num_lists * attend_list_size(problem) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 const char* launch_attend(const AttendParams& params, void* workspace, void* stream) {
-  DrawArgs args{};
+  AttendArgs args{};
   if (const char* error = fill_draw_args(params, workspace, kL2Bytes, args)) return error;
   if (has_no_work(args)) return nullptr;
+  args.lists = args.workspace + args.layout.size;
+  args.list_size = static_cast<int32_t>(attend_list_size(params.problem));
   int num_sms = 0;
   if (const char* error = count_sms(&num_sms)) return error;
   int64_t shared_bytes = 0;

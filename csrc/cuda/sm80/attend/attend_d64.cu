@@ -5,7 +5,7 @@
 
 namespace pbs::cuda::sm80 {
 
-template cudaError_t run_attend<cutlass::bfloat16_t, 64, 64>(const DrawArgs&, int, cudaStream_t);
-template cudaError_t run_attend<cutlass::half_t, 64, 64>(const DrawArgs&, int, cudaStream_t);
+template cudaError_t run_attend<cutlass::bfloat16_t, 64, 64>(const AttendArgs&, int, cudaStream_t);
+template cudaError_t run_attend<cutlass::half_t, 64, 64>(const AttendArgs&, int, cudaStream_t);
 
 }  // namespace pbs::cuda::sm80

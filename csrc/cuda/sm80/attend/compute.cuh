@@ -18,7 +18,8 @@ class RowTiles {
   using Shared = typename Traits::Shared;
   using Work = typename Traits::Work;
 
-  __device__ RowTiles(const Shared& shared, float scale_log2) : shared_(shared) {
+  __device__ RowTiles(const Shared& shared, int thread, float scale_log2)
+      : shared_(shared), thread_(thread) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       softmax_[m] = Softmax{scale_log2};
@@ -28,15 +29,17 @@ class RowTiles {
 
   // Whether the warp's last row, and with it any, sees a key of the tile.
   __device__ bool sees_some(const KeyTiles& tiles, int tile_idx) const {
-    return visible_keys(tiles, tile_idx, first_row() + 16 * kRowTiles - 1, Traits::kKeys) > 0;
+    return visible_keys(tiles, tile_idx, first_row(renewed(thread_)) + 16 * kRowTiles - 1,
+                        Traits::kKeys) > 0;
   }
 
   // S = Q . K^T, of the tile of keys in shared memory.
   __device__ __forceinline__ void multiply_keys() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) cute::clear(scores_[m]);
-    const int lane = read_thread() % 32;
-    const typename Traits::QueryRead queries(shared_.q, first_row() + lane % 16, lane / 16);
+    const int thread = renewed(thread_);
+    const int lane = thread % 32;
+    const typename Traits::QueryRead queries(shared_.q, first_row(thread) + lane % 16, lane / 16);
     const typename Traits::KeyRead keys(shared_.k, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
@@ -58,12 +61,13 @@ class RowTiles {
 
   // Hides what rows do not see of a tile.
   __device__ __forceinline__ void mask(const KeyTiles& tiles, int tile_idx) {
-    const int lane = read_thread() % 32;
+    const int thread = renewed(thread_);
+    const int lane = thread % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        const int row = first_row() + lane / 4 + 16 * m + 8 * r;
+        const int row = first_row(thread) + lane / 4 + 16 * m + 8 * r;
         // Against constants, counted from this lane's first column.
         const int limit = visible_keys(tiles, tile_idx, row, Traits::kKeys) - column_of(0, lane);
 #pragma unroll
@@ -89,7 +93,7 @@ class RowTiles {
 
   // O += P . V, of the tile of values in shared memory.
   __device__ __forceinline__ void multiply_values() {
-    const int lane = read_thread() % 32;
+    const int lane = renewed(thread_) % 32;
     const typename Traits::KeyRead values(shared_.v, lane % 16, lane / 16);
 #pragma unroll
     for (int step = 0; step < Traits::kKeys / 16; ++step) {
@@ -113,13 +117,14 @@ class RowTiles {
   }
 
   __device__ void write(const Work& work, int64_t row_stride) const {
-    const int lane = read_thread() % 32;
+    const int thread = renewed(thread_);
+    const int lane = thread % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
         write_row<Traits::kHeadDim>(work, row_stride, softmax_[m], output_[m], r,
-                                    first_row() + lane / 4 + 16 * m + 8 * r, lane);
+                                    first_row(thread) + lane / 4 + 16 * m + 8 * r, lane);
       }
     }
   }
@@ -128,7 +133,7 @@ class RowTiles {
   static constexpr int kRowTiles = Traits::kRowTiles;
 
   // Of the warp.
-  __device__ static int first_row() { return read_thread() / 32 * 16 * kRowTiles; }
+  __device__ static int first_row(int thread) { return thread / 32 * 16 * kRowTiles; }
 
   // Adds to 8 columns of the accumulators.
   template <class Accumulators>
@@ -148,6 +153,7 @@ class RowTiles {
   }
 
   const Shared& shared_;
+  int thread_;
   Softmax softmax_[kRowTiles];
   typename Traits::Output output_[kRowTiles];
   typename Traits::Scores scores_[kRowTiles];

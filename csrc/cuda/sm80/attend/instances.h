@@ -4,7 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "common/attend/draw_args.h"
+#include "args.h"
+#include "common/attend/order.cuh"
 
 namespace pbs::cuda::sm80 {
 
@@ -12,6 +13,6 @@ namespace pbs::cuda::sm80 {
 cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
 
 template <class Element, int kHeadDim, int kKeys>
-cudaError_t run_attend(const DrawArgs& args, int num_sms, cudaStream_t stream);
+cudaError_t run_attend(const AttendArgs& args, int num_sms, cudaStream_t stream);
 
 }  // namespace pbs::cuda::sm80

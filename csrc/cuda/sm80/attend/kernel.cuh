@@ -8,13 +8,15 @@
 #include "common/launch_kernel.h"
 #include "compute.cuh"
 #include "instances.h"
+#include "key_list.cuh"
 #include "load.cuh"
 
 namespace pbs::cuda::sm80 {
 
-// Draws the next query block that visits anything. By one warp.
+// Draws the next query block that visits anything, and lists its keys. By one warp.
 template <class Traits>
-__device__ void draw_work(const DrawArgs& args, typename Traits::Work& work) {
+__device__ void draw_work(const AttendArgs& args, typename Traits::Shared& shared, int slot) {
+  auto& work = shared.work[slot];
   WorkDrawer drawer(args);
   do {
     if (threadIdx.x % 32 == 0) drawer.fill(drawer.draw(), Traits::kKeys, work);
@@ -24,54 +26,63 @@ __device__ void draw_work(const DrawArgs& args, typename Traits::Work& work) {
       __syncwarp();
     }
   } while (work.tiles.total == 0);
+  if (work.tiles.total > 0) list_keys<Traits>(args, work, list_of(args, slot));
 }
 
-// All keys that a query block visits. Draws the next block meanwhile, and starts to load it.
+// All keys that the query block of a slot visits. The next block is drawn, and starts to load,
+// meanwhile.
 template <class Traits>
-__device__ __forceinline__ void attend_block(const DrawArgs& args, typename Traits::Shared& shared,
-                                             int slot, TileLoader<Traits>& loader) {
+__device__ __forceinline__ void attend_block(const AttendArgs& args,
+                                             typename Traits::Shared& shared, int slot, int thread,
+                                             const TileLoader<Traits>& loader) {
   const auto& work = shared.work[slot];
-  auto& next = shared.work[slot ^ 1];
   const KeyTiles& tiles = work.tiles;
-  RowTiles<Traits> rows(shared, args.params.scale * kLog2e);
-#pragma unroll 1
-  for (int tile_idx = 0; tile_idx < tiles.total; ++tile_idx) {
+  const auto start_tile = [&](int tile_idx) {
     wait_for_copies<0>();
     __syncthreads();  // the keys are there, and all are done with the values before
-    loader.start_values(work, tile_idx);
-    if (tile_idx == 0 && threadIdx.x < 32) draw_work<Traits>(args, next);
+    loader.start_values(slot, tile_idx);
+  };
+  start_tile(0);
+  if (thread < 32) draw_work<Traits>(args, shared, slot ^ 1);
+  RowTiles<Traits> rows(shared, thread, args.params.scale * kLog2e);
+#pragma unroll 1
+  for (int tile_idx = 0;;) {
     const bool is_masked = tile_idx < tiles.num_masked;
     const bool sees_some = !is_masked || rows.sees_some(tiles, tile_idx);
     if (sees_some) rows.multiply_keys();
     wait_for_copies<0>();
     __syncthreads();  // the values are there, and all are done with the keys
-    loader.start_next(work, tile_idx, next);
-    if (!sees_some) continue;
-    if (is_masked) rows.mask(tiles, tile_idx);
-    rows.weigh();
-    rows.multiply_values();
+    loader.start_next(slot, tile_idx);
+    if (sees_some) {
+      if (is_masked) rows.mask(tiles, tile_idx);
+      rows.weigh();
+      rows.multiply_values();
+    }
+    if (++tile_idx == tiles.total) break;
+    start_tile(tile_idx);
   }
   rows.write(work, args.params.out.row_stride);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
-    attend_kernel(const __grid_constant__ DrawArgs args) {
+    attend_kernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ __align__(128) char raw[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(raw);
-  if (threadIdx.x < 32) draw_work<Traits>(args, shared.work[0]);
+  if (threadIdx.x < 32) draw_work<Traits>(args, shared, 0);
   __syncthreads();
   if (shared.work[0].tiles.total < 0) return;
-  TileLoader<Traits> loader(args, shared);
-  loader.begin(shared.work[0]);
+  const int thread = read_thread();
+  const TileLoader<Traits> loader(args, shared, thread);
+  loader.begin(0);
 #pragma unroll 1
   for (int slot = 0; shared.work[slot].tiles.total > 0; slot ^= 1) {
-    attend_block<Traits>(args, shared, slot, loader);
+    attend_block<Traits>(args, shared, slot, thread, loader);
   }
 }
 
 template <class Element, int kHeadDim, int kKeys>
-cudaError_t run_attend(const DrawArgs& args, int num_sms, cudaStream_t stream) {
+cudaError_t run_attend(const AttendArgs& args, int num_sms, cudaStream_t stream) {
   using Traits = AttendTraits<Element, kHeadDim, kKeys>;
   constexpr int kSharedBytes = sizeof(typename Traits::Shared);
   const int64_t num_ctas = smaller(num_blocks_to_draw(args), num_sms * Traits::kCtasPerSm);

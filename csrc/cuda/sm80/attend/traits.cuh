@@ -9,27 +9,17 @@
 
 namespace pbs::cuda::sm80 {
 
-// How far a warp is in the mask of a query block, and where the tile is that it copies.
-struct MaskWalk {
-  uint32_t words[32];  // of the mask
-  uint32_t bits;       // of the word in work, those still to come
-  uint32_t filled;     // which of the words have bits, and are still to come
-  int word;            // in work
-  int next_row;        // of the selected block in work
-  int rows[2];         // the first row of each part of the tile
-};
-
 template <class Element_, int kHeadDim_, int kKeys_>
 struct AttendTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kKeys = kKeys_;
   static constexpr int kParts = kKeys / kPartRows;
-  static_assert(kParts <= 2);
+  static_assert(kParts <= kMostParts);
   static constexpr int kWarps = attend_warps(kHeadDim);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowTiles = kTileRows / (16 * kWarps);  // of a warp, 16 rows each
-  static constexpr int kCtasPerSm = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kCtasPerSm = attend_ctas_per_sm(kHeadDim);
   using Work = AttendWork<Element>;
 
   // Accumulators of a row tile.
@@ -45,11 +35,12 @@ struct AttendTraits {
     alignas(128) Element q[kTileRows * kHeadDim];
     alignas(128) Element k[kKeys * kHeadDim];
     alignas(128) Element v[kKeys * kHeadDim];
-    Work work[2];  // one is drawn while the other is in work
-    MaskWalk walks[kWarps];
+    // Of a query block that is in work, and of the next one.
+    Work work[2];
   };
   static_assert(offsetof(Shared, work) == tile_bytes(kHeadDim, kKeys));
-  static_assert(kKeys > tile_keys(kHeadDim, false) || sizeof(Shared) <= kSmallSharedBytesPerCta);
+  static_assert(kKeys > tile_keys(kHeadDim, false) ||
+                kCtasPerSm * (sizeof(Shared) + kReservedBytesPerCta) <= kSmallSharedBytes);
 };
 
 }  // namespace pbs::cuda::sm80

@@ -92,7 +92,8 @@ class ScoreRing {
     constexpr int kRows = Traits::kStageRows;
     Stage& stage = stages_[idx];
     if (from.rows != nullptr) {
-      Traits::Copy::template start<kRows>(stage.rows, 0, from.rows, from.row_stride, from.num_rows);
+      Traits::Copy::template start<kRows>(static_cast<int>(threadIdx.x), stage.rows, 0, from.rows,
+                                          from.row_stride, from.num_rows);
     }
     const int first = static_cast<int>(threadIdx.x) * 4;
     if (from.shifts != nullptr && first < kRows) {

@@ -54,7 +54,8 @@ class StageLoader {
       const RowPlace place = place_in_pages(args_.params.pages, unit_.b, key);
       const Element* rows =
           static_cast<const Element*>(keys.data) + row_start(keys, place, unit_.hp);
-      Copy::template start<kPartRows>(shared_.k[slot], i, rows, keys.row_stride, num_rows);
+      Copy::template start<kPartRows>(read_thread(), shared_.k[slot], i, rows, keys.row_stride,
+                                      num_rows);
     }
   }
 
