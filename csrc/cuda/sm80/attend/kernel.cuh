@@ -37,21 +37,23 @@ __device__ __forceinline__ void attend_block(const AttendArgs& args,
                                              const TileLoader<Traits>& loader) {
   const auto& work = shared.work[slot];
   const KeyTiles& tiles = work.tiles;
-  const auto start_tile = [&](int tile_idx) {
+  // What is loaded last is there, and all warps are done with what was in work.
+  const auto wait_for_tile = [] {
     wait_for_copies<0>();
-    __syncthreads();  // the keys are there, and all are done with the values before
-    loader.start_values(slot, tile_idx);
+    __syncthreads();
   };
-  start_tile(0);
+  wait_for_tile();
+  loader.start_values(slot, 0);
   if (thread < 32) draw_work<Traits>(args, shared, slot ^ 1);
   RowTiles<Traits> rows(shared, thread, args.params.scale * kLog2e);
+  int tile_idx = 0;
 #pragma unroll 1
-  for (int tile_idx = 0;;) {
+  while (true) {
+    // Any tile.
     const bool is_masked = tile_idx < tiles.num_masked;
     const bool sees_some = !is_masked || rows.sees_some(tiles, tile_idx);
     if (sees_some) rows.multiply_keys();
-    wait_for_copies<0>();
-    __syncthreads();  // the values are there, and all are done with the keys
+    wait_for_tile();
     loader.start_next(slot, tile_idx);
     if (sees_some) {
       if (is_masked) rows.mask(tiles, tile_idx);
@@ -59,7 +61,22 @@ __device__ __forceinline__ void attend_block(const AttendArgs& args,
       rows.multiply_values();
     }
     if (++tile_idx == tiles.total) break;
-    start_tile(tile_idx);
+    wait_for_tile();
+    loader.start_values(slot, tile_idx);
+    // Whole tiles of selected keys, but for the last one, without a branch: products then run
+    // beside exponentials, and beside the waits.
+    if (tile_idx <= tiles.num_own) continue;
+#pragma unroll 1
+    for (; tile_idx + 1 < tiles.total; ++tile_idx) {
+      const int nth = tile_idx - tiles.num_own;
+      rows.multiply_keys();
+      wait_for_tile();
+      loader.start_selected_keys(slot, nth + 1);
+      rows.weigh();
+      rows.multiply_values();
+      wait_for_tile();
+      loader.start_selected_values(slot, nth + 1);
+    }
   }
   rows.write(work, args.params.out.row_stride);
 }

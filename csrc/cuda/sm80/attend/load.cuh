@@ -40,6 +40,16 @@ class TileLoader {
     copy(shared_.v, args_.params.v, args_.params.v_perm, slot, tile_idx);
   }
 
+  // Of the nth tile of selected keys.
+  __device__ __forceinline__ void start_selected_keys(int slot, int nth) const {
+    copy_selected(shared_.k, args_.params.k_perm, slot, nth);
+    commit_copies();
+  }
+  __device__ __forceinline__ void start_selected_values(int slot, int nth) const {
+    copy_selected(shared_.v, args_.params.v_perm, slot, nth);
+    commit_copies();
+  }
+
  private:
   __device__ __forceinline__ void start_queries(int slot) const {
     const Work& work = shared_.work[slot];
@@ -56,8 +66,7 @@ class TileLoader {
     if (tile_idx < work.tiles.num_own) {
       copy_own(to, own, work, tile_idx);
     } else {
-      copy_selected(to, permuted, work,
-                    list_of(args_, slot) + (tile_idx - work.tiles.num_own) * Traits::kParts);
+      copy_selected(to, permuted, slot, tile_idx - work.tiles.num_own);
     }
     commit_copies();
   }
@@ -73,8 +82,10 @@ class TileLoader {
                                                    num_own - first);
   }
 
-  __device__ __forceinline__ void copy_selected(Element* to, const ConstRows& from,
-                                                const Work& work, const int32_t* found) const {
+  __device__ __forceinline__ void copy_selected(Element* to, const ConstRows& from, int slot,
+                                                int nth) const {
+    const Work& work = shared_.work[slot];
+    const int32_t* found = list_of(args_, slot) + nth * Traits::kParts;
     const int row_mask = static_cast<int>((1u << args_.page_shift) - 1);
 #pragma unroll
     for (int i = 0; i < Traits::kParts; ++i) {
