@@ -35,4 +35,11 @@ const char* count_sms(int* num_sms) {
   return text_of(error);
 }
 
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int toolkit_version() { return CUDART_VERSION; }
+
 }  // namespace pbs::cuda

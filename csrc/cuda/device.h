@@ -10,5 +10,9 @@ const char* set_device(int device);
 const char* compute_capability(int device, int* capability);
 // Multiprocessors of the current device.
 const char* count_sms(int* num_sms);
+// The newest CUDA that the driver runs, and the CUDA that compiled this library: 12080 is 12.8, and
+// 0 says that there is no driver.
+int driver_version();
+int toolkit_version();
 
 }  // namespace pbs::cuda
