@@ -28,8 +28,9 @@ export UV_LINK_MODE=${UV_LINK_MODE:-hardlink}
 "${PYTHON:-python3}" -m venv "$work/tools"
 "$work/tools/bin/python" -m pip install -q -r requirements/release.txt
 export PATH=$work/tools/bin:$PATH
-install() { # into the environment $1: with uv, since its --torch-backend knows where torch is
-  uv pip install -q --python "$1/bin/python" ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} "${@:2}"
+install() { # into the environment $1: by uv, since its --torch-backend knows where torch is
+  local options=(-q --python "$1/bin/python" ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"})
+  uv pip install "${options[@]}" "${@:2}"
 }
 
 build() {
@@ -40,15 +41,15 @@ build() {
   mapfile -t needs < <(python tools/check_wheel.py --build-requirements pyproject.toml)
   install "$work/build" build "${needs[@]}"
   install "$work/build" --no-deps nvidia-cutlass==4.2.0.0
-  PATH="$work/build/bin:$PATH" PBS_CUDA=${PBS_CUDA:-ON} PBS_PORTABLE=ON \
-    "$work/build/bin/python" -m build -q --no-isolation --sdist --wheel --outdir "$work/raw" "$work/checkout"
+  export PBS_CUDA=${PBS_CUDA:-ON} PBS_PORTABLE=ON
+  PATH=$work/build/bin:$PATH python -m build -nx --sdist --wheel -o "$work/raw" "$work/checkout"
   rm -rf dist
   mkdir dist
   cp "$work"/raw/*.tar.gz dist
   # torch is there before the library loads, so its libraries are not to be copied into the wheel.
-  # This ends with an error where a symbol is too new for the platform.
+  # The second command ends with an error where a symbol is too new for the platform.
   auditwheel show "$work"/raw/*.whl
-  auditwheel repair -w dist --plat "$PLATFORM" --only-plat --exclude 'libtorch*' --exclude 'libc10*' "$work"/raw/*.whl
+  auditwheel repair --plat "$PLATFORM" --only-plat --exclude 'libtorch*' -w dist "$work"/raw/*.whl
   python tools/check_wheel.py --platform "$PLATFORM" --foreign "$work" --foreign "$HOME" dist/*.whl
   twine check --strict dist/*
 }
@@ -65,7 +66,7 @@ try() {
       continue
     fi
     [ "$torch" = newest ] && torch=torch || torch="torch==$torch"
-    if ! uv pip install -q --dry-run --python "$work/try/bin/python" "$torch" 2>/dev/null; then
+    if ! install "$work/try" --dry-run "$torch" 2>/dev/null; then
       echo "Python $python, $torch: left out, there is no such torch for it"
       continue
     fi
