@@ -11,7 +11,7 @@ import torch
 
 import pbs_attn
 
-DEMO = ["demo", "--tokens", "512", "--continue", "0", "--device", "cpu"]
+DEMO = ["demo", "--tokens", "1024", "--continue", "0", "--device", "cpu"]
 
 
 def try_operator():
@@ -43,7 +43,7 @@ def try_demo():
         command = [sys.executable, "-m", "pbs_attn", *DEMO, "--output", picture]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert "perplexity, last 256 tokens" in result.stdout, result.stdout
+        assert "perplexity, last 512 tokens" in result.stdout, result.stdout
         assert picture.stat().st_size > 0
 
 
