@@ -1,6 +1,7 @@
 # PBS_PORTABLE=ON: a library for every Linux with glibc 2.28 (manylinux_2_28, as torch's own), also
-# where the build machine's glibc and C++ library are newer. In the manylinux_2_28 container, and on
-# other systems as old, all of this changes nothing.
+# where the build machine's glibc and C++ library are newer: up to GCC 12, which csrc/portable.cpp
+# is made for. auditwheel, in tools/release.sh, names what a later one takes beyond it. In the
+# manylinux_2_28 container, which is as old as the target, all of this changes nothing.
 #
 # libstdc++ stays shared, as torch's is: a static one would bring code of its own that was compiled
 # for the build machine's glibc.

@@ -207,9 +207,9 @@ def _driver_cuda() -> int:
     return version.value
 
 
-def _has_nvidia_gpu() -> bool:
+def _has_nvidia_gpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
     """Whether the PCI bus has one, with a driver or without."""
-    for device in Path("/sys/bus/pci/devices").glob("*"):
+    for device in bus.glob("*"):
         try:
             vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
         except OSError:

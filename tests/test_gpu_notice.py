@@ -214,3 +214,22 @@ def test_version_comes_from_the_driver(tmp_path):
     code = 'extern "C" int cuDriverGetVersion(int* version) { *version = 12080; return 0; }'
     make_driver(tmp_path, "libcuda.so.1", code)
     assert with_driver(tmp_path, "_library._driver_cuda()") == "12080"
+
+
+@pytest.mark.parametrize(
+    "vendor, kind, expected",
+    [
+        ("0x10de", "0x030200", True),  # a GPU without a display
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x020000", False),  # a network card of NVIDIA
+        ("0x1002", "0x030000", False),
+        ("0x10de", None, False),
+    ],
+)
+def test_gpus_without_a_driver_are_on_the_bus(vendor, kind, expected, tmp_path):
+    for name, vendor_and_kind in (("a", ("0x8086", "0x060000")), ("b", (vendor, kind))):
+        (tmp_path / name).mkdir()
+        for file, text in zip(("vendor", "class"), vendor_and_kind, strict=True):
+            if text is not None:
+                (tmp_path / name / file).write_text(f"{text}\n")
+    assert _library._has_nvidia_gpu(tmp_path) == expected

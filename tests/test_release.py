@@ -143,6 +143,7 @@ def test_workflow_calls_the_script():
     assert "Python 3.10, 3.11, 3.12 and 3.13" in page and "2.10, 2.11, 2.13 and the newest" in page
     assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
     assert matrix["torch"] == ["2.10.0", "2.11.0", "2.13.0", "newest"]
+    subprocess.run(["bash", "-n", ROOT / "tools" / "release.sh"], check=True)
     (pairs,) = re.findall(r"^PAIRS=\((.*)\)", script, re.MULTILINE)
     tried = [pair.split(":") for pair in pairs.split()]
     assert [python for python, _ in tried] == matrix["python"]
