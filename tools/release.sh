@@ -76,7 +76,7 @@ try() {
     tried=$((tried + 1))
   done
   [ "$tried" -gt 0 ] || { echo 'release.sh: no environment could be tried' >&2 && exit 1; }
-  echo "$tried of ${#PAIRS[@]} environments passed, the others were left out"
+  echo "$tried environments passed, $((${#PAIRS[@]} - tried)) were left out"
 }
 
 [ "$what" = try ] || build
