@@ -44,7 +44,7 @@ def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoute
     It answers for the prefill of `num_tokens` tokens without padding or packing, in one forward
     under torch.no_grad(), with the model, the autocast mode and the training mode as they are now.
     A sequence of a padded or packed batch goes as a prompt of its own length does. Decode steps
-    always take SDPA (or eager, where a layer needs it). :func:`routes` counts what the calls took.
+    always take SDPA (or eager, where a layer needs it). ``routes`` counts what the calls took.
 
     Args:
         model: a transformers model, whatever its attn_implementation.

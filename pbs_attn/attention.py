@@ -84,7 +84,7 @@ def select(
 ) -> Selection:
     """Runs the stages before ``attend`` one by one, for a look at what would be visited.
 
-    Takes the arguments of :func:`attention` and raises the same errors.
+    Takes the arguments of ``attention`` and raises the same errors.
     """
     check_config(config)
     pbs = torch.ops.pbs

@@ -13,7 +13,7 @@ THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.005}  # by mass
 class PBSConfig:
     """How keys are ordered and which blocks of them are visited.
 
-    The defaults are those of :meth:`balanced`; :meth:`paper` has the choices of the paper (arXiv
+    The defaults are those of ``balanced``; ``paper`` has the choices of the paper (arXiv
     2510.21270, section 4.1).
 
     Attributes:
@@ -137,7 +137,7 @@ class PBSConfig:
 
     @classmethod
     def balanced(cls) -> PBSConfig:
-        """The default, between :meth:`fast` and :meth:`accurate`."""
+        """The default, between ``fast`` and ``accurate``."""
         return cls()
 
     @classmethod

@@ -65,7 +65,7 @@ def mask_to_lists(block_mask: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tenso
 
 
 def lists_to_mask(counts: Tensor, indices: Tensor, num_kv_blocks: int) -> Tensor:
-    """The inverse of :func:`mask_to_lists`; the order of the indices does not matter.
+    """The inverse of ``mask_to_lists``; the order of the indices does not matter.
 
     Raises:
         ValueError: if a counted index is outside [0, num_kv_blocks).

@@ -22,7 +22,7 @@ def attention_varlen(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Tensor:
-    """:func:`pbs_attn.attention` of sequences that lie side by side, without padding.
+    """``pbs_attn.attention`` of sequences that lie side by side, without padding.
 
     Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``, and as in FlashAttention
     the like of ``k`` and ``v``. Its queries are the last of its positions. Each sequence runs by
@@ -34,13 +34,13 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 or int64: 0, and the sums of the lengths
             up to each sequence. Lengths may be 0, and Nq <= Nkv. They are read on the CPU: those on
             a GPU are copied first, which waits for it.
-        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+        is_causal, scale, config: as of ``pbs_attn.attention``.
 
     Returns:
         (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
 
     Raises:
-        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
@@ -63,28 +63,28 @@ def attention_paged(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Tensor:
-    """:func:`attention_varlen` with the keys and values in pages, as serving engines keep them.
+    """``attention_varlen`` with the keys and values in pages, as serving engines keep them.
 
     Key j of sequence i is row j % page_size of page block_table[i, j // page_size]. A sequence's
-    keys and values are copied out of their pages first; :func:`attention_paged_` copies less.
+    keys and values are copied out of their pages first; ``attention_paged_`` copies less.
 
     Args:
         q: (total Nq, query heads, head_dim).
         k_cache, v_cache: (pages, page_size, KV heads, head_dim), any strides with a contiguous last
             dim; page_size is a multiple of 16.
-        cu_seqlens_q: (sequences + 1) as of :func:`attention_varlen`.
+        cu_seqlens_q: (sequences + 1) as of ``attention_varlen``.
         seq_lens: (sequences) int32 or int64: Nkv of each sequence, at least its Nq. Read on the
             CPU, too.
         block_table: (sequences, pages of the longest sequence) int32, on the device of ``q``.
             Entries behind a sequence's last page are not read. On a GPU a number that is no page
             makes the sequence's output NaN, and is an error on the CPU.
-        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+        is_causal, scale, config: as of ``pbs_attn.attention``.
 
     Returns:
         (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
 
     Raises:
-        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
@@ -134,11 +134,11 @@ def attention_paged_(
             caches.
         config: with ``score="sampled"`` and ``permute_per="kv_head"``.
         q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, scale: as of
-            :func:`attention_paged`; ``k_cache`` and ``v_cache`` are written.
+            ``attention_paged``; ``k_cache`` and ``v_cache`` are written.
 
     Raises:
         RuntimeError: if an argument breaks a rule above that can be checked, or one of
-            :func:`pbs_attn.attention`.
+            ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
