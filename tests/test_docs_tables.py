@@ -140,15 +140,15 @@ def test_figures_of_texts():
     small, *_ = [model for model in QUALITY if "SmolLM2" in model]
     large = [model for model in QUALITY if model != small]
     most = max(value(model, "balanced", "text", loss) for model in QUALITY)
-    assert_figures("`balanced` loses at most # nats of text", [most], CHOOSING)
+    assert_figures("`balanced` loses at most # nats per token of text", [most], CHOOSING)
     fast, balanced = (value(small, preset, "text", "op_ms") for preset in ("fast", "balanced"))
     repeat = value(small, "fast", "copy", loss)
-    words = "repeats on the small model: # nats. It also loses # of text there, for # % less time"
+    words = "`fast` loses # nats per token on repeats and # on text, for # % less time"
     saved = 100 * (1 - fast / balanced)
     assert_figures(words, [repeat, value(small, "fast", "text", loss), saved], CHOOSING)
     values = [max(value(model, "fast", "text", loss) for model in large)]
     values.append(value("Qwen2.5-Coder-1.5B, 16384", "fast", "copy", loss))
-    assert_figures("On Qwen, `fast` loses at most # of text, and # of a repeat", values, CHOOSING)
+    assert_figures("On Qwen, `fast` loses at most # on text, and # on repeats", values, CHOOSING)
     for preset in ("dense", "balanced"):
         assert value(small, preset, "pass key", "right") == 0.8
 
