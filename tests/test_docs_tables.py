@@ -210,7 +210,7 @@ def test_figures_of_serving():
     assert_figures(words, [min(shares), max(shares)], SERVING)
     tokens = 16 * (32768 + 128)
     gain = 100 * (gains["chunked", THROUGHPUT, str(tokens)] - 1)
-    assert_figures("prompts are long against answers: here # %", [gain], SERVING)
+    assert_figures("prompts are long compared with answers: here by # %", [gain], SERVING)
     visited = [
         float(row["density"])
         for row in of_preset(read("ruler_qwen_h200.csv"), "balanced")
