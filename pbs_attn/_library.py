@@ -120,18 +120,23 @@ def gpu_capabilities() -> str:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the loaded library was built with and what it can run.
+    """Tells what the loaded library was built with, and what it can run.
 
     Returns:
-        ``version`` and ``commit``; ``torch_target``, the oldest torch it runs under;
-        ``torch_built_with``; ``compiler``; ``cpu_capability``, the instruction set in use
-        (``avx512``, ``avx2`` or ``baseline``); ``cuda``, whether it holds CUDA kernels;
-        ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
-        CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build;
-        ``gpu_families``, the kinds of GPU that a build with CUDA has kernels for, each with a
-        ``name`` and the ``first`` and ``last`` of its compute capabilities (90 means 9.0; a
-        ``last`` of None, that newer GPUs run it, too);
-        ``head_dims``.
+        A dict with these keys.
+
+            - ``version``, ``commit`` and ``compiler``
+            - ``torch_target``, the oldest torch that the library runs under
+            - ``torch_built_with``, the torch of the build
+            - ``cpu_capability``, the instruction set in use: ``avx512``, ``avx2`` or ``baseline``
+            - ``cuda``, whether the library holds CUDA kernels
+            - ``cuda_status``, the architectures of these kernels, or why there are none
+            - ``cuda_stages``, the operators with a CUDA kernel
+            - ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build
+            - ``gpu_families``, the families of GPU with kernels in a build with CUDA. Each has a
+              ``name``, and the ``first`` and ``last`` of its compute capabilities. 90 means 9.0,
+              and None as ``last`` includes all newer GPUs.
+            - ``head_dims``, the head dimensions that the operators take
     """
     info: dict[str, Any] = dict(compiled_info())
     info["cpu_capability"] = _read("pbs_cpu_capability")
@@ -143,9 +148,15 @@ def build_info() -> dict[str, Any]:
 
 
 def has_kernel(stage: str, device: torch.device | str) -> bool:
-    """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``: on a CUDA
-    device if it holds the kernel and the device, where torch finds one, is of a compute capability
-    in ``build_info()["gpu_families"]``, with a driver that runs the build."""
+    """Whether this build runs an operator on a device.
+
+    A CUDA device needs a build with the kernel. If torch finds a GPU, its compute capability must
+    also be one of ``build_info()["gpu_families"]``, and its driver must run the build.
+
+    Args:
+        stage: name of the operator, such as ``"attention"``.
+        device: a device of torch, or its name.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         is_built = stage in build_info()["cuda_stages"]

@@ -155,7 +155,7 @@ def test_pictures_of_the_readme_show_everywhere():
     project = (ROOT / "pyproject.toml").read_text()
     (repository,) = re.findall(r'^Repository = "(.*)"$', project, re.MULTILINE)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
-    assert len(pictures) == 3
+    assert pictures
     for picture in pictures:
         start = f"{repository}/raw/main/"
         assert picture.startswith(start) and (ROOT / picture.removeprefix(start)).is_file()
