@@ -16,7 +16,8 @@ LIBRARY = "libpbs.so"
 
 
 class CMakeBuild(build_ext):
-    """Builds the one shared library; `PBS_CUDA=ON|OFF|AUTO` and `CUTLASS_DIR` pass through."""
+    """Builds the one shared library; `PBS_CUDA=ON|OFF|AUTO`, `CUTLASS_DIR` and `PBS_PORTABLE` pass
+    through."""
 
     def get_ext_filename(self, fullname):
         # Not a Python module: no libpython, no interpreter tag.
@@ -47,7 +48,7 @@ class CMakeBuild(build_ext):
             "PBS_VERSION": self.distribution.get_version(),
             "PBS_COMMIT": git_commit(),
         }
-        for name in ("PBS_CUDA", "CUTLASS_DIR"):
+        for name in ("PBS_CUDA", "CUTLASS_DIR", "PBS_PORTABLE"):
             if os.environ.get(name):
                 definitions[name] = os.environ[name]
         return definitions

@@ -72,8 +72,13 @@ function(pbs_add_cuda_objects name architectures)
   target_include_directories(${name} PRIVATE include csrc/cuda)
   target_include_directories(${name} SYSTEM PRIVATE ${CUTLASS_DIR}/include)
   target_compile_options(
-    ${name} PRIVATE --expt-relaxed-constexpr -lineinfo -Xcompiler=-fvisibility=hidden,-Werror=switch
+    ${name} PRIVATE --expt-relaxed-constexpr -Xcompiler=-fvisibility=hidden,-Werror=switch
+                    -Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=,-ffile-prefix-map=${CUTLASS_DIR}/=
                     -Xptxas=-v,--warn-on-spills)
+  # For profilers. It holds the full paths of the sources.
+  if(NOT PBS_PORTABLE)
+    target_compile_options(${name} PRIVATE -lineinfo)
+  endif()
 endfunction()
 
 function(pbs_add_cuda_kernels target)

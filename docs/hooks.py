@@ -1,6 +1,6 @@
 """For MkDocs: the committed results, CONTRIBUTING.md and CHANGELOG.md lie outside of docs/, where
 pages link to them as they do for a reader of the repository. The site gets copies, and a list of
-the results."""
+the results. Its title has the version."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,12 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def on_config(config):
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    config.site_name = f"{config.site_name} {version}"
+    return config
 
 
 def on_files(files, *, config):

@@ -40,13 +40,13 @@ class RouteCounts(list[RouteCount]):
 
 
 def routes(name: str | None = None) -> RouteCounts:
-    """What the calls of all attention layers took since register(), most calls first.
+    """Counts the routes of all calls of attention layers since register(), most calls first.
 
-    explain() tells what a prompt would take; this tells what the calls did take, with padding,
+    explain() tells what a prompt would take. This tells what the calls did take, with padding,
     static caches, gradients and decode steps. A padded or packed batch counts once for each of its
-    sequences, if one of them takes PBS. A layer inside a compiled graph counts in `traces` once for
-    each time that torch.compile traces it, with its numbers left out of the reason.
-    register() with the same name begins again at nothing.
+    sequences, if one of them takes PBS. A layer inside a compiled graph counts in `traces`, once
+    for each time that torch.compile traces it, and its reason has no numbers. register() with the
+    same name starts again at zero.
 
     Args:
         name: one registered name; None for all of them.

@@ -39,19 +39,21 @@ class LayerRoutes(list[LayerRoute]):
 
 
 def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoutes:
-    """The route of every attention layer of a transformers model, in the order of its modules.
+    """Returns the route of every attention layer of a transformers model, in module order.
 
-    It answers for the prefill of `num_tokens` tokens without padding or packing, in one forward
-    under torch.no_grad(), with the model, the autocast mode and the training mode as they are now.
-    A sequence of a padded or packed batch goes as a prompt of its own length does. Decode steps
-    always take SDPA (or eager, where a layer needs it). :func:`routes` counts what the calls took.
+    The routes are those of a prefill of `num_tokens` tokens without padding or packing, in one
+    forward under torch.no_grad(), with the model, the autocast mode and the training mode as they
+    are now. A sequence of a padded or packed batch takes the route of a prompt of its length.
+    Decode steps always take SDPA, or eager if a layer needs it. ``routes`` counts what the calls
+    took.
 
     Args:
         model: a transformers model, whatever its attn_implementation.
-        num_tokens: length of the prompt; None for one longer than every window and min_tokens.
+        num_tokens: length of the prompt. None means longer than every window and min_tokens.
 
     Raises:
-        TypeError, ValueError: a bad argument.
+        TypeError: if ``model`` is not a transformers model.
+        ValueError: if ``num_tokens`` is not positive.
     """
     if not hasattr(model, "config") or not hasattr(model, "dtype"):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")

@@ -13,7 +13,7 @@ _functions: list[Callable[..., object]] = []
 
 
 def constant_in_traces(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, applied by :func:`mark`: torch's own imports all of
+    """torch.compiler.assume_constant_result, applied by ``mark``: torch's own imports all of
     torch.compile, which takes longer than the rest of pbs_attn together."""
     _functions.append(function)
     return function

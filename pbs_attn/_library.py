@@ -18,7 +18,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class GPUSupportWarning(UserWarning):
-    """A GPU that PBS could run on, and a build of pbs_attn without kernels for it."""
+    """A GPU that PBS could run on, and a build of pbs_attn without kernels for it, or a driver that
+    is too old for them."""
 
 
 def load() -> None:
@@ -30,7 +31,7 @@ def load() -> None:
 
     Warns:
         GPUSupportWarning: if the build lacks kernels for a GPU that torch sees, unless it was asked
-            to leave them out.
+            to leave them out, or if the driver is too old for them.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
@@ -38,7 +39,8 @@ def load() -> None:
     torch.ops.load_library(_path())
     info = compiled_info()
     is_unasked = not info["cuda_version"] and "PBS_CUDA=OFF" not in info["cuda_status"]
-    if is_unasked and torch.version.cuda is not None and any(map(runs_on, _gpu_capabilities())):
+    is_unused = (is_unasked or _is_driver_old()) and torch.version.cuda is not None
+    if is_unused and any(map(runs_on, _gpu_capabilities())):
         notice = missing_gpu_support()
         if notice:
             warnings.warn(f"pbs_attn: {notice}", GPUSupportWarning, stacklevel=2)
@@ -118,18 +120,23 @@ def gpu_capabilities() -> str:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the loaded library was built with and what it can run.
+    """Tells what the loaded library was built with, and what it can run.
 
     Returns:
-        ``version`` and ``commit``; ``torch_target``, the oldest torch it runs under;
-        ``torch_built_with``; ``compiler``; ``cpu_capability``, the instruction set in use
-        (``avx512``, ``avx2`` or ``baseline``); ``cuda``, whether it holds CUDA kernels;
-        ``cuda_status``, for which architecture, or why not; ``cuda_stages``, the operators with a
-        CUDA kernel; ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build;
-        ``gpu_families``, the kinds of GPU that a build with CUDA has kernels for, each with a
-        ``name`` and the ``first`` and ``last`` of its compute capabilities (90 means 9.0; a
-        ``last`` of None, that newer GPUs run it, too);
-        ``head_dims``.
+        A dict with these keys.
+
+            - ``version``, ``commit`` and ``compiler``
+            - ``torch_target``, the oldest torch that the library runs under
+            - ``torch_built_with``, the torch of the build
+            - ``cpu_capability``, the instruction set in use: ``avx512``, ``avx2`` or ``baseline``
+            - ``cuda``, whether the library holds CUDA kernels
+            - ``cuda_status``, the architectures of these kernels, or why there are none
+            - ``cuda_stages``, the operators with a CUDA kernel
+            - ``cuda_version`` and ``cutlass_version``, empty in a CPU-only build
+            - ``gpu_families``, the families of GPU with kernels in a build with CUDA. Each has a
+              ``name``, and the ``first`` and ``last`` of its compute capabilities. 90 means 9.0,
+              and None as ``last`` includes all newer GPUs.
+            - ``head_dims``, the head dimensions that the operators take
     """
     info: dict[str, Any] = dict(compiled_info())
     info["cpu_capability"] = _read("pbs_cpu_capability")
@@ -141,15 +148,21 @@ def build_info() -> dict[str, Any]:
 
 
 def has_kernel(stage: str, device: torch.device | str) -> bool:
-    """Whether this build runs operator ``stage`` (such as ``"attention"``) on ``device``: on a CUDA
-    device if it holds the kernel and the device, where torch finds one, is of a compute capability
-    in ``build_info()["gpu_families"]``."""
+    """Whether this build runs an operator on a device.
+
+    A CUDA device needs a build with the kernel. If torch finds a GPU, its compute capability must
+    also be one of ``build_info()["gpu_families"]``, and its driver must run the build.
+
+    Args:
+        stage: name of the operator, such as ``"attention"``.
+        device: a device of torch, or its name.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         is_built = stage in build_info()["cuda_stages"]
         if not is_built or not torch.cuda.is_available():
             return is_built
-        return runs_on(torch.cuda.get_device_capability(device))
+        return runs_on(torch.cuda.get_device_capability(device)) and not _is_driver_old()
     return device.type == "cpu"
 
 
@@ -157,6 +170,11 @@ def missing_gpu_support() -> str | None:
     """Why PBS cannot use this machine's NVIDIA GPU, and the cure, in one line. None if it can, or
     if there is no GPU, or torch's CUDA devices are hidden. Does not initialize CUDA."""
     capabilities = _gpu_capabilities()
+    if not capabilities and _has_nvidia_gpu() and not _driver_cuda():
+        return (
+            "the GPU is not used: this machine has one of NVIDIA, but no driver for it is loaded; "
+            "install the driver, or start the container with access to the GPU"
+        )
     is_hidden = torch.version.cuda is not None and torch.cuda.device_count() == 0
     if not capabilities or is_hidden:
         return None
@@ -177,7 +195,49 @@ def missing_gpu_support() -> str | None:
             f"({compiled_info()['cuda_status']}); in the folder of the sources, "
             "`PBS_CUDA=ON pip install --no-build-isolation .` builds them or says what it lacks"
         )
+    if _is_driver_old():
+        major, minor = _driver_cuda() // 1000, _driver_cuda() % 1000 // 10
+        return (
+            f"the GPU is not used: this build of pbs_attn needs a driver for CUDA "
+            f"{_toolkit_major()}.0 or newer, and this machine's is one for CUDA {major}.{minor}; "
+            "update the driver, or install a build of pbs_attn that an older nvcc compiled"
+        )
     return None
+
+
+def _toolkit_major() -> int:
+    """Of the CUDA that compiled the library; 0 for a build without kernels."""
+    return int(compiled_info()["cuda_version"].split(".")[0] or 0)
+
+
+def _is_driver_old() -> bool:
+    """Whether the driver cannot run this build's kernels, as in include/pbs/driver.h."""
+    major = _toolkit_major()
+    return major > 0 and 0 < _driver_cuda() < 1000 * major
+
+
+@functools.cache
+def _driver_cuda() -> int:
+    """The newest CUDA that this machine's driver runs: 12080 is 12.8, and 0 says that there is no
+    driver. Like _gpu_capabilities, it does not initialize CUDA."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def _has_nvidia_gpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether the PCI bus has one, with a driver or without."""
+    for device in bus.glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor.startswith("0x10de") and kind.startswith("0x03"):  # NVIDIA, a display controller
+            return True
+    return False
 
 
 def _gpu_capabilities() -> list[tuple[int, int]]:

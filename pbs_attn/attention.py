@@ -24,26 +24,28 @@ def attention(
 ) -> Tensor:
     """Attention over the key blocks that matter (arXiv 2510.21270, section 3).
 
-    Keys are sorted by importance inside segments, blocks of them are selected per block of
-    queries, and flash attention visits the selected blocks and each query's own segment. What is
-    visited is computed exactly. Differs from ``scaled_dot_product_attention`` in three ways: the
-    causal mask is aligned to the bottom right (query i of Nq stands at position Nkv - Nq + i), as
-    in chunked prefill; grouped heads need no flag; and there is no derivative, neither backward
-    nor forward-mode. ``torch.vmap`` takes the vmapped dimension as more batch.
+    The operator sorts keys by importance inside segments, and selects key blocks for each block of
+    queries. Flash attention then visits the selected blocks and each query's own segment, and is
+    exact on them.
 
-    The selection looks at the last queries of the call, so an earlier row may attend to other
-    blocks when a later token changes; with the selection fixed, rows stay causal.
+    There are three differences from ``scaled_dot_product_attention``. The causal mask is aligned
+    to the bottom right, as in chunked prefill: query i of Nq has position Nkv - Nq + i. Grouped
+    heads need no flag. There is no derivative, neither backward nor forward-mode. ``torch.vmap``
+    adds the vmapped dimension to the batch.
+
+    The selection depends on the last queries of the call. If a later token changes, an earlier row
+    may attend to other blocks. With a fixed selection, rows stay causal.
 
     Args:
         query: (batch, query heads, Nq, head_dim), Nq <= Nkv.
         key: (batch, KV heads, Nkv, head_dim); query heads are a multiple of KV heads.
         value: like ``key``.
-        is_causal: whether a query sees only keys at or before its own position.
+        is_causal: if true, a query sees only keys at or before its own position.
         scale: factor of the scores; None means 1/sqrt(head_dim).
-        config: block sizes, threshold and how keys are ordered.
+        config: the settings.
 
-    All three are float32, bfloat16 or float16, on one device, head_dim 64, 96, 128 or 256, with
-    any strides as long as the last dim is contiguous.
+    All three tensors are float32, bfloat16 or float16, on one device, and have
+    head_dim 64, 96, 128 or 256. The last dimension must be contiguous, and other strides are free.
 
     Returns:
         (batch, query heads, Nq, head_dim) in the dtype and memory order of ``query``.
@@ -82,9 +84,9 @@ def select(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Selection:
-    """Runs the stages before ``attend`` one by one, for a look at what would be visited.
+    """Runs the stages before ``attend`` one by one, to show what would be visited.
 
-    Takes the arguments of :func:`attention` and raises the same errors.
+    Takes the arguments of ``attention`` and raises the same errors.
     """
     check_config(config)
     pbs = torch.ops.pbs

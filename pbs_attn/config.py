@@ -11,44 +11,43 @@ THRESHOLDS = {"earlier": 0.9, "causal": 0.95, "block": 0.005}  # by mass
 
 @dataclasses.dataclass(frozen=True)
 class PBSConfig:
-    """How keys are ordered and which blocks of them are visited.
+    """The settings: how keys are ordered, and which blocks of them are visited.
 
-    The defaults are those of :meth:`balanced`; :meth:`paper` has the choices of the paper (arXiv
+    The defaults are those of ``balanced``. ``paper`` has the choices of the paper (arXiv
     2510.21270, section 4.1).
 
     Attributes:
         block_size: rows of a query block: 32, 64 or 128.
         kv_block_size: rows of a key block: 32, 64 or 128; None takes ``block_size`` (the paper).
-        segment_size: keys are reordered only inside segments of this many rows; a multiple of
-            both block sizes.
-        threshold: share of the mass, estimated per query block, that the selected key blocks must
-            reach, in (0, 1]. 1 visits everything. With ``mass="block"`` a much smaller number, at
-            most 0.5, or 1: the least share of a single block. Shares of different masses and scores
-            mean different things. None takes 0.005 with ``mass="block"``, 0.95 with ``"causal"``,
-            0.9 with ``"earlier"``.
-        permute_per: ``"kv_head"`` (one order per KV head, from the mean importance over its query
-            heads) or ``"query_head"`` (the paper's).
-        num_heavy: None sorts each segment by importance (the paper); h moves the h most important
-            keys of each segment to its front and keeps the original order on both sides.
-        mass: what ``threshold`` is a share of. ``"block"`` goes with sampled scores, and they with
-            nothing else: nothing is summed, and a block is visited if a sampled query gives it that
-            share of its causal mass. Mean scores take ``"causal"``, all causal mass, the own
-            segment's counted first; or ``"earlier"``, the mass of the segments before the query
-            block's own (the paper).
-        score: how blocks are scored: ``"sampled"``, by the largest share of its attention that any
-            of a few queries of the block gives to the key block; or ``"mean"``, by the product of
-            mean query and mean key (the paper).
-        num_samples: queries of a block that ``"sampled"`` takes, evenly spaced; up to
-            ``block_size``, and to 64 on CUDA.
-        select_per: ``"query_head"`` (each query head samples queries and selects blocks of its own)
-            or ``"kv_head"``: the query heads of a KV head select together, from ``num_samples``
-            queries in all, which are taken from them in turn. Needs sampled scores and an order
-            per KV head.
-        window: keys before a query block that it visits whatever their score: the whole segments
-            that hold one of so many keys before its first row. Of causal attention only; 0 adds
-            none (the paper).
-        dense_tail: query blocks that hold one of so many last queries visit every key. Of causal
-            attention only; 0 leaves them to their scores (the paper).
+        segment_size: rows of a segment. Keys change places only inside their segment. A multiple
+            of both block sizes.
+        threshold: with ``mass="block"``, the share of attention that a visited block must have by
+            itself, in (0, 0.5], or 1. With the other masses, the share of the estimated mass that
+            all visited blocks of a query block must reach together, in (0, 1]. 1 visits everything.
+            None takes 0.005 with ``mass="block"``, 0.95 with ``"causal"``, 0.9 with
+            ``"earlier"``. Thresholds of different masses and scores do not mean the same.
+        permute_per: ``"kv_head"`` gives each KV head one order, by the mean importance over its
+            query heads. ``"query_head"`` gives each query head its own order (the paper).
+        num_heavy: None sorts each segment by importance (the paper). A number h moves the h most
+            important keys of each segment to its front, and keeps the original order of these and
+            of all other keys.
+        mass: the attention mass that ``threshold`` refers to. Sampled scores take ``"block"`` and
+            no other: each block is compared by itself with the causal mass of a sampled query.
+            Mean scores take ``"causal"``, all causal mass, where the own segment counts first, or
+            ``"earlier"``, the mass of the segments before the query block's own (the paper).
+        score: how blocks are scored. ``"sampled"`` takes the largest attention share any sampled
+            query gives the block. ``"mean"`` takes the product of mean query and mean key (the
+            paper).
+        num_samples: number of evenly spaced queries of a block that ``"sampled"`` takes, at most
+            ``block_size``, and at most 64 on CUDA.
+        select_per: with ``"query_head"``, each query head samples its own queries and selects its
+            own blocks. With ``"kv_head"``, the query heads of a KV head share one selection, from
+            ``num_samples`` queries in all, taken from these heads in turn. The latter needs
+            sampled scores and an order per KV head.
+        window: number of keys before the first row of a query block whose segments the block
+            visits, whatever their score. For causal attention; 0 adds none (the paper).
+        dense_tail: number of last queries whose query blocks visit every key. For causal
+            attention; 0 adds none (the paper).
 
     Raises:
         ValueError: if a value is outside its range.
@@ -108,14 +107,13 @@ class PBSConfig:
 
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:
-        """The paper's own choices: an order per query head, a full sort, key blocks as long as
-        query blocks, mean scores, a threshold on the mass of earlier segments, and no block but
-        that of token 0 is visited whatever its score.
+        """The paper's choices: an order per query head, a full sort, key blocks as long as query
+        blocks, mean scores, and a threshold on the mass of earlier segments. Only the block of
+        token 0 is visited whatever its score.
 
-        Measured with SmolLM2-135M at 8192 tokens of three texts: density 0.335, loss 0.081, keys
-        0.83. These are the visited share of the causal block pairs, the loss above dense in nats a
-        token, and the share of 6 pass keys read back (dense 1.00). Source:
-        benchmarks/results/quality_tuning_smollm2_h100.csv.
+        SmolLM2-135M at 8192 tokens of three texts visits a density of 0.335 of the causal block
+        pairs. Its loss is 0.081 nats per token above dense, and it recalls 0.83 of 6 pass keys
+        (dense 1.00). Source: benchmarks/results/quality_tuning_smollm2_h100.csv.
         """
         return cls(
             kv_block_size=None,
@@ -130,20 +128,20 @@ class PBSConfig:
 
     @classmethod
     def fast(cls) -> PBSConfig:
-        """One selection for all query heads of a KV head, and a higher threshold: less time on long
-        prompts, and less of the attention's mass.
+        """One selection for all query heads of a KV head, and a higher threshold. It takes less
+        time on long prompts, and visits less of the attention mass.
         """
         return cls(select_per="kv_head", threshold=0.01)
 
     @classmethod
     def balanced(cls) -> PBSConfig:
-        """The default, between :meth:`fast` and :meth:`accurate`."""
+        """The default, between ``fast`` and ``accurate``."""
         return cls()
 
     @classmethod
     def accurate(cls) -> PBSConfig:
-        """More samples, and a lower threshold: more blocks are visited, and the output lies nearer
-        to dense attention.
+        """More samples, and a lower threshold. It visits more blocks, and its output is closer to
+        dense attention.
         """
         return cls(num_samples=32, threshold=0.0025)
 

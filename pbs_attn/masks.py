@@ -53,11 +53,11 @@ def bool_to_mask(selected: Tensor) -> Tensor:
 
 
 def mask_to_lists(block_mask: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
-    """The form FlexAttention and FlashAttention-4 take.
+    """Converts a mask to the lists that FlexAttention and FlashAttention-4 take.
 
     Returns:
-        counts (...) int32, and indices (..., num_kv_blocks) int32: the selected key blocks in
-        ascending order first, then the others, which ``counts`` cuts off.
+        counts (...) int32, and indices (..., num_kv_blocks) int32. The indices have the selected
+        key blocks in ascending order first, and then the others, which ``counts`` cuts off.
     """
     selected = mask_to_bool(block_mask, num_kv_blocks)
     indices = torch.argsort(selected.int(), dim=-1, descending=True, stable=True)
@@ -65,7 +65,7 @@ def mask_to_lists(block_mask: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tenso
 
 
 def lists_to_mask(counts: Tensor, indices: Tensor, num_kv_blocks: int) -> Tensor:
-    """The inverse of :func:`mask_to_lists`; the order of the indices does not matter.
+    """Inverts ``mask_to_lists``. The order of the indices does not matter.
 
     Raises:
         ValueError: if a counted index is outside [0, num_kv_blocks).
@@ -87,9 +87,10 @@ def candidate_blocks(
     """How many key blocks each query block may select, and how many its own segment adds.
 
     Returns:
-        two int64 tensors (query blocks): candidates (key blocks of the segments before the query
-        block's own) and own blocks, the last of which may be visible in part. Without a causal
-        mask: the blocks of all complete segments, and those of the incomplete tail.
+        Two int64 tensors (query blocks). The first counts candidates, which are the key blocks of
+        the segments before the query block's own. The second counts own blocks, the last of which
+        may be visible in part. Without a causal mask, these are the blocks of all complete
+        segments, and the blocks of the incomplete tail.
 
     Raises:
         TypeError: if ``config`` is no PBSConfig.
@@ -133,17 +134,17 @@ def density(
 ) -> Tensor:
     """Visited share of the (query block, key block) pairs that dense attention visits.
 
-    Visited are the selected candidates and the own segment; a dense causal kernel visits every
+    PBS visits the selected candidates and the own segment. A dense causal kernel visits every
     pair that holds a visible key.
 
     Args:
         block_mask: (batch, query heads, query blocks, words) int32.
         num_queries: Nq.
         num_keys: Nkv.
-        is_causal: as of the call that made the mask.
-        config: the one that the mask was made with. A mask does not say so itself: with another
+        is_causal: as in the call that made the mask.
+        config: the settings that made the mask. The mask does not hold them: with another
             ``segment_size``, or a ``kv_block_size`` that needs as many words, the result is wrong
-            without an error.
+            and no error is raised.
 
     Returns:
         (batch, query heads) float32.

@@ -22,25 +22,26 @@ def attention_varlen(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Tensor:
-    """:func:`pbs_attn.attention` of sequences that lie side by side, without padding.
+    """``pbs_attn.attention`` of sequences that lie side by side, without padding.
 
-    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``, and as in FlashAttention
-    the like of ``k`` and ``v``. Its queries are the last of its positions. Each sequence runs by
-    itself, one after the other, so that its output does not depend on its neighbours.
+    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``. ``cu_seqlens_k`` says the
+    same of ``k`` and ``v``, as in FlashAttention. The queries stand at the last positions of their
+    sequence. Sequences run one after the other, so that the output of a sequence does not depend
+    on its neighbours.
 
     Args:
         q: (total Nq, query heads, head_dim), any strides with a contiguous last dim.
         k, v: (total Nkv, KV heads, head_dim).
         cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 or int64: 0, and the sums of the lengths
-            up to each sequence. Lengths may be 0, and Nq <= Nkv. They are read on the CPU: those on
-            a GPU are copied first, which waits for it.
-        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+            up to each sequence. Lengths may be 0, and Nq <= Nkv. They are read on the CPU. If they
+            are on a GPU, they are copied first, which waits for the GPU.
+        is_causal, scale, config: as in ``pbs_attn.attention``.
 
     Returns:
         (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
 
     Raises:
-        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
@@ -63,28 +64,29 @@ def attention_paged(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Tensor:
-    """:func:`attention_varlen` with the keys and values in pages, as serving engines keep them.
+    """``attention_varlen`` with keys and values in pages, as serving engines keep them.
 
-    Key j of sequence i is row j % page_size of page block_table[i, j // page_size]. A sequence's
-    keys and values are copied out of their pages first; :func:`attention_paged_` copies less.
+    Key j of sequence i is row j % page_size of page block_table[i, j // page_size]. The function
+    first copies the keys and values of a sequence out of their pages. ``attention_paged_`` copies
+    less.
 
     Args:
         q: (total Nq, query heads, head_dim).
         k_cache, v_cache: (pages, page_size, KV heads, head_dim), any strides with a contiguous last
             dim; page_size is a multiple of 16.
-        cu_seqlens_q: (sequences + 1) as of :func:`attention_varlen`.
-        seq_lens: (sequences) int32 or int64: Nkv of each sequence, at least its Nq. Read on the
-            CPU, too.
+        cu_seqlens_q: (sequences + 1) as in ``attention_varlen``.
+        seq_lens: (sequences) int32 or int64: Nkv of each sequence, at least its Nq. It is read on
+            the CPU, too.
         block_table: (sequences, pages of the longest sequence) int32, on the device of ``q``.
-            Entries behind a sequence's last page are not read. On a GPU a number that is no page
-            makes the sequence's output NaN, and is an error on the CPU.
-        is_causal, scale, config: as of :func:`pbs_attn.attention`.
+            Entries behind a sequence's last page are not read. A number that is no page makes the
+            sequence's output NaN on a GPU, and is an error on the CPU.
+        is_causal, scale, config: as in ``pbs_attn.attention``.
 
     Returns:
         (total Nq, query heads, head_dim) in the dtype and memory order of ``q``.
 
     Raises:
-        RuntimeError: if an argument breaks a rule above or one of :func:`pbs_attn.attention`.
+        RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)
@@ -109,13 +111,13 @@ def attention_paged_(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> None:
-    """Causal attention over pages that are put in order in place, for prompts that come in chunks.
+    """Causal attention that sorts keys and values inside their pages, for prompts in chunks.
 
-    When a call completes a segment, the segment's keys and values are permuted by importance inside
-    their page, after this call's queries have seen them in their own order. Later calls use them as
-    they stand: a chunk sorts and moves its own keys only, and reads the earlier ones in their
-    pages. Other attention over the same pages stays exact, since it does not depend on the order
-    of keys that each of its queries sees whole. So these rules hold:
+    When a call completes a segment, it permutes the keys and values of the segment by importance
+    inside their page, after its queries have seen the original order. Later calls use the new
+    order. So a chunk sorts and moves only its own keys, and reads earlier keys in their pages.
+    Other attention over the same pages stays exact, because the order of keys does not matter to a
+    query that sees all of them. These rules hold:
 
     - Page size is a power of two and a multiple of ``config.segment_size``, so that a segment lies
       in one page.
@@ -130,15 +132,15 @@ def attention_paged_(
         out: (total Nq, query heads, head_dim) in the dtype of ``q``, written.
         k, v: None, or (total Nq, KV heads, head_dim): keys and values of the queries' own positions
             as the pages hold them. A chunk that begins with a segment then copies nothing out of
-            its pages, and page numbers are not checked on a GPU; every access stays inside the
-            caches.
-        config: with ``score="sampled"`` and ``permute_per="kv_head"``.
-        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, scale: as of
-            :func:`attention_paged`; ``k_cache`` and ``v_cache`` are written.
+            its pages. Page numbers are then not checked on a GPU, but every access stays inside
+            the caches.
+        config: settings with ``score="sampled"`` and ``permute_per="kv_head"``.
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, scale: as in
+            ``attention_paged``. ``k_cache`` and ``v_cache`` are written.
 
     Raises:
         RuntimeError: if an argument breaks a rule above that can be checked, or one of
-            :func:`pbs_attn.attention`.
+            ``pbs_attn.attention``.
         TypeError: if ``config`` is no PBSConfig.
     """
     check_config(config)

@@ -56,19 +56,21 @@ def register(
 
     Afterwards `from_pretrained(..., attn_implementation=name)` and
     `model.set_attn_implementation(name)` work for every model that uses transformers' attention
-    interface. Several names, each with its own config, may stand side by side; the same name again
-    replaces its config. PBS is inference only: run the model in eval mode, under torch.no_grad()
-    or generate(), since a layer in training mode and a call that needs gradients take SDPA.
+    interface. You may register several names, each with its own config. To replace the config of a
+    name, register it again. PBS is for inference only. Run the model in eval mode, under
+    torch.no_grad() or generate(): a layer in training mode takes SDPA, and so does a call that
+    needs gradients.
 
     Args:
         name: letters, digits, "_", "-" and "."; none of transformers' own names.
-        config: block sizes, threshold and so on of the op (arXiv 2510.21270).
+        config: the settings of the operator (arXiv 2510.21270).
         min_tokens: prompts with fewer keys than this take SDPA, and so do sequences of a padded or
             packed batch.
 
     Raises:
-        ImportError: transformers is missing or older than 4.56.
-        TypeError, ValueError: a bad argument.
+        ImportError: if transformers is missing or older than 4.56.
+        TypeError: if ``config`` is no PBSConfig.
+        ValueError: if ``name`` or ``min_tokens`` breaks a rule above.
     """
     _check_register_arguments(name, config, min_tokens)
     transformers = _import_transformers()

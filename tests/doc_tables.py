@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL_LOG = ROOT / "docs" / "kernel-log.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 
 
 def tables_in(path):
@@ -21,7 +23,7 @@ def tables_in(path):
         yield names, rows
 
 
-def table_with(columns, path=ROOT / "README.md"):
+def table_with(columns, path=BENCHMARKS):
     """Rows of the first table that has these columns."""
     for names, rows in tables_in(path):
         if set(columns) <= set(names):

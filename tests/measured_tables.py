@@ -7,7 +7,8 @@ the same columns. tests/test_docs_tables.py holds the pages against them.
 import statistics
 import string
 
-from doc_tables import ROOT, find, lengths_of, mean, read, rounded, signed
+from doc_tables import README, ROOT, find, lengths_of, mean, read, rounded, signed
+from front_tables import front_quality, speed
 from preset_tables import (
     best_dense,
     held_out_texts,
@@ -28,7 +29,6 @@ from pbs_attn.bench.serving_engine import DECODE, FIRST_TOKEN, THROUGHPUT
 CHOOSING, EXPERIMENTS, KERNEL_LOG, SERVING = (
     ROOT / "docs" / f"{name}.md" for name in ("choosing", "experiments", "kernel-log", "serving")
 )
-README = ROOT / "README.md"
 SERVED = ("serve_h100.csv", "serve_tp2_h100.csv")  # one each number of GPUs
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
 SELECTION = "selection_h200.csv"
@@ -252,7 +252,8 @@ def prototypes_on_texts():
 
 TABLES = [
     (CHOOSING, ruler),
-    (README, ruler),
+    (README, speed),
+    (README, front_quality),
     (CHOOSING, quality),
     (CHOOSING, operator),
     (CHOOSING, operator_of_models),

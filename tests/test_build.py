@@ -89,6 +89,7 @@ def commands():
         ("cmake", "*"),
         ("pbs_attn", "**/*.py"),
         ("tests", "*.*"),
+        ("tools", "*"),
     ):
         found += (ROOT / folder).glob(pattern)
     return {path: path.read_text() for path in found if path != Path(__file__)}

@@ -65,7 +65,11 @@ def test_presets_were_measured_as_they_say(name):
     rows = rows_of(TUNING, name, threshold)
     words = " ".join(getattr(PBSConfig, name).__doc__.split())
     density, loss, keys = map(
-        float, re.search(r"density ([\d.]+), loss ([\d.]+), keys ([\d.]+\d)", words).groups()
+        float,
+        re.search(
+            r"visits a density of ([\d.]+) .* loss is ([\d.]+) .* recalls ([\d.]+) of 6 pass keys",
+            words,
+        ).groups(),
     )
     assert density == round(mean_of(rows, "text", "density"), 3)
     assert loss == round(mean_of(rows, "text", "loss_above_dense"), 3)

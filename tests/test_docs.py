@@ -7,7 +7,9 @@ import shlex
 import pytest
 import torch
 from doc_tables import (
+    BENCHMARKS,
     KERNEL_LOG,
+    README,
     RESULTS,
     ROOT,
     assert_figures,
@@ -17,6 +19,7 @@ from doc_tables import (
     says,
     table_with,
     tables_in,
+    words_of,
 )
 from tiny_model import SIZES, save_model
 
@@ -48,7 +51,7 @@ def code_blocks(path):
 
 def test_pages_have_code_to_run():
     names = {path.stem for path in DOCUMENTS if code_blocks(path)}
-    assert {"README", "index", "method", "scoring", "transformers"} <= names
+    assert {"README", "first-steps", "method", "scoring", "transformers"} <= names
 
 
 @named([path for path in DOCUMENTS if code_blocks(path) and path.name != "README.md"])
@@ -62,9 +65,6 @@ def test_code_runs(path, tmp_path, monkeypatch):
     with torch.no_grad():
         for block in code_blocks(path):
             exec(compile(block, str(path), "exec"), names)
-
-
-README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("nth", range(len(code_blocks(README))))
@@ -144,9 +144,9 @@ def demo_help():
 
 
 def test_demo_table():
-    """What the README shows of the demo's output is in its CSV."""
+    """What is shown of the demo's output is in its CSV."""
     dense, pbs = read("demo_smollm2.csv")
-    text = README.read_text()
+    text = (ROOT / "docs" / "first-steps.md").read_text()
     for label, column, factor in (
         ("prefill, s", "prefill_s", 1),
         ("attention alone, s", "attention_s", 1),
@@ -197,7 +197,7 @@ def test_kernel_table():
                 assert says(said[column], float(row[f"{name}_tflops"])), (said["tokens"], column)
         dense = [row[f"{name}_dense_ms"] for name in ("flash", "cudnn", "fa4")]
         assert row["fa4_dense_ms"] == min(dense, key=lambda ms: float(ms or 0))
-    text = (ROOT / "README.md").read_text()
+    text = words_of(BENCHMARKS)
     for other in ("fa4_sparse", "flex", "fa4_dense"):
         ratios = [
             float(row["pbs_tflops"]) / float(row[f"{other}_tflops"])
@@ -266,7 +266,7 @@ def test_quality_table():
         right = sum(int(row["right"]) for row in keys) / len(keys)
         lengths = " and ".join(sorted({row["tokens"] for row in keys}))
         words = f"{len(keys)} at {lengths} tokens (dense {right:.2f})"
-        assert words in " ".join((ROOT / "README.md").read_text().split())
+        assert words in words_of(BENCHMARKS)
 
 
 def test_sampled_times():
@@ -295,7 +295,7 @@ def test_prefill_table():
         assert_says(said, find(rows, tokens=said["tokens"]), columns)
 
 
-# The kernel log and the README's single figures against their CSVs
+# The single figures of the kernel log and of the benchmarks against their CSVs
 
 
 def test_cpu_table():
@@ -310,7 +310,7 @@ def test_cpu_table():
     ratios = [float(row["attention_over_density_x_dense"]) for row in read("cpu_avx2.csv")]
     assert {row["cpu_capability"] for row in read("cpu_avx2.csv")} == {"avx2"}
     words = "the last column lies between # and #"
-    assert_figures(words, (min(ratios), max(ratios)), README)
+    assert_figures(words, (min(ratios), max(ratios)), BENCHMARKS)
 
 
 def test_log_of_attend_beside_flash_attention():
@@ -520,7 +520,7 @@ def test_log_of_real_activations():
     words += "head, and # times less at #, one a query head and key blocks of 32 rows"
     first = [column(26, "kv_head", name)[0] for name in ("speedup", "density")]
     last = [column(26, "query_head", name)[2] for name in ("speedup", "density")]
-    assert_figures(words, [*first, *last], README)
+    assert_figures(words, [*first, *last], BENCHMARKS)
 
 
 def test_long_prompts():
@@ -530,7 +530,7 @@ def test_long_prompts():
     each = find(rows, permute_per="query_head", kv_block_size="128")
     words = "1048576 tokens takes # s at density # and # GiB beyond its inputs"
     values = [float(own["attention_ms"]) / 1e3, own["density"], own["extra_gib"]]
-    assert_figures(words, values, README)
+    assert_figures(words, values, BENCHMARKS)
     words = (
         "density # ([long_h200.csv](../benchmarks/results/long_h200.csv)): # ms and # GiB beyond "
     )

@@ -3,12 +3,11 @@
 import statistics
 
 import pytest
-from doc_tables import ROOT, assert_figures, find, read
+from doc_tables import BENCHMARKS, README, ROOT, assert_figures, find, read
 from measured_tables import (
     CHOOSING,
     EXPERIMENTS,
     PROTOTYPES,
-    README,
     SERVED,
     SERVING,
     TABLES,
@@ -141,16 +140,15 @@ def test_figures_of_texts():
     small, *_ = [model for model in QUALITY if "SmolLM2" in model]
     large = [model for model in QUALITY if model != small]
     most = max(value(model, "balanced", "text", loss) for model in QUALITY)
-    assert_figures("`balanced` loses at most # nats of text", [most], CHOOSING)
+    assert_figures("`balanced` loses at most # nats per token of text", [most], CHOOSING)
     fast, balanced = (value(small, preset, "text", "op_ms") for preset in ("fast", "balanced"))
     repeat = value(small, "fast", "copy", loss)
-    words = "repeats on the small model: # nats. It also loses # of text there, for # % less time"
+    words = "`fast` loses # nats per token on repeats and # on text, for # % less time"
     saved = 100 * (1 - fast / balanced)
     assert_figures(words, [repeat, value(small, "fast", "text", loss), saved], CHOOSING)
-    assert_figures("`fast` loses # nats a token of them", [repeat], README)
     values = [max(value(model, "fast", "text", loss) for model in large)]
     values.append(value("Qwen2.5-Coder-1.5B, 16384", "fast", "copy", loss))
-    assert_figures("On Qwen, `fast` loses at most # of text, and # of a repeat", values, CHOOSING)
+    assert_figures("On Qwen, `fast` loses at most # on text, and # on repeats", values, CHOOSING)
     for preset in ("dense", "balanced"):
         assert value(small, preset, "pass key", "right") == 0.8
 
@@ -172,7 +170,7 @@ def test_figures_of_time():
     row = find(read("pipeline_models_h100.csv"), preset="smollm2-135m")
     words = "one call takes # ms on an H100 at density #, FlashAttention-4 #"
     values = [float(row[name]) for name in ("attention_ms", "density", "fa4_dense_ms")]
-    assert_figures(words, values, README)
+    assert_figures(words, values, BENCHMARKS)
     rows = of_preset(read(QUALITY["SmolLM2-135M, 8192"]), "balanced")
     visited = [float(row["density"]) for row in rows if row["probe"] == "text"]
     assert_figures(
@@ -212,7 +210,7 @@ def test_figures_of_serving():
     assert_figures(words, [min(shares), max(shares)], SERVING)
     tokens = 16 * (32768 + 128)
     gain = 100 * (gains["chunked", THROUGHPUT, str(tokens)] - 1)
-    assert_figures("prompts are long against answers: here # %", [gain], SERVING)
+    assert_figures("prompts are long compared with answers: here by # %", [gain], SERVING)
     visited = [
         float(row["density"])
         for row in of_preset(read("ruler_qwen_h200.csv"), "balanced")

@@ -24,10 +24,20 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
 def machine(monkeypatch):
     """Makes a machine with these GPUs, and a library of these families."""
 
-    def make(*gpus, compiled=NO_NVCC, torch_cuda="13.0", visible=1, families=FAMILIES):
+    def make(
+        *gpus,
+        compiled=NO_NVCC,
+        torch_cuda="13.0",
+        visible=1,
+        families=FAMILIES,
+        driver=13000,
+        on_bus=True,
+    ):
         monkeypatch.setattr(_library, "_gpu_families", lambda: families)
         monkeypatch.setattr(_library, "_gpu_capabilities", lambda: list(gpus))
         monkeypatch.setattr(_library, "compiled_info", lambda: compiled)
+        monkeypatch.setattr(_library, "_driver_cuda", lambda: driver)
+        monkeypatch.setattr(_library, "_has_nvidia_gpu", lambda: on_bus)
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
 
@@ -48,6 +58,24 @@ def test_torch_without_cuda(machine):
     machine(HOPPER, torch_cuda=None, visible=0, compiled=WITH_KERNELS)
     notice = _library.missing_gpu_support()
     assert notice.startswith(f"the GPU is not used: torch {torch.__version__} has no CUDA")
+
+
+OLD_DRIVER = {"compiled": WITH_KERNELS, "driver": 12080, "torch_cuda": "12.8"}
+
+
+def test_old_driver(machine):
+    machine(HOPPER, **OLD_DRIVER)
+    assert _library.missing_gpu_support() == (
+        "the GPU is not used: this build of pbs_attn needs a driver for CUDA 13.0 or newer, and "
+        "this machine's is one for CUDA 12.8; update the driver, or install a build of pbs_attn "
+        "that an older nvcc compiled"
+    )
+
+
+@pytest.mark.parametrize("torch_cuda", ["13.0", None])
+def test_no_driver(machine, torch_cuda):
+    machine(driver=0, visible=0, torch_cuda=torch_cuda, compiled=WITH_KERNELS)
+    assert "but no driver for it is loaded; install the driver" in _library.missing_gpu_support()
 
 
 @pytest.mark.parametrize("torch_cuda", ["13.0", None])
@@ -85,12 +113,24 @@ def test_kernels_run_on_the_families_of_a_build_with_cuda(machine, monkeypatch, 
     assert _library.has_kernel("attention", "cuda") == (is_built and gpu != TURING)
 
 
+@pytest.mark.parametrize("driver, runs", [(0, True), (12080, False), (13000, True)])
+def test_kernels_need_a_driver_for_them(machine, monkeypatch, driver, runs):
+    """Without libcuda, torch would find no GPU."""
+    machine(HOPPER, compiled=WITH_KERNELS, driver=driver)
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_stages": ("attention",)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    assert _library.has_kernel("attention", "cuda") == runs
+
+
 @pytest.mark.parametrize(
     "gpus, options",
     [
-        ([], {"torch_cuda": None}),
-        ([], {"visible": 0}),
+        ([], {"torch_cuda": None, "on_bus": False, "driver": 0}),
+        ([], {"visible": 0, "on_bus": False, "driver": 0}),
+        ([], {"visible": 0}),  # NVML is missing, the driver is not
         ([HOPPER], {"compiled": WITH_KERNELS}),
+        ([HOPPER], {"compiled": WITH_KERNELS, "driver": 14000}),
         ([HOPPER], {"visible": 0}),  # CUDA_VISIBLE_DEVICES hides it
         ([AMPERE], {"visible": 0}),
     ],
@@ -100,9 +140,13 @@ def test_nothing_to_say(machine, gpus, options):
     assert _library.missing_gpu_support() is None
 
 
-def test_import_warns_of_a_build_without_kernels(machine):
-    machine(HOPPER)
-    with pytest.warns(_library.GPUSupportWarning, match=r"^pbs_attn: the GPU is not used: this b"):
+@pytest.mark.parametrize(
+    "options, reason", [({}, "has no CUDA kernels"), (OLD_DRIVER, "needs a driver for CUDA 13.0")]
+)
+def test_import_warns_of_a_gpu_without_use(machine, options, reason):
+    machine(HOPPER, **options)
+    notice = rf"^pbs_attn: the GPU is not used: this build of pbs_attn {reason}"
+    with pytest.warns(_library.GPUSupportWarning, match=notice):
         _library.load()
 
 
@@ -112,8 +156,10 @@ def test_import_warns_of_a_build_without_kernels(machine):
         ([HOPPER], {"compiled": SWITCHED_OFF}),
         ([HOPPER], {"compiled": WITH_KERNELS}),
         ([HOPPER], {"torch_cuda": None}),
+        ([HOPPER], OLD_DRIVER | {"torch_cuda": None}),
         ([HOPPER], {"visible": 0}),
         ([TURING], {}),
+                ([TURING], OLD_DRIVER),
         ([], {}),
     ],
 )
@@ -146,12 +192,46 @@ int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
 @pytest.mark.parametrize("init, expected", [(0, [AMPERE, HOPPER]), (9, [])])
 def test_capabilities_come_from_the_driver(init, expected, tmp_path):
     """A driver's library of two GPUs, and one whose driver is not loaded."""
-    (tmp_path / "nvml.cpp").write_text(NVML)
-    library = tmp_path / "libnvidia-ml.so.1"
-    compiler = ["c++", "-shared", "-fPIC", f"-DINIT={init}", tmp_path / "nvml.cpp", "-o", library]
-    subprocess.run(compiler, check=True)
-    code = "from pbs_attn import _library; print(_library._gpu_capabilities())"
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    make_driver(tmp_path, "libnvidia-ml.so.1", NVML, f"-DINIT={init}")
+    assert with_driver(tmp_path, "_library._gpu_capabilities()") == f"{expected}"
+
+
+def make_driver(folder, name, code, *options):
+    source = (folder / name).with_suffix(".cpp")
+    source.write_text(code)
+    subprocess.run(["c++", "-shared", "-fPIC", *options, source, "-o", folder / name], check=True)
+
+
+def with_driver(folder, expression):
+    """What the expression is in a process that finds the driver's libraries in the folder."""
+    code = f"from pbs_attn import _library; print({expression})"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.stdout == f"{expected}\n", result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_version_comes_from_the_driver(tmp_path):
+    code = 'extern "C" int cuDriverGetVersion(int* version) { *version = 12080; return 0; }'
+    make_driver(tmp_path, "libcuda.so.1", code)
+    assert with_driver(tmp_path, "_library._driver_cuda()") == "12080"
+
+
+@pytest.mark.parametrize(
+    "vendor, kind, expected",
+    [
+        ("0x10de", "0x030200", True),  # a GPU without a display
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x020000", False),  # a network card of NVIDIA
+        ("0x1002", "0x030000", False),
+        ("0x10de", None, False),
+    ],
+)
+def test_gpus_without_a_driver_are_on_the_bus(vendor, kind, expected, tmp_path):
+    for name, vendor_and_kind in (("a", ("0x8086", "0x060000")), ("b", (vendor, kind))):
+        (tmp_path / name).mkdir()
+        for file, text in zip(("vendor", "class"), vendor_and_kind, strict=True):
+            if text is not None:
+                (tmp_path / name / file).write_text(f"{text}\n")
+    assert _library._has_nvidia_gpu(tmp_path) == expected

@@ -793,6 +793,24 @@ def test_a_family_by_name(native, capability, wanted, families):
     )
 
 
+@pytest.mark.parametrize(
+    "driver, toolkit, found",
+    [
+        (12080, 13000, "one for CUDA 12.8"),
+        (11040, 12090, "one for CUDA 11.4"),
+        (0, 12090, "none"),
+        (12000, 12090, None),
+        (13000, 12090, None),
+        (13000, 13020, None),
+    ],
+)
+def test_driver(native, driver, toolkit, found):
+    """A driver runs what toolkits of its own major version compiled, and of older ones."""
+    error = native.driver_error(driver, toolkit)
+    rule = f"the NVIDIA driver must be one for CUDA {toolkit // 1000}.0 or newer, got {found}: "
+    assert error.startswith(rule) if found else error == ""
+
+
 def test_exp2(native):
     points = torch.linspace(-126, 0, 5001).tolist()
     worst = max(abs(native.exp2(x) / 2.0**x - 1) for x in points)

@@ -1,6 +1,7 @@
 """mkdocs builds docs/ without a warning, finds broken links, and the result loads nothing from
 elsewhere."""
 
+import ast
 import os
 import re
 import shutil
@@ -41,6 +42,39 @@ def test_every_page_is_built(site):
     assert not list(site.rglob("*.py"))
 
 
+def test_the_reference_has_every_public_name(site):
+    """And every field of the settings. Read from the sources: nothing is imported here."""
+    page = (site / "api.html").read_text()
+    package = ast.parse((ROOT / "pbs_attn" / "__init__.py").read_text())
+    (names,) = [ast.literal_eval(x.value) for x in package.body if is_assigned(x, "__all__")]
+    functions = [name for name in names if name not in ("__version__", "transformers")]
+    functions += [f"transformers.{name}" for name in ("register", "explain", "routes")]
+    assert len(functions) > 15
+    for name in functions:
+        assert re.search(rf">\s*pbs_attn\.{name}\s*<", page), name
+    config = ast.parse((ROOT / "pbs_attn" / "config.py").read_text())
+    (settings,) = [x for x in config.body if isinstance(x, ast.ClassDef)]
+    fields = [x.target.id for x in settings.body if isinstance(x, ast.AnnAssign)]
+    assert len(fields) > 10
+    for name in fields:
+        assert f'title="pbs_attn.config.PBSConfig.{name}">' in page, name
+
+
+def is_assigned(node, name):
+    return isinstance(node, ast.Assign) and [x.id for x in node.targets] == [name]
+
+
+def test_title_has_the_version(site):
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f"pbs_attn {version}</title>" in (site / "index.html").read_text()
+
+
+def test_a_link_to_the_repository_where_it_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPOSITORY_URL", "https://example.org/pbs_attn")
+    assert build(ROOT, tmp_path).returncode == 0
+    assert 'href="https://example.org/pbs_attn"' in (tmp_path / "index.html").read_text()
+
+
 def external(path):
     """What a page or a style sheet loads from another host."""
     text, found = path.read_text(), []
@@ -70,9 +104,9 @@ def test_nothing_is_loaded_from_elsewhere(site, tmp_path):
     ["nowhere.md", "ops.md#nowhere", "../benchmarks/results/nowhere.csv", "/ops.md", "../README"],
 )
 def test_a_broken_link_stops_the_build(link, tmp_path):
-    for name in ("docs", "benchmarks/results"):
+    for name in ("docs", "benchmarks/results", "pbs_attn"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("mkdocs.yml", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     with (tmp_path / "docs" / "index.md").open("a") as page:
         page.write(f"\n[broken]({link})\n")

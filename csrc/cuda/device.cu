@@ -44,4 +44,11 @@ const char* shared_bytes_per_sm(int64_t* num_bytes) {
   return text_of(error);
 }
 
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int toolkit_version() { return CUDART_VERSION; }
+
 }  // namespace pbs::cuda

@@ -14,5 +14,9 @@ const char* compute_capability(int device, int* capability);
 const char* count_sms(int* num_sms);
 // Shared memory of a multiprocessor of the current device.
 const char* shared_bytes_per_sm(int64_t* num_bytes);
+// The newest CUDA that the driver runs, and the CUDA that compiled this library: 12080 is 12.8, and
+// 0 says that there is no driver.
+int driver_version();
+int toolkit_version();
 
 }  // namespace pbs::cuda

@@ -7,13 +7,18 @@
 #include "device.h"
 #include "launch.h"
 #include "pbs/arch.h"
+#include "pbs/driver.h"
 #include "sequence_ops.h"
 
 namespace pbs {
 namespace {
 
 void check_cuda(const char* error, const char* what) {
-  if (error != nullptr) fail("pbs_attn: ", what, " failed: ", error);
+  if (error == nullptr) return;
+  // An old driver runs torch's kernels and none of ours, if torch's are of an older CUDA.
+  const std::string reason = driver_error(cuda::driver_version(), cuda::toolkit_version());
+  if (!reason.empty()) fail(reason);
+  fail("pbs_attn: ", what, " failed: ", error);
 }
 
 // Makes the tensor's device current while it lives.

@@ -7,6 +7,7 @@
 
 #include "pbs/arch.h"
 #include "pbs/bitmask.h"
+#include "pbs/driver.h"
 #include "pbs/geometry.h"
 #include "pbs/key_tiles.h"
 #include "pbs/sm80/sampled_tiles.h"
@@ -208,6 +209,7 @@ PYBIND11_MODULE(pbs_native, m) {
                           pbs::is_in_dense_tail(block, problem, rule, is_causal));
   });
   m.def("capability_error", &pbs::capability_error);
+  m.def("driver_error", &pbs::driver_error);
   m.def("selected", [](const std::vector<uint32_t>& words, int64_t num_candidates) {
     std::vector<int64_t> blocks;
     pbs::for_each_selected(words.data(), num_candidates,
