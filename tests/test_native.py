@@ -537,14 +537,16 @@ def test_sampled_plan_by_number_of_stacks(native, num_stacks, key_parts, stacks_
     assert plan.stacks_per_unit == stacks_per_unit
 
 
-def test_the_sanitizer_reaches_every_sampled_kernel(native):
-    """On 132 multiprocessors: launch_samples and launch_scores, sm90/select_blocks/sampled."""
+@pytest.mark.parametrize("family", ["sm90", "sm80"])
+def test_the_sanitizer_reaches_every_sampled_kernel(native, family):
+    """On 132 multiprocessors: launch_samples and launch_scores of select_blocks/sampled."""
+    plan_of = native.sampled_plan if family == "sm90" else native.sampled_plan_sm80
     samples, scores = set(), set()
     for case, dtype in sanitize.cases():
         if case.score != "sampled":
             continue
         by_query_head = case.permute_per == "query_head"
-        plan = native.sampled_plan(
+        plan = plan_of(
             case.batch,
             case.num_q_heads,
             case.num_kv_heads,
@@ -562,12 +564,17 @@ def test_the_sanitizer_reaches_every_sampled_kernel(native):
         )
         assert plan.num_tiles > 0
         samples.add((dtype, case.head_dim, plan.key_parts))
-        scores.add((case.head_dim, plan.stacks_per_unit))
+        scores.add((dtype if family == "sm80" else None, case.head_dim, plan.stacks_per_unit))
     dtypes = (sanitize.BFLOAT16, sanitize.FLOAT16)
     narrow = [head_dim for head_dim in HEAD_DIMS if head_dim <= 128]
     wide = [head_dim for head_dim in HEAD_DIMS if head_dim > 128]
     assert samples == {*product(dtypes, narrow, (1, 2, 4)), *product(dtypes, wide, (1,))}
-    assert scores == set(product(HEAD_DIMS, native.stacks_per_unit))
+    if family == "sm90":  # which multiplies elements of one byte, whatever they were
+        assert scores == set(product((None,), HEAD_DIMS, native.stacks_per_unit))
+    else:
+        few = native.stacks_per_unit[:2]
+        kernels = {*product(dtypes, narrow, native.stacks_per_unit), *product(dtypes, wide, few)}
+        assert scores == kernels
 
 
 @settings(deadline=None, max_examples=200)

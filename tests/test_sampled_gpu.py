@@ -76,7 +76,7 @@ def test_sampled_score_follows_its_rule(
 def test_sampled_score_of_several_units_a_cta(
     head_dim, stacks_per_unit, batch, num_q_heads, num_kv_heads, num_queries
 ):
-    """With every number of stacks (include/pbs/sm90/sampled_plan.h): more than 32 samples of a
+    """With every number of stacks (include/pbs/sampled_plan.h): more than 32 samples of a
     query block are one. The reference takes time by samples, and half a stack has none."""
     num_stacks = batch * num_q_heads * -(-num_queries // 64)
     skip_unless_planned(num_stacks, stacks_per_unit, least_units=1.9)
@@ -93,11 +93,28 @@ def test_sampled_score_of_several_units_a_cta(
 
 
 def skip_unless_planned(num_stacks, stacks_per_unit, least_units):
-    """Unless the plan makes units of so many stacks, and of those so many for each CTA."""
+    """Unless the sm90 plan makes units of so many stacks, and of those so many for each CTA. Other
+    families take the same sizes, whatever they make of them."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     planned = 1 if num_stacks < 2 * num_sms else 2 if num_stacks < 6 * num_sms else 4
     if planned != stacks_per_unit or num_stacks < least_units * stacks_per_unit * num_sms:
         pytest.skip(f"sizes are for about 132 multiprocessors, not {num_sms}")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, 1600), (96, 1600), (128, 1600), (256, 900)])
+def test_sampled_score_of_very_many_heads(head_dim, heads, dtype):
+    """With so many stacks that the sm80 family makes units of the most it has."""
+    case = SAMPLED._replace(
+        num_queries=40,
+        num_keys=300,
+        batch=1,
+        num_q_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        num_samples=33,
+    )
+    assert_selection(case, 0, dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
