@@ -159,7 +159,7 @@ def test_import_warns_of_a_gpu_without_use(machine, options, reason):
         ([HOPPER], OLD_DRIVER | {"torch_cuda": None}),
         ([HOPPER], {"visible": 0}),
         ([TURING], {}),
-                ([TURING], OLD_DRIVER),
+        ([TURING], OLD_DRIVER),
         ([], {}),
     ],
 )
