@@ -27,6 +27,12 @@ class RowTiles {
     }
   }
 
+  // Whether the warp's last row, and with it any, sees a key of the tile.
+  __device__ bool sees_some(const KeyTiles& tiles, int tile_idx) const {
+    return visible_keys(tiles, tile_idx, first_row(renewed(thread_)) + 16 * kRowTiles - 1,
+                        Traits::kKeys) > 0;
+  }
+
   // S = Q . K^T, of the tile of keys in shared memory.
   __device__ __forceinline__ void multiply_keys() {
 #pragma unroll

@@ -19,11 +19,7 @@ __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& share
   auto& work = shared.work[slot];
   WorkDrawer drawer(args);
   do {
-    if (threadIdx.x % 32 == 0) {
-      const int ahead = drawer.draw();  // on its way while the one before is looked up
-      drawer.fill(shared.drawn, Traits::kKeys, work);
-      shared.drawn = ahead;
-    }
+    if (threadIdx.x % 32 == 0) drawer.fill(drawer.draw(), Traits::kKeys, work);
     __syncwarp();
     if (work.tiles.total == 0) {
       write_nothing<Traits::kHeadDim>(work, args.params.out.row_stride);
@@ -50,25 +46,38 @@ __device__ __forceinline__ void attend_block(const AttendArgs& args,
   loader.start_values(slot, 0);
   if (thread < 32) draw_work<Traits>(args, shared, slot ^ 1);
   RowTiles<Traits> rows(shared, thread, args.params.scale * kLog2e);
-  // No branch but for the last tile: products run beside exponentials, and beside the waits.
-  const auto visit = [&](int tile_idx, auto is_masked) {
-    rows.multiply_keys();
-    wait_for_tile();
-    loader.start_next(slot, tile_idx);
-    if constexpr (decltype(is_masked)::value) rows.mask(tiles, tile_idx);
-    rows.weigh();
-    rows.multiply_values();
-    if (tile_idx + 1 == tiles.total) return;
-    wait_for_tile();
-    loader.start_values(slot, tile_idx + 1);
-  };
   int tile_idx = 0;
 #pragma unroll 1
-  for (; tile_idx < min(tiles.num_masked, tiles.total); ++tile_idx) {
-    visit(tile_idx, std::true_type{});
-  }
+  while (true) {
+    // Any tile.
+    const bool is_masked = tile_idx < tiles.num_masked;
+    const bool sees_some = !is_masked || rows.sees_some(tiles, tile_idx);
+    if (sees_some) rows.multiply_keys();
+    wait_for_tile();
+    loader.start_next(slot, tile_idx);
+    if (sees_some) {
+      if (is_masked) rows.mask(tiles, tile_idx);
+      rows.weigh();
+      rows.multiply_values();
+    }
+    if (++tile_idx == tiles.total) break;
+    wait_for_tile();
+    loader.start_values(slot, tile_idx);
+    // Whole tiles of selected keys, but for the last one, without a branch: products then run
+    // beside exponentials, and beside the waits.
+    if (tile_idx <= tiles.num_own) continue;
 #pragma unroll 1
-  for (; tile_idx < tiles.total; ++tile_idx) visit(tile_idx, std::false_type{});
+    for (; tile_idx + 1 < tiles.total; ++tile_idx) {
+      const int nth = tile_idx - tiles.num_own;
+      rows.multiply_keys();
+      wait_for_tile();
+      loader.start_selected_keys(slot, nth + 1);
+      rows.weigh();
+      rows.multiply_values();
+      wait_for_tile();
+      loader.start_selected_values(slot, nth + 1);
+    }
+  }
   rows.write(work, args.params.out.row_stride);
 }
 
@@ -77,7 +86,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     attend_kernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ __align__(128) char raw[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(raw);
-  if (threadIdx.x == 0) shared.drawn = WorkDrawer(args).draw();
   if (threadIdx.x < 32) draw_work<Traits>(args, shared, 0);
   __syncthreads();
   if (shared.work[0].tiles.total < 0) return;

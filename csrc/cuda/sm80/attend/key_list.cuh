@@ -1,4 +1,4 @@
-// Where the keys of a query block are: a list in device memory, made by one warp while the
+// Where the selected keys of a query block are: a list in device memory, made by one warp while the
 // block before is in work.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace pbs::cuda::sm80 {
 
 constexpr int kAbsent = -1;  // a part without rows
 
-// The list of a slot: for each tile the first row of each of its parts. Permuted rows are counted
+// The list of a slot: for each tile of selected keys the first row of each of its parts, counted
 // through all pages.
 __device__ inline int32_t* list_of(const AttendArgs& args, int slot) {
   return args.lists + (static_cast<int64_t>(blockIdx.x) * 2 + slot) * args.list_size;
@@ -25,24 +25,16 @@ __device__ inline int row_in_pages(const AttendArgs& args, int row) {
   return page << args.page_shift | (row & ((1 << args.page_shift) - 1));
 }
 
-// Lists own keys and the selected blocks in ascending order. Each lane takes a word of the mask.
+// Lists the selected blocks in ascending order. Each lane takes a word of the mask.
 template <class Traits>
 __device__ void list_keys(const AttendArgs& args, const typename Traits::Work& work,
                           int32_t* list) {
-  constexpr int kParts = Traits::kParts;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const KeyTiles& tiles = work.tiles;
-  for (int i = lane; i < tiles.num_own * kParts; i += 32) {
-    const int row =
-        work.own_begin + own_tile_begin(tiles, i / kParts, Traits::kKeys) + i % kParts * kPartRows;
-    list[i] = row < args.num_own ? row : kAbsent;
-  }
-  list += tiles.num_own * kParts;
   const auto kv_block_size = static_cast<int>(args.params.blocking.kv_block_size);
   const int parts_per_block = kv_block_size / kPartRows;
   // The first tile has what does not fill one, and is then full of absent parts.
-  const int num_first = tiles.first_selected_size / kPartRows;
-  if (lane >= num_first && lane < kParts) list[lane] = kAbsent;
+  const int num_first = work.tiles.first_selected_size / kPartRows;
+  if (lane >= num_first && lane < Traits::kParts) list[lane] = kAbsent;
   const int num_words = (work.num_candidates + 31) / 32;
   int num_before = 0;
 #pragma unroll 1
@@ -60,7 +52,7 @@ __device__ void list_keys(const AttendArgs& args, const typename Traits::Work& w
     for (; bits != 0; bits &= bits - 1) {
       const int row = (w * 32 + __ffs(bits) - 1) * kv_block_size;
       for (int i = 0; i < parts_per_block; ++i, ++place) {
-        list[place < num_first ? place : place + kParts - num_first] =
+        list[place < num_first ? place : place + Traits::kParts - num_first] =
             row_in_pages(args, row + i * kPartRows);
       }
     }

@@ -2,8 +2,6 @@
 // then the keys of the next one.
 #pragma once
 
-#include <climits>
-
 #include "key_list.cuh"
 #include "traits.cuh"
 
@@ -28,14 +26,11 @@ class TileLoader {
   // Starts to copy the keys of the tile behind tile_idx: the first one of the next block, together
   // with that block's queries, where it was the last one.
   __device__ __forceinline__ void start_next(int slot, int tile_idx) const {
-    ++tile_idx;
-    if (tile_idx == shared_.work[slot].tiles.total) {
-      slot ^= 1;
-      tile_idx = 0;
-      if (shared_.work[slot].tiles.total < 0) return;
-      start_queries(slot);
-    }
-    start_keys(slot, tile_idx);
+    const bool is_last = tile_idx + 1 == shared_.work[slot].tiles.total;
+    if (is_last) slot ^= 1;
+    if (is_last && shared_.work[slot].tiles.total < 0) return;
+    if (is_last) start_queries(slot);
+    start_keys(slot, is_last ? 0 : tile_idx + 1);
   }
 
   __device__ __forceinline__ void start_keys(int slot, int tile_idx) const {
@@ -43,6 +38,16 @@ class TileLoader {
   }
   __device__ __forceinline__ void start_values(int slot, int tile_idx) const {
     copy(shared_.v, args_.params.v, args_.params.v_perm, slot, tile_idx);
+  }
+
+  // Of the nth tile of selected keys.
+  __device__ __forceinline__ void start_selected_keys(int slot, int nth) const {
+    copy_selected(shared_.k, args_.params.k_perm, slot, nth);
+    commit_copies();
+  }
+  __device__ __forceinline__ void start_selected_values(int slot, int nth) const {
+    copy_selected(shared_.v, args_.params.v_perm, slot, nth);
+    commit_copies();
   }
 
  private:
@@ -55,31 +60,42 @@ class TileLoader {
                                                  work.num_rows);
   }
 
-  // Without a branch, so that products run beside it.
   __device__ __forceinline__ void copy(Element* to, const ConstRows& own, const ConstRows& permuted,
                                        int slot, int tile_idx) const {
     const Work& work = shared_.work[slot];
-    const bool is_own = tile_idx < work.tiles.num_own;
-    const int32_t* found = list_of(args_, slot) + tile_idx * Traits::kParts;
-    const ConstRows from{is_own ? own.data : permuted.data,
-                         is_own ? own.batch_stride : permuted.batch_stride,
-                         is_own ? own.head_stride : permuted.head_stride,
-                         is_own ? own.row_stride : permuted.row_stride};
-    const int head = is_own ? work.kv_head : work.perm_head;
-    // Own rows behind the last one do not exist, and own keys lie in no pages.
-    const int end = is_own ? args_.num_own : INT_MAX;
-    const int shift = is_own ? 31 : args_.page_shift;
-    const int row_mask = static_cast<int>((1u << shift) - 1);
+    if (tile_idx < work.tiles.num_own) {
+      copy_own(to, own, work, tile_idx);
+    } else {
+      copy_selected(to, permuted, slot, tile_idx - work.tiles.num_own);
+    }
+    commit_copies();
+  }
+
+  // Rows behind the last one do not exist.
+  __device__ __forceinline__ void copy_own(Element* to, const ConstRows& from, const Work& work,
+                                           int tile_idx) const {
+    const auto num_own = static_cast<int>(args_.params.problem.num_kv - args_.params.first_k_row);
+    const int first = work.own_begin + own_tile_begin(work.tiles, tile_idx, Traits::kKeys);
+    const Element* rows = static_cast<const Element*>(from.data) +
+                          row_start(from, RowPlace{work.b, first}, work.kv_head);
+    Traits::KeyCopy::template start<Traits::kKeys>(renewed(thread_), to, 0, rows, from.row_stride,
+                                                   num_own - first);
+  }
+
+  __device__ __forceinline__ void copy_selected(Element* to, const ConstRows& from, int slot,
+                                                int nth) const {
+    const Work& work = shared_.work[slot];
+    const int32_t* found = list_of(args_, slot) + nth * Traits::kParts;
+    const int row_mask = static_cast<int>((1u << args_.page_shift) - 1);
 #pragma unroll
     for (int i = 0; i < Traits::kParts; ++i) {
       const int row = max(found[i], 0);
-      const RowPlace place{work.b + (row >> shift), row & row_mask};
+      const RowPlace place{work.b + (row >> args_.page_shift), row & row_mask};
       Traits::KeyCopy::template start<kPartRows>(
           renewed(thread_), to, i * kPartRows,
-          static_cast<const Element*>(from.data) + row_start(from, place, head), from.row_stride,
-          found[i] == kAbsent ? 0 : end - row);
+          static_cast<const Element*>(from.data) + row_start(from, place, work.perm_head),
+          from.row_stride, found[i] == kAbsent ? 0 : kPartRows);
     }
-    commit_copies();
   }
 
   const AttendArgs& args_;

@@ -37,7 +37,6 @@ struct AttendTraits {
     alignas(128) Element v[kKeys * kHeadDim];
     // Of a query block that is in work, and of the next one.
     Work work[2];
-    int drawn;  // number of the query block behind them
   };
   static_assert(offsetof(Shared, work) == tile_bytes(kHeadDim, kKeys));
   static_assert(kKeys > tile_keys(kHeadDim, false) ||
