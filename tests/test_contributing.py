@@ -25,7 +25,7 @@ def places():
 def test_named_files_exist():
     section = CONTRIBUTING.split("## Where things are")[1]
     named = [text for text in code(section) if re.fullmatch(r"[\w./]+(/|\.\w+)?", text)]
-    paths = {text for text in named if "/" in text and not text.startswith(("common/", "sm90/"))}
+    paths = {text for text in named if "/" in text and not text.startswith(("common/", "sm"))}
     paths -= {"bench/", "plot/", "native/", "results/"}  # beside the folder of their row
     assert len(paths) > 30
     assert not [path for path in sorted(paths) if not (ROOT / path).exists()]

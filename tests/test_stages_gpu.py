@@ -414,10 +414,12 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     k = torch.randn(1, kv_heads, num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
     perm_heads = heads if permute_per == "query_head" else kv_heads
     blocks = -(-num_tokens // block)
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     documented = 8 * perm_heads * num_tokens
+    if family() == "sm80":  # lists of selected keys
+        documented += 8 * 2 * num_sms * (-(-num_tokens // 32) + 2)
     documented += 2 * 2 * perm_heads * num_tokens * head_dim
     if score == "sampled":
-        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         tiles, stacks = -(-num_tokens // 128), perm_heads * -(-blocks * heads // perm_heads // 4)
         stacks_per_unit = 2 if stacks < 6 * num_sms else 4
         workspace = perm_heads * tiles * (128 * head_dim + 16) + 64 * stacks * (head_dim + 16)

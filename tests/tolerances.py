@@ -13,9 +13,9 @@ from reference import always_visited, repeat_heads, scale_for, smallest_set
 SLACK = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 2e-4}
 
 # How far a share of a sampled query may lie on CUDA from the reference with the same roundings, by
-# GPU family. All round to bfloat16 on the way to a share. sm90 also has weights within 5 %, and sums
-# in half precision. There weights below 2^-20 of the own keys' may count as 0: 128 of them are the
-# absolute term.
+# GPU family. All round to bfloat16 on the way to a share. sm90 also has weights within 5 %, and
+# sums in half precision. There weights below 2^-20 of the own keys' may count as 0: 128 of them are
+# the absolute term.
 SAMPLED_ROUNDING = {"sm90": "e4m3", "sm80": "limited"}
 SAMPLED_RTOL = {"sm90": 0.08, "sm80": 0.02}
 SAMPLED_ATOL = 128 * 2**-20

@@ -65,8 +65,8 @@ inline std::string capability_error(int capability, const std::string& wanted) {
     if (find_family(capability, family.name) < 0) continue;
     names << (names.tellp() > 0 ? " or " : "") << family.name;
   }
-  return "PBS_GPU_FAMILY must be empty or " + names.str() +
-         " on a GPU of compute capability " + capability_text(capability) + ", got " + wanted;
+  return "PBS_GPU_FAMILY must be empty or " + names.str() + " on a GPU of compute capability " +
+         capability_text(capability) + ", got " + wanted;
 }
 
 }  // namespace pbs

@@ -41,6 +41,21 @@ static pbs::SelectBlocksParams select_params(int64_t num_heads, int64_t num_toke
   return params;
 }
 
+// Where the multiprocessors are among the arguments of sampled_plan.
+static constexpr size_t kNumSms = 13;
+
+static pbs::SelectBlocksParams sampled_params(const py::args& args) {
+  const auto size = [&](size_t i) { return args[i].cast<int64_t>(); };
+  pbs::SelectBlocksParams params{};
+  params.problem = pbs::Problem{size(0), size(1), size(2), size(3),
+                                size(4), size(5), size(6), pbs::DType::kBFloat16};
+  params.blocking = pbs::Blocking{size(7), size(8), size(9)};
+  params.is_causal = args[10].cast<bool>();
+  params.rule.num_samples = args[11].cast<int32_t>();
+  params.rule.shares_heads = args[12].cast<bool>();
+  return params;
+}
+
 PYBIND11_MODULE(pbs_native, m) {
   py::class_<pbs::QueryBlock>(m, "QueryBlock")
       .def_readonly("first_row", &pbs::QueryBlock::first_row)
@@ -220,17 +235,4 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("half_to_float", &cpu::half_to_float);
   m.def("float_to_half", &cpu::float_to_half);
   m.def("float_to_bfloat16", &cpu::float_to_bfloat16);
-}  // Where the multiprocessors are among the arguments of sampled_plan.
-constexpr size_t kNumSms = 13;
-
-pbs::SelectBlocksParams sampled_params(const py::args& args) {
-  const auto size = [&](size_t i) { return args[i].cast<int64_t>(); };
-  pbs::SelectBlocksParams params{};
-  params.problem = pbs::Problem{size(0), size(1), size(2), size(3),
-                                size(4), size(5), size(6), pbs::DType::kBFloat16};
-  params.blocking = pbs::Blocking{size(7), size(8), size(9)};
-  params.is_causal = args[10].cast<bool>();
-  params.rule.num_samples = args[11].cast<int32_t>();
-  params.rule.shares_heads = args[12].cast<bool>();
-  return params;
 }
