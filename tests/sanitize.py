@@ -115,8 +115,8 @@ RARE = [
         FLOAT16,
     ),
     # A stack for each of so many heads: one a unit, whose own keys two parts of a CTA share; two a
-    # unit and four, without parts. Fewer stacks have four parts. With two CTAs a multiprocessor, the
-    # sm80 family has four a unit only with the most heads.
+    # unit and four, without parts. Fewer stacks have four parts. The sm80 family, with two CTAs a
+    # multiprocessor, has four a unit only with the most heads.
     *(
         (
             Case(

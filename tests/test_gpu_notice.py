@@ -102,6 +102,15 @@ def test_families_by_gpu(machine, monkeypatch, wanted, families):
     assert [_library.runs_on(gpu) for gpu in gpus] == [name is not None for name in families]
 
 
+def test_a_family_that_does_not_run_here(machine, monkeypatch):
+    machine(HOPPER, compiled=WITH_KERNELS)
+    monkeypatch.setenv("PBS_GPU_FAMILY", "sm70")
+    assert _library.missing_gpu_support() == (
+        "the GPU is not used: PBS_GPU_FAMILY is sm70, which names no kernels that run on it; unset "
+        "the variable"
+    )
+
+
 @pytest.mark.parametrize("is_built", [True, False])
 @pytest.mark.parametrize("gpu", [TURING, AMPERE, HOPPER, BLACKWELL])
 def test_kernels_run_on_the_families_of_a_build_with_cuda(machine, monkeypatch, gpu, is_built):

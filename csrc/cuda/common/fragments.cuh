@@ -17,8 +17,8 @@ __device__ inline int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 *
 // The first row of a thread, in 16 rows a warp.
 __device__ inline int row_of_thread(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// The index of this thread, read anew: what is computed from it is not carried in registers, which a
-// main loop lacks, from one use to the next.
+// The index of this thread, read anew: what is computed from it is not carried in registers, which
+// a main loop lacks, from one use to the next.
 __device__ inline int read_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

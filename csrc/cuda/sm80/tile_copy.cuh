@@ -19,8 +19,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same number, of which the compiler does not know where it comes from: what is computed from it
-// is computed at each use, too, and costs no register in between.
+// The same number, of which the compiler does not know where it comes from: what is computed from
+// it is computed at each use, too, and costs no register in between.
 __device__ __forceinline__ int renewed(int x) {
   asm volatile("" : "+r"(x));
   return x;
