@@ -7,7 +7,7 @@ the same columns. tests/test_docs_tables.py holds the pages against them.
 import statistics
 import string
 
-from doc_tables import README, ROOT, find, lengths_of, mean, read, rounded, signed
+from doc_tables import BENCHMARKS, README, ROOT, find, lengths_of, mean, read, rounded, signed
 from front_tables import front_quality, speed
 from preset_tables import (
     best_dense,
@@ -250,6 +250,37 @@ def prototypes_on_texts():
     return names, lines
 
 
+# docs/benchmarks.md, the sm80 family
+
+
+def attend_on_sm80():
+    """TFLOP/s of attend on lists of key blocks of two widths, and of dense FlashAttention 2."""
+    rows = read("kernel_sm80_h100.csv")
+    lines = []
+    for length in lengths_of(rows):
+        of_length = [row for row in rows if row["tokens"] == length]
+        (dense,) = {float(row["flash_dense_tflops"]) for row in of_length if row["flash_dense_ms"]}
+        for density in sorted({row["density"] for row in of_length}):
+            rates = [
+                float(find(of_length, density=density, kv_block_size=width)["pbs_tflops"])
+                for width in ("128", "32")
+            ]
+            line = [length, f"{float(density):.3g}", *(f"{rate:.0f}" for rate in rates)]
+            lines.append([*line, f"{dense:.0f}", f"{rates[0] / dense:.2f}"])
+    names = ["tokens", "density", "128 rows", "32 rows", "FA2, dense", "128 rows / FA2"]
+    return names, lines
+
+
+def operator_on_sm80():
+    """Milliseconds of the default and of dense attention."""
+    lines = []
+    for row in read("pipeline_sm80_h100.csv"):
+        ours, dense = float(row["attention_ms"]), float(row["flash_dense_ms"])
+        times = [f"{float(row[name]):.3g}" for name in ("attention_ms", "flash_dense_ms")]
+        lines.append([row["tokens"], f"{float(row['density']):.3g}", *times, f"{dense / ours:.3g}"])
+    return ["tokens", "density", "default, sm80 kernels, ms", "FA2, dense, ms", "FA2 / default"], lines
+
+
 TABLES = [
     (CHOOSING, ruler),
     (README, speed),
@@ -267,6 +298,8 @@ TABLES = [
     (EXPERIMENTS, ruler_tasks),
     (EXPERIMENTS, tuning_ruler),
     (EXPERIMENTS, tuning_texts),
+    (BENCHMARKS, attend_on_sm80),
+    (BENCHMARKS, operator_on_sm80),
     (EXPERIMENTS, held_out_texts),
     (EXPERIMENTS, operator_with_summary),
     (EXPERIMENTS, prototypes_of_three_tasks),
