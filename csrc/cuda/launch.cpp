@@ -5,11 +5,35 @@
 
 #include "common/launch.h"
 #include "pbs/arch.h"
+#include "pbs/fail.h"
 #include "sm80/launch.h"
 #include "sm90/launch.h"
 
 namespace pbs::cuda {
 namespace {
+
+// select_blocks of a family, which has a kernel for each score.
+template <auto kMean, auto kSampled>
+int64_t workspace_by_score(const SelectBlocksParams& params) {
+  switch (params.rule.score) {
+    case Score::kMean:
+      return kMean(params);
+    case Score::kSampled:
+      return kSampled(params);
+  }
+  fail("score must be one with a CUDA kernel");
+}
+
+template <auto kMean, auto kSampled>
+const char* launch_by_score(const SelectBlocksParams& params, void* workspace, void* stream) {
+  switch (params.rule.score) {
+    case Score::kMean:
+      return kMean(params, workspace, stream);
+    case Score::kSampled:
+      return kSampled(params, workspace, stream);
+  }
+  fail("score must be one with a CUDA kernel");
+}
 
 constexpr Launchers kTable[] = {
     {
@@ -17,7 +41,8 @@ constexpr Launchers kTable[] = {
         {sort_segments_workspace, launch_sort_segments},
         {sm90::permute_kv_workspace, sm90::launch_permute_kv},
         {copy_pages_workspace, launch_copy_pages},
-        {sm90::select_blocks_workspace, sm90::launch_select_blocks},
+        {workspace_by_score<sm90::select_mean_workspace, sm90::select_sampled_workspace>,
+         launch_by_score<sm90::launch_select_mean, sm90::launch_select_sampled>},
         {sm90::attend_workspace, sm90::launch_attend},
         kMaxSegmentSize,
         kStackRows,
@@ -28,7 +53,8 @@ constexpr Launchers kTable[] = {
         {sort_segments_workspace, launch_sort_segments},
         {sm80::permute_kv_workspace, sm80::launch_permute_kv},
         {copy_pages_workspace, launch_copy_pages},
-        {sm80::select_blocks_workspace, sm80::launch_select_blocks},
+        {workspace_by_score<sm80::select_mean_workspace, sm80::select_sampled_workspace>,
+         launch_by_score<sm80::launch_select_mean, sm80::launch_select_sampled>},
         {sm80::attend_workspace, sm80::launch_attend},
         kMaxSegmentSize,
         kStackRows,

@@ -14,9 +14,7 @@ const char* launch_score_keys(const ScoreKeysParams& params, void* workspace, vo
 int64_t permute_kv_workspace(const PermuteKVParams& params);
 const char* launch_permute_kv(const PermuteKVParams& params, void* workspace, void* stream);
 
-// By the score of the params; each score has a file of its own.
-int64_t select_blocks_workspace(const SelectBlocksParams& params);
-const char* launch_select_blocks(const SelectBlocksParams& params, void* workspace, void* stream);
+// select_blocks: each score has a folder of its own.
 int64_t select_mean_workspace(const SelectBlocksParams& params);
 const char* launch_select_mean(const SelectBlocksParams& params, void* workspace, void* stream);
 int64_t select_sampled_workspace(const SelectBlocksParams& params);
