@@ -348,8 +348,8 @@ def test_cuda_that_is_not_there(stage):
     q, k, v = qkv()
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     args = (q, k) if stage == "score_keys" else (q, k, v)
-    is_built = pbs_attn.build_info()["cuda"]
-    error = "cudaDeviceGetAttribute failed" if is_built else f"{stage} has no CUDA kernel"
+    no_driver = "the NVIDIA driver must be one for CUDA .* got none"
+    error = no_driver if pbs_attn.build_info()["cuda"] else f"{stage} has no CUDA kernel"
     with pytest.raises(RuntimeError, match=error):
         getattr(PBS, stage).default.redispatch(cuda, *args)
 
