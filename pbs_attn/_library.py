@@ -178,13 +178,13 @@ def missing_gpu_support() -> str | None:
     is_hidden = torch.version.cuda is not None and torch.cuda.device_count() == 0
     if not capabilities or is_hidden:
         return None
-    wanted = os.environ.get("PBS_GPU_FAMILY", "")
-    if wanted and not any(map(runs_on, capabilities)):
-        return (
-            f"the GPU is not used: PBS_GPU_FAMILY is {wanted}, which names no kernels that run on "
-            "it; unset the variable"
-        )
     if not any(map(runs_on, capabilities)):
+        wanted = os.environ.get("PBS_GPU_FAMILY", "")
+        if wanted:
+            return (
+                f"the GPU is not used: PBS_GPU_FAMILY is {wanted}, which names no kernels that run "
+                "on it; unset the variable"
+            )
         found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
         return (
             "PBS runs on the CPU here: its GPU kernels need compute capability "

@@ -62,7 +62,7 @@ class CpuBackend {
     const Problem& problem = params.problem;
     std::memset(params.importance, 0,
                 problem.batch * problem.num_perm_heads * problem.num_kv * sizeof(float));
-    const int64_t num_scored = round_down(problem.num_kv, params.blocking.segment_size);
+    const int64_t num_scored = num_scored_keys(params);
     const int64_t num_rows = num_score_rows(problem, params.blocking);
     const int64_t num_chunks = ceil_div(num_scored, cpu::kScoreChunk);
     if (num_rows == 0 || num_chunks == 0) return;

@@ -12,10 +12,6 @@ namespace {
 constexpr int64_t kKeyTile = 64;
 constexpr float kNegInf = -__builtin_huge_valf();
 
-int64_t num_scored(const ScoreKeysParams& params) {
-  return round_down(params.problem.num_kv, params.blocking.segment_size);
-}
-
 // Packed queries of one head and the tiles of one chunk of keys.
 struct Chunk {
   int64_t num_rows;
@@ -36,7 +32,7 @@ Chunk carve(const ScoreKeysParams& params, int64_t chunk_idx, float* scratch) {
   chunk.num_rows = num_score_rows(problem, params.blocking);
   chunk.padded = padded_rows(chunk.num_rows);
   chunk.begin = chunk_idx * kScoreChunk;
-  chunk.end = smaller(chunk.begin + kScoreChunk, num_scored(params));
+  chunk.end = smaller(chunk.begin + kScoreChunk, num_scored_keys(params));
   chunk.queries = scratch;
   chunk.scores = chunk.queries + problem.head_dim * chunk.padded;
   chunk.keys = chunk.scores + kKeyTile * kMaxVecs * kLanes;
@@ -100,7 +96,7 @@ int64_t score_scratch(const ScoreKeysParams& params) {
 void score_chunk(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
                  float* scratch) {
   const Problem& problem = params.problem;
-  const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
+  const int64_t num_chunks = ceil_div(num_scored_keys(params), kScoreChunk);
   const int64_t head = item / num_chunks;
   const int64_t hq = head % problem.num_q_heads;
   const int64_t b = head / problem.num_q_heads;
@@ -120,7 +116,7 @@ void score_chunk(const ScoreKeysParams& params, const ScoreStates& states, int64
 
 void score_merge(const ScoreKeysParams& params, const ScoreStates& states, int64_t item, float*) {
   const int64_t num_rows = num_score_rows(params.problem, params.blocking);
-  const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
+  const int64_t num_chunks = ceil_div(num_scored_keys(params), kScoreChunk);
   float* row_max = states.row_max + item * num_chunks * num_rows;
   float* row_sum = states.row_sum + item * num_chunks * num_rows;
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -141,7 +137,7 @@ void score_merge(const ScoreKeysParams& params, const ScoreStates& states, int64
 void score_average(const ScoreKeysParams& params, const ScoreStates& states, int64_t item,
                    float* scratch) {
   const Problem& problem = params.problem;
-  const int64_t num_chunks = ceil_div(num_scored(params), kScoreChunk);
+  const int64_t num_chunks = ceil_div(num_scored_keys(params), kScoreChunk);
   const int64_t head = item / num_chunks;
   const int64_t hp = head % problem.num_perm_heads;
   const int64_t b = head / problem.num_perm_heads;

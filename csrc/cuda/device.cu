@@ -37,6 +37,11 @@ const char* count_sms(int* num_sms) {
   return text_of(get_attribute(cudaDevAttrMultiProcessorCount, num_sms));
 }
 
+int sms_of_workspace() {
+  int num_sms = 0;
+  return count_sms(&num_sms) == nullptr ? num_sms : 1;
+}
+
 const char* shared_bytes_per_sm(int64_t* num_bytes) {
   int found = 0;
   const cudaError_t error = get_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &found);

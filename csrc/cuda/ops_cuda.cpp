@@ -79,9 +79,9 @@ const cuda::Launchers& launchers_for(const Tensor& t) {
   // Read at each call, so that a program can compare families.
   const char* variable = std::getenv(kFamilyVariable);
   const std::string wanted = variable == nullptr ? "" : variable;
-  const std::string error = capability_error(capability, wanted);
-  if (!error.empty()) fail(error);
-  return cuda::launchers(find_family(capability, wanted));
+  const int family = find_family(capability, wanted);
+  if (family < 0) fail(capability_error(capability, wanted));
+  return cuda::launchers(family);
 }
 
 class CudaBackend {

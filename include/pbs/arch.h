@@ -27,7 +27,14 @@ constexpr GpuFamily kGpuFamilies[] = {
     // time take its PTX.
     {"sm80", 80, kNewest},
 };
-constexpr int kOldest = 80;
+
+constexpr int oldest_capability() {
+  int oldest = kNewest;
+  for (const GpuFamily& family : kGpuFamilies) {
+    if (family.first < oldest) oldest = family.first;
+  }
+  return oldest;
+}
 
 // Names the family to use instead of the first one, such as "sm80" on compute capability 9.0.
 constexpr const char* kFamilyVariable = "PBS_GPU_FAMILY";
@@ -56,7 +63,7 @@ inline std::string capability_text(int capability) {
 inline std::string capability_error(int capability, const std::string& wanted) {
   if (find_family(capability, wanted) >= 0) return "";
   if (find_family(capability, "") < 0) {
-    return "q must be on a GPU of compute capability " + capability_text(kOldest) +
+    return "q must be on a GPU of compute capability " + capability_text(oldest_capability()) +
            " or newer, which this build of pbs_attn has kernels for, got " +
            capability_text(capability);
   }

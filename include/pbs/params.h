@@ -157,6 +157,11 @@ struct ScoreKeysParams {
   float* importance;  // (B, Hp, Nkv)
 };
 
+// Keys of complete segments, which alone are scored.
+constexpr int64_t num_scored_keys(const ScoreKeysParams& params) {
+  return round_down(params.problem.num_kv, params.blocking.segment_size);
+}
+
 struct SortSegmentsParams {
   int64_t num_heads;  // B * Hp
   int64_t num_kv;     // Nkv

@@ -39,7 +39,6 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // A thread's pieces of tiles of kHeadDim columns and kTileRows rows, which kThreads threads copy.
-// As all that is here is short to compute, it is computed anew at each use.
 template <int kHeadDim, int kTileRows, int kThreads>
 struct TileCopy {
   static constexpr int kGroupColumns = group_columns(kHeadDim);

@@ -17,8 +17,8 @@ constexpr int kScoreBlockRows = 32 * kScoreWarps;
 static_assert(kScoreBlockRows == kScoreTileRows, "a block holds the queries of a head");
 
 constexpr int kScoreCtasPerSm = 2;
-// Of each of them, where a multiprocessor has 100 KB and keeps 1 KB a CTA for itself.
-constexpr int kScoreSharedBytes = (kSmallSharedBytesPerCta + 1024) / kScoreCtasPerSm - 1024;
+// Of each of them, on the GPUs with the least.
+constexpr int kScoreSharedBytes = kSmallSharedBytes / kScoreCtasPerSm - kReservedBytesPerCta;
 
 // Rows that are loaded together, each with a shift of 4 bytes; and how many times there is room for
 // them.

@@ -10,9 +10,8 @@
 
 namespace pbs::cuda::sm80 {
 
-constexpr int kLogitRows = 8;         // query blocks of a tile at most, one for each warp
-constexpr int kSelectCtasPerSm = 2;   // as registers allow, with 128 a thread
-constexpr int kReservedBytes = 1024;  // of each CTA's shared memory
+constexpr int kLogitRows = 8;        // query blocks of a tile at most, one for each warp
+constexpr int kSelectCtasPerSm = 2;  // as registers allow, with 128 a thread
 
 struct SelectTiles {
   int32_t rows;  // query blocks of a tile; 0 where not one fits
@@ -40,7 +39,7 @@ constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num
   const int64_t row_bytes = 4 * logit_stride(num_mass_entries(params));
   int64_t rows = 0;
   for (int64_t num_ctas = kSelectCtasPerSm; num_ctas > 0; --num_ctas) {
-    const int64_t room = shared_bytes_per_sm / num_ctas - kReservedBytes - fixed_bytes;
+    const int64_t room = shared_bytes_per_sm / num_ctas - kReservedBytesPerCta - fixed_bytes;
     rows = smaller(wanted, larger(0, room) / row_bytes);
     if (rows >= kLogitRows / 2) break;
   }

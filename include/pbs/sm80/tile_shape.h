@@ -17,7 +17,7 @@ constexpr int kPartRows = 32;
 constexpr int64_t kLargeSharedBytes = 164 * 1024;
 constexpr int64_t kSmallSharedBytes = 100 * 1024;
 constexpr int64_t kReservedBytesPerCta = 1024;
-constexpr int kSmallSharedBytesPerCta = 99 * 1024;
+constexpr int kSmallSharedBytesPerCta = kSmallSharedBytes - kReservedBytesPerCta;
 
 // Keys of a tile. A warp has 32 query rows (16 with 256 columns): accumulators of more than 64 keys
 // do not fit its registers beside the output. Where shared memory is small, 128 columns take half

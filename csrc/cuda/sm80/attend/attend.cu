@@ -26,8 +26,7 @@ cudaError_t run(const AttendArgs& args, int num_sms, bool has_large_shared, cuda
 
 int64_t attend_workspace(const AttendParams& params) {
   const Problem& problem = params.problem;
-  int num_sms = 0;
-  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
+  const int num_sms = sms_of_workspace();
   const int64_t num_lists = 2 * num_sms * attend_ctas_per_sm(static_cast<int>(problem.head_dim));
   return order_bytes(attend_groups(params, kL2Bytes)) +
          num_lists * attend_list_size(problem) * static_cast<int64_t>(sizeof(int32_t));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "args.h"
+#include "common/warp_sums.cuh"
 #include "pbs/bitmask.h"
 #include "traits.cuh"
 
@@ -41,12 +42,7 @@ __device__ void list_keys(const AttendArgs& args, const typename Traits::Work& w
   for (int base = 0; base < num_words; base += 32) {
     const int w = base + lane;
     uint32_t bits = w < num_words ? candidate_bits(work.mask_words[w], w, work.num_candidates) : 0;
-    int end = __popc(bits);
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(~0u, end, step);
-      if (lane >= step) end += before;
-    }
+    const int end = sum_up_to(__popc(bits));
     int place = (num_before + end - __popc(bits)) * parts_per_block;
     num_before += __shfl_sync(~0u, end, 31);
     for (; bits != 0; bits &= bits - 1) {

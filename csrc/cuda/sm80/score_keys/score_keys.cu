@@ -5,6 +5,7 @@
 
 #include "common/elements.h"
 #include "common/launch_kernel.h"
+#include "common/score_keys/clear_importance.h"
 #include "common/score_keys/part_states.cuh"
 #include "device.h"
 #include "importance.cuh"
@@ -68,10 +69,6 @@ cudaError_t launch(const ScoreArgs& args, cudaStream_t stream) {
                        kScoreThreads, kBytes, stream);
 }
 
-int64_t num_scored_keys(const ScoreKeysParams& params) {
-  return round_down(params.problem.num_kv, params.blocking.segment_size);
-}
-
 ScoreArgs plan_passes(const ScoreKeysParams& params, void* workspace, int num_sms) {
   const Problem& problem = params.problem;
   const int64_t num_scored = num_scored_keys(params);
@@ -91,8 +88,7 @@ ScoreArgs plan_passes(const ScoreKeysParams& params, void* workspace, int num_sm
 }  // namespace
 
 int64_t score_keys_workspace(const ScoreKeysParams& params) {
-  int num_sms = 0;
-  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
+  const int num_sms = sms_of_workspace();
   const Problem& problem = params.problem;
   const int64_t num_heads = problem.batch * problem.num_q_heads;
   const int64_t num_parts = score_parts(num_scored_keys(params), num_heads, num_sms).num_parts;
@@ -103,22 +99,18 @@ int64_t score_keys_workspace(const ScoreKeysParams& params) {
 const char* launch_score_keys(const ScoreKeysParams& params, void* workspace, void* stream) {
   const Problem& problem = params.problem;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int64_t num_heads = problem.batch * problem.num_perm_heads;
-  if (num_heads == 0 || problem.num_kv == 0) return nullptr;
+  if (problem.batch * problem.num_perm_heads == 0 || problem.num_kv == 0) return nullptr;
   int num_sms = 0;
   if (const char* sms_error = count_sms(&num_sms)) return sms_error;
-  cudaError_t error = cudaSuccess;
   if (num_scored_keys(params) == 0 || problem.num_q == 0) {
-    error = cudaMemsetAsync(params.importance, 0, num_heads * problem.num_kv * sizeof(float),
-                            cuda_stream);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return clear_importance(params, cuda_stream);
   }
   const ScoreArgs args = plan_passes(params, workspace, num_sms);
   if (larger(num_sums_ctas(args), num_importance_ctas(args)) >
       std::numeric_limits<int32_t>::max()) {
     return "too many heads for one grid";
   }
-  error = dispatch_half(problem.dtype, [&](auto element) {
+  const cudaError_t error = dispatch_half(problem.dtype, [&](auto element) {
     return dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
       return launch<decltype(element), head_dim>(args, cuda_stream);
     });

@@ -6,6 +6,7 @@
 
 #include "common/elements.h"
 #include "common/launch_kernel.h"
+#include "common/score_keys/clear_importance.h"
 #include "device.h"
 #include "importance.cuh"
 #include "pbs/dispatch.h"
@@ -142,10 +143,6 @@ cudaError_t launch(const Passes& passes, cudaStream_t stream) {
                        shared_bytes(passes.importance, false), stream, true);
 }
 
-int64_t num_scored_keys(const ScoreKeysParams& params) {
-  return round_down(params.problem.num_kv, params.blocking.segment_size);
-}
-
 ScorePlan plan_of(const ScoreKeysParams& params, bool is_first_pass, int num_sms) {
   const Problem& problem = params.problem;
   return score_plan(is_first_pass, num_scored_keys(params), problem.batch * problem.num_kv_heads,
@@ -197,8 +194,7 @@ const char* plan_passes(const ScoreKeysParams& params, void* workspace, int num_
 }  // namespace
 
 int64_t score_keys_workspace(const ScoreKeysParams& params) {
-  int num_sms = 0;
-  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
+  const int num_sms = sms_of_workspace();
   const Problem& problem = params.problem;
   return problem.batch * problem.num_q_heads * plan_of(params, true, num_sms).num_parts *
          kScoreTileRows * static_cast<int64_t>(sizeof(float2));
@@ -207,19 +203,15 @@ int64_t score_keys_workspace(const ScoreKeysParams& params) {
 const char* launch_score_keys(const ScoreKeysParams& params, void* workspace, void* stream) {
   const Problem& problem = params.problem;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int64_t num_heads = problem.batch * problem.num_perm_heads;
-  if (num_heads == 0 || problem.num_kv == 0) return nullptr;
+  if (problem.batch * problem.num_perm_heads == 0 || problem.num_kv == 0) return nullptr;
   int num_sms = 0;
   if (const char* sms_error = count_sms(&num_sms)) return sms_error;
-  cudaError_t error = cudaSuccess;
   if (num_scored_keys(params) == 0 || problem.num_q == 0) {
-    error = cudaMemsetAsync(params.importance, 0, num_heads * problem.num_kv * sizeof(float),
-                            cuda_stream);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return clear_importance(params, cuda_stream);
   }
   Passes passes;
   if (const char* plan_error = plan_passes(params, workspace, num_sms, passes)) return plan_error;
-  error = dispatch_half(problem.dtype, [&](auto element) {
+  const cudaError_t error = dispatch_half(problem.dtype, [&](auto element) {
     return dispatch_head_dim(problem.head_dim, [&](auto head_dim) {
       return launch<decltype(element), head_dim>(passes, cuda_stream);
     });

@@ -14,9 +14,7 @@ namespace pbs::cuda::sm80 {
 namespace {
 
 SampledPlan plan_of(const SelectBlocksParams& params) {
-  int num_sms = 0;
-  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
-  return sampled_plan(params, num_sms);
+  return sampled_plan(params, sms_of_workspace());
 }
 
 }  // namespace

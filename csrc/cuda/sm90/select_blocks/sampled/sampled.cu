@@ -86,9 +86,7 @@ cudaError_t launch(const SampledArgs& args, cudaStream_t stream) {
 }
 
 SampledPlan plan_of(const SelectBlocksParams& params) {
-  int num_sms = 0;
-  if (count_sms(&num_sms) != nullptr) num_sms = 1;  // the launch will say why
-  return sampled_plan(params, num_sms);
+  return sampled_plan(params, sms_of_workspace());
 }
 
 }  // namespace
