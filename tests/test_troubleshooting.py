@@ -119,8 +119,8 @@ def cpp_sources():
 
 
 def cpp_messages():
-    """(place, template) of every call of fail(); where it is given a text that a function makes, of
-    what that function returns."""
+    """(place, template) of every call of fail(); of one that takes a text that a function makes,
+    directly or in a variable, what that function returns."""
     sources = cpp_sources()
     for path, code in sources.items():
         for call in re.finditer(r"(?<!void )\bfail(?=\()", code):
@@ -128,7 +128,8 @@ def cpp_messages():
             arguments = cpp_arguments(code, call.end())
             templates = [cpp_template(arguments)]
             if templates == [VARIES]:
-                maker = re.search(rf"\b{arguments}\s*=\s*(\w+)\(", code)[1]
+                assigned = rf"\b{re.escape(arguments)}\s*=\s*(\w+)\("
+                maker = (re.match(r"(\w+)\(", arguments) or re.search(assigned, code))[1]
                 body = rf"\b{maker}\([^)]*\)\s*{{(.*?)\n}}"
                 (body,) = re.findall(body, "\n".join(sources.values()), re.DOTALL)
                 templates = [cpp_template(v) for v in re.findall(r"return (.*?);", body, re.DOTALL)]
