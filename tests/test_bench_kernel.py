@@ -102,13 +102,95 @@ def test_flex_gets_the_lists():
     """The diagonal as the only blocks with a mask, all others whole."""
     selected = kernel.random_list(1024, 4, 0.4, paper_with(128), "cpu")
     visited = selected | kernel.own_blocks(1024, paper_with(128))
-    mask = contestants.flex_block_mask(visited)
+    mask = contestants.flex_block_mask(visited, 1024)
     assert torch.equal(mask.to_dense().bool(), visited)
     diagonal = pbs_attn.lists_to_mask(mask.kv_num_blocks, mask.kv_indices, 8)
     assert torch.equal(pbs_attn.mask_to_bool(diagonal, 8), torch.eye(8).bool().expand(1, 4, 8, 8))
     assert mask.BLOCK_SIZE == (128, 128)
     rows = torch.arange(1024)
     assert torch.equal(mask.mask_mod(0, 0, rows[:, None], rows), torch.ones(1024, 1024).tril() > 0)
+
+
+@pytest.fixture
+def dynamo_config():
+    """The limit of recompilations is as before after the test."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_dense_flex_is_causal_attention_and_waits_for_its_first_call(monkeypatch, dynamo_config):
+    """With torch.compile replaced by nothing: FlexAttention then asks its mask for every pair."""
+    compiled = []
+
+    def compile(function, **options):
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    q, k, v = (torch.randn(1, heads, 700, 64) for heads in (4, 2, 2))
+    call = contestants.flex_dense(q, k, v)
+    assert not compiled
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    for _ in range(2):
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+    # The first compilation is ours; FlexAttention without its kernel has some of its own.
+    assert compiled[0] == {"dynamic": False, "fullgraph": True}
+    assert [options.get("dynamic") for options in compiled].count(False) == 1
+    assert torch._dynamo.config.recompile_limit > 20  # shapes of a search for the crossover
+
+
+def test_dense_flex_visits_every_causal_block(monkeypatch, dynamo_config):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    q, k, v = (torch.randn(1, heads, 700, 64) for heads in (4, 2, 2))
+    monkeypatch.setattr(contestants, "flex_block_mask", lambda visited, num_tokens: visited)
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention.flex_attention",
+        lambda *tensors, block_mask, **options: (block_mask, options),
+    )
+    visited, options = contestants.flex_dense(q, k, v)()
+    assert torch.equal(visited, torch.ones(1, 1, 6, 6).tril() > 0)
+    assert options == {"enable_gqa": True}
+
+
+class OnGpu:
+    """Of a tensor, what dense_calls asks for."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_dense_calls_on_a_gpu(fails, monkeypatch, capsys):
+    def flex_dense(*tensors):
+        def call():
+            if fails:
+                raise RuntimeError("no kernel")
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(contestants, "sdpa_through", lambda backend: lambda *tensors: None)
+    monkeypatch.setattr(contestants, "flash4", lambda *tensors: lambda: None)
+    monkeypatch.setattr(contestants, "flex_dense", flex_dense)
+    names = list(contestants.dense_calls(OnGpu(), OnGpu(), OnGpu()))
+    always = ["cudnn_dense", "flash_dense", "fa4_dense"]
+    assert names == always if fails else names == [*always, "flex_dense"]
+    assert set(names) <= set(kernel.DENSE)
+    said = "flex_dense is left out: no kernel\n" if fails else ""
+    assert capsys.readouterr().err == said
+
+
+def test_nothing_compiles_for_a_cpu(monkeypatch):
+    def compile(*args, **options):
+        raise AssertionError("torch.compile was called")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    q, k, v = (torch.randn(1, 2, 300, 64) for _ in range(3))
+    calls = contestants.dense_calls(q, k, v)
+    assert list(calls) == ["sdpa_dense"]
+    calls["sdpa_dense"]()
 
 
 def test_answers_on_the_same_lists_must_agree():

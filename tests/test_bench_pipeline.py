@@ -204,7 +204,8 @@ def test_pipeline_rows(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.split()[: len(pipeline.TABLE)] == list(pipeline.TABLE)
     of_gpu = {"gaps_ms", "launches", "extra_gib", "eager_extra_gib", "crossover"}
     of_gpu |= {*pipeline.stage_columns("kernel_ms"), *pipeline.stage_columns("floor_ms")}
-    of_gpu |= {"flash_dense_ms", "cudnn_dense_ms", "fa4_dense_ms", "gpu_family", "driver"}
+    of_gpu |= {"flash_dense_ms", "cudnn_dense_ms", "fa4_dense_ms", "flex_dense_ms"}
+    of_gpu |= {"gpu_family", "driver"}
     for row, permute_per in zip(rows, options.permute_per, strict=True):
         assert {column for column, value in row.items() if not value} == of_gpu
         assert row["permute_per"] == permute_per

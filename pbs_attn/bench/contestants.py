@@ -16,6 +16,7 @@ from .layers import dense_attention
 from .timing import Call
 
 BLOCK = 128  # rows of the blocks in a list, queries and keys
+RECOMPILE_LIMIT = 128
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -46,7 +47,7 @@ def dense_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, 
         f"{backend}_dense": functools.partial(sdpa_through(backend), q, k, v)
         for backend in ("cudnn", "flash")
     }
-    return keep_running(calls | {"fa4_dense": flash4(q, k, v)})
+    return keep_running(calls | {"fa4_dense": flash4(q, k, v), "flex_dense": flex_dense(q, k, v)})
 
 
 def sparse_calls(
@@ -81,16 +82,32 @@ def flash4(q, k, v, visited: torch.Tensor | None = None) -> Call | None:
     return lambda: _flash_attn_fwd(*tokens_first, causal=False, block_sparse_tensors=lists)
 
 
+def flex_dense(q, k, v) -> Call:
+    """FlexAttention, dense and causal. The first call makes its mask and compiles it."""
+
+    @functools.cache
+    def make() -> Call:
+        num_blocks = -(-q.shape[2] // BLOCK)
+        visited = torch.ones(1, 1, num_blocks, num_blocks, dtype=torch.bool, device=q.device)
+        return flex(q, k, v, visited.tril())
+
+    return lambda: make()()
+
+
 def flex(q, k, v, visited: torch.Tensor) -> Call:
-    """FlexAttention, compiled for this shape, on the visited blocks with a causal diagonal."""
+    """FlexAttention, compiled for this shape, on the visited blocks (B or 1, Hq or 1, query blocks,
+    key blocks) with a causal diagonal."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-    block_mask = flex_block_mask(visited)
+    # A search for the crossover compiles for more shapes than the limit allows by default. Beyond
+    # it, fullgraph raises an error where FlexAttention would run without its kernel.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    block_mask = flex_block_mask(visited, q.shape[2])
     return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
 
-def flex_block_mask(visited: torch.Tensor):
+def flex_block_mask(visited: torch.Tensor, num_tokens: int):
     """The mask of the visited blocks (B, Hq, query blocks, key blocks) bool: FlexAttention masks
     those on the diagonal and takes all others whole."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -100,6 +117,7 @@ def flex_block_mask(visited: torch.Tensor):
         *as_lists(visited & is_diagonal),
         *as_lists(visited & ~is_diagonal),
         BLOCK_SIZE=BLOCK,
+        seq_lengths=(num_tokens, num_tokens),
         mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
     )
 

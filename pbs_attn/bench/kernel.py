@@ -41,7 +41,7 @@ from .stages import paper_with
 from .timing import Call, clock_for, interleaved_medians
 
 SPARSE = ("pbs", "fa4_sparse", "flex")
-DENSE = ("sdpa_dense", "flash_dense", "cudnn_dense", "fa4_dense")
+DENSE = ("sdpa_dense", "flash_dense", "cudnn_dense", "fa4_dense", "flex_dense")
 
 
 @dataclasses.dataclass(frozen=True)

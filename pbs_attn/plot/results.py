@@ -38,6 +38,7 @@ CONTESTANT_STYLES = {
     "flash_dense": ("SDPA flash, dense", GREY, ":", "x"),
     "cudnn_dense": ("SDPA cuDNN, dense", GREY, ":", "D"),
     "fa4_dense": ("FlashAttention-4, dense", GREY, ":", "P"),
+    "flex_dense": ("FlexAttention, dense", GREY, ":", "^"),
 }
 STAGE_COLOURS = ("#08306b", "#e8590c", "#5c940d", "#f2b705", "#9ecae1")
 HATCHES = ("", "//", "..", "xx", "")
