@@ -51,6 +51,36 @@ def test_prefill_rows(tiny, tmp_path, capsys):
     assert len({row["run"] for row in rows}) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "permute_per", "config", "density"),
+    [
+        ({}, "balanced", "kv_head", PBSConfig(), 0.96),
+        ({"settings": "fast"}, "fast", "kv_head", PBSConfig.fast(), 0.96),
+        ({"settings": "paper"}, "paper", "query_head", PBSConfig.paper(), 0.85),
+        (
+            {"settings": "paper", "permute_per": "kv_head"},
+            *("paper", "kv_head"),
+            dataclasses.replace(PBSConfig.paper(), permute_per="kv_head"),
+            0.85,
+        ),
+    ],
+)
+def test_prefill_has_settings_and_their_density(
+    given, name, permute_per, config, density, tiny, monkeypatch
+):
+    ran, right = [], prefill._pbs_attention
+
+    def recorded(config):
+        ran.append(config)
+        return right(config)
+
+    monkeypatch.setattr(prefill, "_pbs_attention", recorded)
+    (row,) = prefill.run(dataclasses.replace(tiny, tokens=(1024,), rounds=(1,), **given))
+    assert (row["selection"], row["permute_per"]) == (name, permute_per)
+    assert float(row["density"]) == pytest.approx(density, abs=0.04)
+    assert [dataclasses.replace(one, threshold=config.threshold) for one in ran] == [config]
+
+
 @pytest.mark.parametrize(("score", "mass"), [("sampled", "block"), ("mean", "causal")])
 def test_densities_are_reached(score, mass):
     tensors = [x.float() for x in heavy_hitters(2048, 4, 2, "cpu", 64)]
@@ -125,6 +155,11 @@ def test_a_given_model_reads_its_text(tmp_path, monkeypatch):
         ]
         assert (row["weights"], row["activations"], row["layers"]) == ("given", "text.txt", "2")
         assert 0 < float(row["density"]) < 1
+        assert row["selection"] == "balanced"
+    of_paper = dataclasses.replace(options, settings="paper", threshold=None, tokens=(800,))
+    (row,) = prefill.run(of_paper)
+    found = row["selection"], row["permute_per"], row["threshold"]
+    assert found == ("paper", "query_head", "0.9000")
     with pytest.raises(BenchError, match=r"text.txt must have 1000 tokens, got 900"):
         prefill.run(dataclasses.replace(options, tokens=(1000,)))
 
@@ -204,6 +239,10 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
         (
             ["--model", "x", "--threshold", "2"],
             '--threshold must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
+        ),
+        (
+            ["--model", "x", "--settings", "paper", "--threshold", "2"],
+            "--threshold must lie in (0, 1], got 2.0",
         ),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
     ],

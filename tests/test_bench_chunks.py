@@ -9,6 +9,7 @@ from sequence_cases import assert_same
 import pbs_attn
 from pbs_attn import PBSConfig, cli
 from pbs_attn._environment import RUN
+from pbs_attn._errors import BenchError
 from pbs_attn._rows import read_rows
 from pbs_attn.bench import chunks
 from pbs_attn.bench.shapes import SHAPES, Shape
@@ -162,8 +163,31 @@ def test_mistakes_are_told_in_one_line(arguments, words, capsys):
     assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
 
 
-def test_no_selection_by_means(capsys):
+def test_settings_and_their_densities(monkeypatch):
+    asked = []
+
+    def reach(way, density):
+        asked.append((way.config, density))
+        return way.set_threshold(0.01)
+
+    monkeypatch.setattr(chunks, "reach", reach)
+    for settings, config in (("default", PBSConfig()), ("accurate", PBSConfig.accurate())):
+        asked.clear()
+        (row,) = chunks.run(
+            chunks.Options(
+                preset="tiny", tokens=(2048,), chunks=(1024,), settings=settings, rounds=1,
+                device="cpu",
+            )
+        )  # fmt: skip
+        assert row["selection"] == {"default": "balanced"}.get(settings, settings)
+        assert asked == [(config, 0.48)] * len(chunks.WAYS)
+    assert chunks.Options().settings == "default"
+
+
+def test_no_settings_with_means(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["bench", "chunks", "--selection", "paper"])
+        cli.main(["bench", "chunks", "--settings", "paper"])
     assert "invalid choice: 'paper'" in capsys.readouterr().err
+    with pytest.raises(BenchError, match=r"--settings must be of default, .*, got paper"):
+        chunks.run(chunks.Options(settings="paper"))
     assert pbs_attn.PBSConfig.paper().score == "mean"

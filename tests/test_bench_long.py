@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from pbs_attn import cli
+from pbs_attn import PBSConfig, cli
 from pbs_attn._environment import RUN
 from pbs_attn._errors import BenchError
 from pbs_attn._rows import STAGES, read_rows
 from pbs_attn.bench import checks, cpu, long, scores, stages
+from pbs_attn.bench.options import SWEEPS
 from pbs_attn.bench.shapes import SHAPES, Shape
 
 pytest.importorskip("tqdm")
@@ -74,8 +75,8 @@ def test_scores_are_those_of_their_columns(monkeypatch):
 def test_rows_of_cpu(tmp_path, capsys):
     path = tmp_path / "cpu.csv"
     options = cpu.Options(
-        presets=("tiny",), tokens=(1024,), thresholds=(0.4, 1.0), seeds=(0, 1), rounds=1,
-        csv=str(path),
+        presets=("tiny",), tokens=(1024,), settings="paper", thresholds=(0.4, 1.0), seeds=(0, 1),
+        rounds=1, csv=str(path),
     )  # fmt: skip
     rows = cpu.run(options)
     assert_same_rows(path, rows)
@@ -88,6 +89,26 @@ def test_rows_of_cpu(tmp_path, capsys):
         assert times["dense"] > 0 and times["attention"] > 0
         ratio = times["attention"] / (float(row["density"]) * times["dense"])
         assert float(row["attention_over_density_x_dense"]) == pytest.approx(ratio, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "mass"),
+    [
+        ({}, ("balanced", "kv_head", "32"), "block"),
+        ({"settings": "fast"}, ("fast", "kv_head", "32"), "block"),
+        ({"settings": "paper"}, ("paper", "query_head", "128"), "earlier"),
+    ],
+)
+def test_settings_of_cpu_and_their_thresholds(given, place, mass):
+    """Every threshold of the sweep visits another share of these inputs."""
+    rows = cpu.run(cpu.Options(presets=("tiny",), tokens=(2048,), seeds=(0,), rounds=1, **given))
+    assert [float(row["threshold"]) for row in rows] == list(SWEEPS[mass])
+    for row in rows:
+        assert (row["selection"], row["permute_per"], row["kv_block_size"]) == place
+    densities = [float(row["density"]) for row in rows]
+    assert densities == sorted(set(densities))
+    assert densities[0] < 0.7 and densities[-1] < 0.97
+    assert densities[-1] - densities[0] > 0.08
 
 
 def test_clustered_inputs_lean_towards_a_block():
@@ -108,7 +129,10 @@ def long_run(**others):
 
 def test_rows_of_long(tmp_path, capsys):
     path = tmp_path / "long.csv"
-    rows = long_run(kv_block_sizes=(128, 32), csv=str(path))
+    rows = long_run(
+        settings="paper", permute_per=("kv_head", "query_head"), kv_block_sizes=(128, 32),
+        csv=str(path),
+    )  # fmt: skip
     assert_same_rows(path, rows)
     assert capsys.readouterr().out.split()[: len(long.TABLE)] == list(long.TABLE)
     assert [(row["permute_per"], row["kv_block_size"]) for row in rows] == [
@@ -121,6 +145,22 @@ def test_rows_of_long(tmp_path, capsys):
         assert list(row)[: len(long.COLUMNS)] == list(long.COLUMNS)
         assert all(float(row[f"{name}_error"]) <= 1 for name in checks.CHECKS)
         assert float(row["density"]) == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "place", "density"),
+    [
+        ("default", ("balanced", "kv_head", "32"), 0.249),
+        ("fast", ("fast", "kv_head", "32"), 0.249),
+        ("paper", ("paper", "query_head", "128"), 0.673),
+    ],
+)
+def test_settings_of_long_and_their_density(settings, place, density):
+    assert long.Options().settings == "default"
+    (row,) = long_run(settings=settings, density=None)
+    assert (row["selection"], row["permute_per"], row["kv_block_size"]) == place
+    assert float(row["density"]) == pytest.approx(density, abs=0.03)
+    assert all(float(row[f"{name}_error"]) <= 1 for name in checks.CHECKS)
 
 
 def spoil_output(out):
@@ -136,6 +176,12 @@ def spoil_words(words_and_counts):
     return torch.zeros_like(words_and_counts[0]), words_and_counts[1]
 
 
+def add_words(words_and_counts):
+    """Every block is selected."""
+    return torch.full_like(words_and_counts[0], -1), words_and_counts[1]
+
+
+@pytest.mark.parametrize("settings", ["default", "fast", "paper"])
 @pytest.mark.parametrize(
     ("method", "spoil", "check"),
     [
@@ -144,14 +190,58 @@ def spoil_words(words_and_counts):
         ("score_keys", spoil_scores, "importance"),
         ("sort_segments", lambda perm: perm.roll(1, -1), "importance"),
         ("select_blocks", spoil_words, "selection"),
+        ("select_blocks", add_words, "selection"),
     ],
 )
-def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check):
+def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check, settings):
     right = getattr(stages.Pipeline, method)
     monkeypatch.setattr(stages.Pipeline, method, lambda self: spoil(right(self)))
     words = rf"must err by no more than is allowed, got .*{check} .*\(permute_per=kv_head, "
     with pytest.raises(BenchError, match=words):
-        long_run(permute_per=("kv_head",))
+        long_run(permute_per=("kv_head",), settings=settings)
+
+
+def pipeline_of(config):
+    made = stages.Pipeline(*(x.float() for x in stages.heavy_hitters(4000, 4, 2, "cpu")), config)
+    stages.reach(made, 0.4)
+    return made
+
+
+@pytest.mark.parametrize("config", [PBSConfig(), PBSConfig.fast(), PBSConfig.accurate()], ids=str)
+def test_the_check_of_sampled_scores_knows_every_setting(config):
+    """Blocks selected otherwise by a little are wrong, and none of those selected as it says."""
+
+    def error(made):
+        rows = checks.sample_rows(made, 24)
+        return checks.worst(checks.check_selection(made, rows))[1]
+
+    made = pipeline_of(config)
+    assert error(made) == 0
+    threshold = made.threshold
+    made.set_threshold(threshold * 1.5)
+    made.threshold = threshold
+    assert error(made) > 1
+    for name, other in (("num_samples", 8), ("window", 0), ("dense_tail", 0)):
+        made.config = dataclasses.replace(config, **{name: other})
+        made.set_threshold(threshold)
+        made.config = config
+        assert error(made) > 1, name
+    other = "query_head" if config.select_per == "kv_head" else "kv_head"
+    made.config = dataclasses.replace(config, select_per=other)
+    made.set_threshold(threshold)
+    made.config = config
+    assert error(made) > 1
+
+
+def test_the_check_of_importance_knows_the_partition():
+    made = pipeline_of(PBSConfig())
+    scored = 3840  # complete segments
+    assert checks.sorts_segments(made, scored)
+    made.perm = made.perm.clone()
+    made.perm[..., [0, 1]] = made.perm[..., [1, 0]]  # two heavy keys, out of their order
+    assert not checks.sorts_segments(made, scored)
+    made.perm = pipeline_of(PBSConfig(num_heavy=16)).perm  # too few
+    assert not checks.sorts_segments(made, scored)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +251,14 @@ def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check)
         (["scores", "--rounds", "0"], "--rounds must be positive, got 0"),
         (["cpu", "--tokens", "100"], "--tokens must be 512 at least, got [100]"),
         (["cpu", "--rounds", "0"], "--rounds must be positive, got 0"),
-        (["cpu", "--thresholds", "0.9", "2"], "--thresholds must lie in (0, 1], got 2.0"),
+        (
+            ["cpu", "--settings", "paper", "--thresholds", "0.9", "2"],
+            "--thresholds must lie in (0, 1], got 2.0",
+        ),
+        (
+            ["cpu", "--thresholds", "0.01", "0.9"],
+            '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 0.9',
+        ),
         (["long", "--tokens", "100"], "--tokens must be 2048 at least, got [100]"),
         (["long", "--density", "2"], "--density must lie in (0, 1], got [2.0]"),
         (["long", "--samples", "7"], "--samples must be 8 at least, got 7"),

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, clustered_qkv
+from doc_tables import RESULTS, table_with
 
 import pbs_attn
-from pbs_attn import PBSConfig
+from pbs_attn import PBSConfig, cli
+from pbs_attn._errors import BenchError
 from pbs_attn._rows import BEFORE_ATTEND, STAGES, read_rows
 from pbs_attn.bench import contestants, eager, floors, gpu_profile, pipeline, stages
+from pbs_attn.bench.options import DENSITIES, PAPER_DENSITIES
+from pbs_attn.bench.settings import density_at, name_of
 from pbs_attn.bench.shapes import Shape
 
 ops = torch.ops.pbs
@@ -178,9 +182,8 @@ def test_profile_of_several_calls():
 
 
 def pipeline_options(**others):
-    return pipeline.Options(
-        presets=("tiny",), tokens=(1024,), kv_block_sizes=(64,), rounds=1, device="cpu", **others
-    )
+    fixed = {"presets": ("tiny",), "tokens": (1024,), "rounds": 1, "device": "cpu"}
+    return pipeline.Options(**fixed | others)
 
 
 @pytest.fixture
@@ -192,6 +195,7 @@ def test_pipeline_rows(tiny, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     options = pipeline_options(
         permute_per=("kv_head", "query_head"),
+        kv_block_sizes=(64,),
         densities=(0.8,),
         eager=True,
         crossover=False,
@@ -208,7 +212,7 @@ def test_pipeline_rows(tiny, tmp_path, capsys):
     of_gpu |= {"gpu_family", "driver"}
     for row, permute_per in zip(rows, options.permute_per, strict=True):
         assert {column for column, value in row.items() if not value} == of_gpu
-        assert row["permute_per"] == permute_per
+        assert (row["permute_per"], row["kv_block_size"]) == (permute_per, "64")
         assert float(row["density"]) == pytest.approx(0.8, abs=0.05)
         before = sum(float(row[f"{stage}_ms"]) for stage in BEFORE_ATTEND)
         assert float(row["before_attend_ms"]) == pytest.approx(before, abs=2e-4)
@@ -263,13 +267,93 @@ def test_crossover_goes_into_the_rows(tiny, monkeypatch):
     assert row["crossover"] == "512"
 
 
-def test_densities_between_and_beyond_the_papers():
-    for num_tokens, density in stages.DENSITIES.items():
-        assert stages.density_at(num_tokens) == density
-    assert stages.density_at(11585) == pytest.approx((0.58 + 0.49) / 2, abs=1e-4)
-    assert stages.density_at(4096) == pytest.approx(0.67)
-    assert stages.density_at(524288) == pytest.approx(0.12)
-    assert (stages.density_at(64), stages.density_at(2**24)) == (1.0, 0.05)
+@pytest.mark.parametrize(
+    ("settings", "name", "permute_per", "kv_block_size", "density"),
+    [
+        (None, "balanced", "kv_head", "32", 0.48),
+        ("default", "balanced", "kv_head", "32", 0.48),
+        ("fast", "fast", "kv_head", "32", 0.48),
+        ("accurate", "accurate", "kv_head", "32", 0.48),
+        ("paper", "paper", "query_head", "128", 0.76),
+    ],
+)
+def test_settings_say_order_blocks_and_density(
+    settings, name, permute_per, kv_block_size, density, tiny
+):
+    given = {} if settings is None else {"settings": settings}
+    (row,) = pipeline.run(pipeline_options(tokens=(2048,), crossover=False, **given))
+    found = row["selection"], row["permute_per"], row["kv_block_size"]
+    assert found == (name, permute_per, kv_block_size)
+    assert float(row["density"]) == pytest.approx(density, abs=0.03)
+
+
+def test_the_crossover_is_that_of_the_settings(tiny, monkeypatch):
+    """Each length at the density that goes with the settings, in their blocks."""
+    asked = []
+
+    def reach(made, density):
+        asked.append((made.q.shape[2], made.config, density))
+        return made.set_threshold(made.config.resolved_threshold)
+
+    monkeypatch.setattr(pipeline, "reach", reach)
+    monkeypatch.setattr(pipeline, "LONGEST_CROSSOVER", 1024)
+    never = {"sdpa_dense": lambda: None}
+    monkeypatch.setattr(pipeline, "dense_calls", lambda *tensors: never)
+    for settings, config, densities in (
+        ("default", PBSConfig(), (1.0, 0.96)),
+        ("paper", PBSConfig.paper(), (0.94, 0.85)),
+    ):
+        asked.clear()
+        pipeline.run(pipeline_options(tokens=(512,), settings=settings))
+        lengths = (512, 1024, 512)  # the last one is the row's
+        assert [(length, made.key_block_size) for length, made, _ in asked] == [
+            (length, config.key_block_size) for length in lengths
+        ]
+        assert all(made.score == config.score for _, made, _ in asked)
+        expected = [*densities, densities[0]]
+        assert [density for *_, density in asked] == pytest.approx(expected)
+
+
+def test_eager_stages_take_a_threshold_of_the_papers_mass():
+    tensors = [x.float() for x in stages.heavy_hitters(1024, 4, 2, "cpu", 64)]
+    for config, threshold in ((PBSConfig(), 0.9), (PBSConfig.paper(), 0.7)):
+        made = stages.Pipeline(*tensors, config)
+        made.set_threshold(0.01 if config.mass == "block" else 0.7)
+        assert pipeline._eager_inputs(made)[3] == threshold
+
+
+def test_densities_of_the_paper_between_and_beyond_its_table():
+    def at(num_tokens):
+        return density_at(num_tokens, "paper")
+
+    for num_tokens, density in PAPER_DENSITIES.items():
+        assert at(num_tokens) == density
+    assert at(11585) == pytest.approx((0.58 + 0.49) / 2, abs=1e-4)
+    assert at(4096) == pytest.approx(0.67)
+    assert at(524288) == pytest.approx(0.12)
+    assert (at(64), at(2**24)) == (1.0, 0.05)
+
+
+def test_densities_of_the_presets_between_and_beyond_their_table():
+    """Those of the committed rows; below, as many keys a query as at 8192 tokens."""
+    rows = read_rows(RESULTS / "pipeline_balanced_h100.csv")
+    assert len(rows) == 6
+    for row in rows:
+        found = density_at(int(row["tokens"]), "balanced")
+        assert found == pytest.approx(float(row["density"]), abs=3e-4)
+    for num_tokens, density in DENSITIES.items():
+        for settings in ("default", "balanced", "fast", "accurate"):
+            assert density_at(num_tokens, settings) == density
+        if 512 < num_tokens < 8192:
+            assert density * num_tokens == pytest.approx(0.12 * 8192)
+    (said,) = table_with({"512", "1048576"})
+    assert {int(length): float(said[length]) for length in said if length != "tokens"} == DENSITIES
+    assert density_at(11585, "default") == pytest.approx((0.12 + 0.07) / 2, abs=1e-4)
+    assert density_at(524288, "default") == pytest.approx((0.018 + 0.01) / 2)
+    lengths = [2**power for power in range(6, 25)]
+    found = [density_at(num_tokens, "default") for num_tokens in lengths]
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (1.0, 0.01)
 
 
 def test_contestants_that_fail_are_named(capsys, monkeypatch):
@@ -281,3 +365,19 @@ def test_contestants_that_fail_are_named(capsys, monkeypatch):
     kept = contestants.keep_running({"good": lambda: 1, "absent": None, "bad": fails})
     assert list(kept) == ["good"]
     assert capsys.readouterr().err == "bad is left out: no kernel for this shape\n"
+
+
+@pytest.mark.parametrize("bench", ["pipeline", "cpu", "long", "prefill"])
+def test_settings_that_there_are_not_are_told_in_one_line(bench, capsys):
+    arguments = ["bench", bench, "--settings", "fast", "--permute-per", "query_head"]
+    assert cli.main(arguments) == 2
+    words = "--permute-per must be kv_head with --settings fast, got query_head"
+    assert capsys.readouterr().err == f"pbs-attn bench: {words}\n"
+    with pytest.raises(BenchError, match=r"--settings must be of default, .*, got quick"):
+        name_of("quick")
+
+
+def test_paper_is_still_a_choice_and_selection_is_none(capsys):
+    assert cli.parse(["bench", "pipeline", "--settings", "paper"]).settings == "paper"
+    with pytest.raises(SystemExit):
+        cli.parse(["bench", "pipeline", "--selection", "paper"])

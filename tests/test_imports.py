@@ -78,7 +78,7 @@ def test_imports_are_read():
         "p",
         "p.c",
     }
-    assert GRAPH["pbs_attn.bench.stages"] >= {"pbs_attn", "pbs_attn.bench.options"}
+    assert GRAPH["pbs_attn.bench.pipeline"] >= {"pbs_attn", "pbs_attn.bench.options"}
     assert "pbs_attn.demo" in GRAPH["pbs_attn.cli"]  # in a function
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert cycles(graph) == ["b", "c"]

@@ -25,7 +25,7 @@ from pbs_attn._inputs import choose_device
 from pbs_attn._rows import Row, check_outputs
 from pbs_attn.masks import candidate_blocks
 
-from .options import SELECTIONS
+from .options import CHUNK_SETTINGS
 from .options import ChunksOptions as Options
 from .report import (
     RowFile,
@@ -37,8 +37,9 @@ from .report import (
     require_packages,
     say_where,
 )
+from .settings import config_of, densities_of, name_of
 from .shapes import SHAPES, check_preset
-from .stages import Pipeline, density_at, reach, synthetic
+from .stages import Pipeline, reach, synthetic
 from .timing import Call, interleaved_medians
 
 ops = torch.ops.pbs
@@ -67,7 +68,7 @@ def run(options: Options) -> list[Row]:
     device = choose_device(options.device)
     file = RowFile(options.csv, device)
     steps = len(options.tokens) * len(options.chunks)
-    densities = options.densities or map(density_at, options.tokens)
+    densities = densities_of(options.settings, options.tokens, options.densities)
     with torch.inference_mode(), tqdm(total=steps, desc="chunks", unit="row") as bar:
         for num_tokens, density in zip(options.tokens, densities, strict=True):
             tensors = synthetic(SHAPES[options.preset], num_tokens, device)
@@ -84,7 +85,7 @@ def run(options: Options) -> list[Row]:
 def _check(options: Options) -> None:
     require_packages("tqdm")
     check_preset(options.preset)
-    config = SELECTIONS[options.selection]
+    config = config_of(name_of(options.settings, CHUNK_SETTINGS))
     check_tokens(options.tokens, 2 * config.segment_size)
     # Query blocks are those of one call then.
     step = config.block_size
@@ -97,7 +98,7 @@ def _check(options: Options) -> None:
 
 def _measure(options: Options, tensors, chunk: int, density: float) -> Row:
     q, k, _ = tensors
-    ways = make_ways(Prompt(*tensors, chunk), SELECTIONS[options.selection])
+    ways = make_ways(Prompt(*tensors, chunk), config_of(options.settings))
     values = {
         "preset": options.preset,
         "tokens": q.shape[2],
@@ -105,7 +106,7 @@ def _measure(options: Options, tensors, chunk: int, density: float) -> Row:
         "q_heads": q.shape[1],
         "kv_heads": k.shape[1],
         "head_dim": q.shape[3],
-        "selection": options.selection,
+        "selection": name_of(options.settings),
         "page_size": PAGE_SIZE,
     }
     for name, way in ways.items():

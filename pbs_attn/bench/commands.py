@@ -11,17 +11,20 @@ from pbs_attn._arguments import (
     read_config,
 )
 from pbs_attn._rows import PROBES, RULER
-from pbs_attn.config import BLOCK_SIZES, THRESHOLDS, PBSConfig
+from pbs_attn.config import BLOCK_SIZES, PBSConfig
 
 from .options import (
-    CHUNK_SELECTIONS,
+    CHUNK_SETTINGS,
     COMPARED,
+    DEFAULT,
+    DENSITIES,
     DTYPES,
     MODES,
+    PAPER_DENSITIES,
     PARTS,
     PERMUTE_PER,
     RULER_TASKS,
-    SELECTIONS,
+    SETTINGS,
     SWEEPS,
     UNEVEN_TOKENS,
     ChunksOptions,
@@ -35,6 +38,10 @@ from .options import (
     ServeOptions,
 )
 from .shapes import SHAPES
+
+# What the help says of densities that nobody asked for.
+BY_LENGTH = f"by length, such as {DENSITIES[8192]} at 8192 tokens and {DENSITIES[131072]} at 131072"
+OF_PAPER = f"; {PAPER_DENSITIES[8192]} and {PAPER_DENSITIES[131072]} with --settings paper"
 
 
 def add_bench(subcommands):
@@ -58,7 +65,7 @@ def _add_kernel(benches):
         help="attend beside other kernels on the same lists of blocks",
         description="Times attend on random lists of blocks, in turn with FlexAttention and "
         "FlashAttention-4 (where installed) on the same lists, and with dense kernels: torch's "
-        "SDPA through cuDNN and flash, FlashAttention-4.",
+        "SDPA through cuDNN and flash, FlashAttention-4, FlexAttention.",
     )
     add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
@@ -75,7 +82,7 @@ def _add_kernel(benches):
         help=f"add lists of one head 30 times as dense as the others, {UNEVEN_TOKENS} "
         "tokens, and of the same blocks spread evenly",
     )
-    _add_activations(parser, default)
+    _add_activations(parser, default, "the paper's selection")
     _add_rounds(parser, default)
     _add_run(parser, default, "rate against density")
 
@@ -86,17 +93,16 @@ def _add_pipeline(benches):
         "pipeline",
         help="the stages, the whole operator, and the length from which it wins",
         description="Times each stage and the one call, in turn with dense kernels: torch's SDPA "
-        "through cuDNN and flash, FlashAttention-4 where installed; finds the shortest prompt for "
-        "which the one call wins. Inputs are synthetic, of a stated density.",
+        "through cuDNN and flash, FlashAttention-4 where installed, FlexAttention; finds the "
+        "shortest prompt for which the one call wins. Inputs are synthetic, of a stated density.",
     )
     _add_presets(parser, default)
+    _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
     _add_densities(parser)
-    words = "how blocks are chosen: as PBSConfig.paper() or as PBSConfig.balanced()"
-    add_choice(parser, "--selection", tuple(SELECTIONS), default.selection, words)
-    _add_permute_per(parser, default)
+    _add_permute_per(parser, nargs="+")
     _add_kv_block_sizes(parser, default)
-    _add_activations(parser, default)
+    _add_activations(parser, default, "the settings at their own threshold")
     parser.add_argument(
         "--eager", action="store_true", help="add the paper's stages in eager PyTorch"
     )
@@ -127,11 +133,10 @@ def _add_chunks(benches):
         "Inputs are synthetic.",
     )
     add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
+    _add_settings(parser, default, CHUNK_SETTINGS)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     add_list(parser, "--chunks", "N", default.chunks, "tokens of a chunk")
-    _add_densities(parser)
-    words = "how blocks are chosen: as this preset of PBSConfig"
-    add_choice(parser, "--selection", CHUNK_SELECTIONS, default.selection, words)
+    _add_densities(parser, with_paper=False)
     _add_rounds(parser, default)
     _add_run(parser, default)
 
@@ -187,14 +192,13 @@ def _add_prefill(benches):
     parser.add_argument(
         "--text", metavar="FILE", help="what --model reads (default: the novel of pbs-attn)"
     )
+    _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     _add_densities(parser)
-    words = "with --model: share of its attention that a block must have to be visited"
-    words += f"; a higher one visits less, 1 everything (default: {THRESHOLDS[PBSConfig().mass]})"
+    words = "with --model: its threshold (default: that of --settings)"
     parser.add_argument("--threshold", metavar="T", type=float, help=words)
     parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
-    words = "which heads have an order of their own"
-    add_choice(parser, "--permute-per", PERMUTE_PER, default.permute_per, words)
+    _add_permute_per(parser)
     words = "runs of each, in turn, of which medians count: one number, or one a length"
     add_list(parser, "--rounds", "N", default.rounds, words)
     _add_run(parser, default, "speed-up against length")
@@ -268,10 +272,11 @@ def _add_long(benches):
         "selection of sampled rows against float64. Inputs are synthetic, of a stated density.",
     )
     add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
+    _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
-    words = "share of the causal block pairs to visit"
-    add_value(parser, "--density", "D", default.density, words)
-    _add_permute_per(parser, default)
+    words = f"share of the causal block pairs to visit (default: {BY_LENGTH}{OF_PAPER})"
+    parser.add_argument("--density", metavar="D", type=float, help=words)
+    _add_permute_per(parser, nargs="+")
     _add_kv_block_sizes(parser, default)
     add_value(parser, "--samples", "N", default.samples, "rows to check")
     _add_run(parser, default)
@@ -282,16 +287,21 @@ def _add_cpu(benches):
     parser = benches.add_parser(
         "cpu",
         help="the CPU operators beside torch's SDPA, over thresholds",
-        description="Times each stage and the one call on the CPU, in turn with torch's SDPA, with "
-        "the paper's selection at several thresholds. Inputs are random and lean towards some "
-        "blocks.",
+        description="Times each stage and the one call on the CPU, in turn with torch's SDPA, at "
+        "several thresholds. Inputs are random and lean towards some blocks.",
     )
     _add_presets(parser, default)
+    _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     add_list(parser, "--dtypes", "T", default.dtypes, "of the inputs", choices=DTYPES)
-    _add_permute_per(parser, default)
+    _add_permute_per(parser, nargs="+")
     _add_kv_block_sizes(parser, default)
-    add_list(parser, "--thresholds", "T", default.thresholds, "shares of the mass to visit")
+    by_settings = "; ".join(
+        f"{' '.join(map(str, SWEEPS[config.mass]))} with --settings {name}"
+        for name, config in ((DEFAULT, PBSConfig()), ("paper", PBSConfig.paper()))
+    )
+    words = f"to sweep (default: {by_settings})"
+    add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
     add_list(parser, "--seeds", "N", default.seeds, "one random input each")
     _add_rounds(parser, default)
     _add_run(parser, default)
@@ -302,8 +312,14 @@ def _add_model(parser, words):
     parser.add_argument("--model", metavar="DIR_OR_NAME", help=words)
 
 
-def _add_densities(parser):
-    words = "one a length: share of the causal block pairs to visit (default: the paper's)"
+def _add_settings(parser, default, choices=SETTINGS):
+    words = "preset of PBSConfig; default stands for balanced"
+    add_choice(parser, "--settings", choices, default.settings, words)
+
+
+def _add_densities(parser, with_paper=True):
+    words = "one a length: share of the causal block pairs to visit"
+    words += f" (default: {BY_LENGTH}{OF_PAPER if with_paper else ''})"
     add_list(parser, "--densities", "D", None, words, type=float)
 
 
@@ -312,9 +328,9 @@ def _add_presets(parser, default):
     add_list(parser, "--presets", "NAME", default.presets, words, choices=tuple(SHAPES))
 
 
-def _add_permute_per(parser, default):
-    words = "which heads have an order of their own"
-    add_list(parser, "--permute-per", "HEAD", default.permute_per, words, choices=PERMUTE_PER)
+def _add_permute_per(parser, **options):
+    words = "which heads have an order of their own (default: those of --settings)"
+    parser.add_argument("--permute-per", choices=PERMUTE_PER, help=words, **options)
 
 
 def _add_rounds(parser, default):
@@ -322,12 +338,13 @@ def _add_rounds(parser, default):
 
 
 def _add_kv_block_sizes(parser, default):
-    words = "keys a block"
-    add_list(parser, "--kv-block-sizes", "N", default.kv_block_sizes, words, choices=BLOCK_SIZES)
+    sizes = default.kv_block_sizes
+    words = "keys a block" if sizes else "keys a block (default: that of --settings)"
+    add_list(parser, "--kv-block-sizes", "N", sizes, words, type=int, choices=BLOCK_SIZES)
 
 
-def _add_activations(parser, default):
-    words = "safetensors files with q, k and v of a model, through the paper's selection"
+def _add_activations(parser, default, selection):
+    words = f"safetensors files with q, k and v of a model, through {selection}"
     add_list(parser, "--activations", "FILE", default.activations, words, type=str)
 
 

@@ -1,9 +1,9 @@
 """The operators on a CPU, by stage and in one call, beside dense attention.
 
 Inputs are random, and each block of queries leans towards one earlier block of keys: plain normal
-data has no structure to select from, every block would hold the same mass. The selection is the
-paper's. `attention_over_density_x_dense` is the time of the one call over the share of dense
-attention's time that the density would leave; at 1, skipping saves what it skips.
+data has no structure to select from, every block would hold the same mass. The column `selection`
+has the name of the preset. `attention_over_density_x_dense` is the time of the one call over the
+share of dense attention's time that the density would leave; at 1, skipping saves what it skips.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pbs_attn import PBSConfig
 from pbs_attn._rows import STAGES, Row, check_outputs
 
 from .layers import dense_attention
+from .options import SWEEPS
 from .options import CpuOptions as Options
 from .report import (
     RowFile,
@@ -26,8 +27,9 @@ from .report import (
     require_packages,
     say_where,
 )
+from .settings import config_of, configs_of, name_of
 from .shapes import SHAPES, Shape, check_preset
-from .stages import Pipeline, paper_with
+from .stages import Pipeline
 from .timing import Call, interleaved_medians, wall_clock
 
 BLOCK = 128  # rows that lean together
@@ -52,8 +54,8 @@ def run(options: Options) -> list[Row]:
 
     file = RowFile(options.csv, "cpu")
     choices = (
-        *(options.presets, options.tokens, options.dtypes, options.permute_per),
-        *(options.kv_block_sizes, options.thresholds, options.seeds),
+        *(options.presets, options.tokens, options.dtypes, configs_of(options)),
+        *(_thresholds(options), options.seeds),
     )
     cases = list(itertools.product(*choices))
     with torch.inference_mode(), tqdm(cases, desc="cpu", unit="row") as bar:
@@ -69,9 +71,16 @@ def _check(options: Options) -> None:
     for preset in options.presets:
         check_preset(preset, "--presets")
     check_tokens(options.tokens, 2 * PBSConfig().segment_size)
-    check_thresholds("--thresholds", options.thresholds, PBSConfig.paper().mass)
+    configs_of(options)
+    check_thresholds("--thresholds", _thresholds(options), config_of(options.settings).mass)
     check_rounds(options.rounds)
     check_outputs([options.csv], [])
+
+
+def _thresholds(options: Options) -> tuple[float, ...]:
+    if options.thresholds is not None:
+        return options.thresholds
+    return SWEEPS[config_of(options.settings).mass]
 
 
 def clustered_inputs(shape: Shape, num_tokens: int, seed: int) -> list[torch.Tensor]:
@@ -98,15 +107,14 @@ def _measure(
     preset: str,
     num_tokens: int,
     dtype: str,
-    permute_per: str,
-    kv_block_size: int,
+    config: PBSConfig,
     threshold: float,
     seed: int,
 ) -> Row:
     shape = SHAPES[preset]
     inputs = clustered_inputs(shape, num_tokens, seed)
     q, k, v = (x.to(getattr(torch, dtype)) for x in inputs)
-    pipeline = Pipeline(q, k, v, paper_with(kv_block_size, permute_per))
+    pipeline = Pipeline(q, k, v, config)
     density = pipeline.set_threshold(threshold)
     calls: dict[str, Call] = {"dense": lambda: dense_attention(q, k, v)}
     calls |= {name: getattr(pipeline, name) for name in ("attention", *STAGES)}
@@ -119,8 +127,9 @@ def _measure(
         "kv_heads": str(shape.num_kv_heads),
         "head_dim": str(shape.head_dim),
         "dtype": dtype,
-        "kv_block_size": str(kv_block_size),
-        "permute_per": permute_per,
+        "selection": name_of(options.settings),
+        "kv_block_size": str(config.key_block_size),
+        "permute_per": config.permute_per,
         "threshold": str(threshold),
         "seed": str(seed),
         "density": f"{density:.4f}",

@@ -2,7 +2,8 @@
 
 The input is that of `pipeline`, the threshold the one that gives the density asked for. Every call
 is timed once, after a warm-up on a short prompt. The columns `<check>_error` hold the worst error
-of each check (`checks.py`) as a share of the error allowed; above 1 the bench fails.
+of each check (`checks.py`) as a share of the error allowed; above 1 the bench fails. The column
+`selection` has the name of the preset.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from .report import (
     say_where,
     stage_columns,
 )
+from .settings import configs_of, density_at, name_of
 from .shapes import SHAPES, check_preset
-from .stages import Pipeline, heavy_hitters, paper_with, reach
+from .stages import Pipeline, heavy_hitters, reach
 from .timing import cuda_events, wall_clock
 
 COLUMNS = (
-    *("preset", "tokens", "q_heads", "kv_heads", "permute_per", "kv_block_size"),
+    *("preset", "tokens", "q_heads", "kv_heads", "selection", "permute_per", "kv_block_size"),
     *("threshold", "density"),
     *stage_columns("ms"),
     *("attention_ms", "extra_gib", "sampled_rows"),
@@ -46,7 +48,7 @@ TABLE = (
     *("attention_ms", "extra_gib", *(f"{name}_error" for name in CHECKS)),
 )
 LEAST_SAMPLES = 8  # the rows at ends and borders
-WARM_UP_TOKENS, WARM_UP_THRESHOLD = 2048, 0.9
+WARM_UP_TOKENS = 2048
 
 
 def run(options: Options) -> list[Row]:
@@ -64,19 +66,15 @@ def run(options: Options) -> list[Row]:
 
     device = choose_device(options.device)
     file = RowFile(options.csv, device)
-    settings = [
-        (permute_per, kv_block_size)
-        for permute_per in options.permute_per
-        for kv_block_size in options.kv_block_sizes
-    ]
-    steps = len(options.tokens) * len(settings)
+    configs = configs_of(options)
+    steps = len(options.tokens) * len(configs)
     with torch.inference_mode(), tqdm(total=steps, desc="long", unit="row") as bar:
-        _warm_up(options, device)
+        _warm_up(options, configs, device)
         for num_tokens in options.tokens:
             tensors = _synthetic(options, num_tokens, device)
-            for setting in settings:
+            for config in configs:
                 bar.set_postfix_str(f"{num_tokens} tokens")
-                file.add(_measure(options, tensors, *setting))
+                file.add(_measure(options, tensors, config))
                 bar.update()
             del tensors  # before the next ones are made
     print(as_table(file.rows, TABLE))
@@ -87,8 +85,10 @@ def run(options: Options) -> list[Row]:
 def _check(options: Options) -> None:
     require_packages("tqdm")
     check_preset(options.preset)
+    configs_of(options)
     check_tokens(options.tokens, 8 * PBSConfig().segment_size)
-    check_shares("--density", [options.density])
+    if options.density is not None:
+        check_shares("--density", [options.density])
     if options.samples < LEAST_SAMPLES:
         raise BenchError(f"--samples must be {LEAST_SAMPLES} at least, got {options.samples}")
     check_outputs([options.csv], [])
@@ -99,28 +99,28 @@ def _synthetic(options: Options, num_tokens: int, device: str) -> list[torch.Ten
     return heavy_hitters(num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim)
 
 
-def _warm_up(options: Options, device: str) -> None:
-    for permute_per in options.permute_per:
-        tensors = _synthetic(options, WARM_UP_TOKENS, device)
-        pipeline = Pipeline(*tensors, paper_with(128, permute_per))
-        pipeline.set_threshold(WARM_UP_THRESHOLD)
+def _warm_up(options: Options, configs: list[PBSConfig], device: str) -> None:
+    tensors = _synthetic(options, WARM_UP_TOKENS, device)
+    for config in configs:
+        pipeline = Pipeline(*tensors, config)
+        pipeline.set_threshold(config.resolved_threshold)
         for name in (*STAGES, "attention"):
             getattr(pipeline, name)()
 
 
-def _measure(
-    options: Options, tensors: list[torch.Tensor], permute_per: str, kv_block_size: int
-) -> Row:
-    pipeline = Pipeline(*tensors, paper_with(kv_block_size, permute_per))
+def _measure(options: Options, tensors: list[torch.Tensor], config: PBSConfig) -> Row:
+    pipeline = Pipeline(*tensors, config)
     q, k, _ = tensors
+    density = options.density or density_at(q.shape[2], options.settings)
     values = {
         "preset": options.preset,
         "tokens": q.shape[2],
         "q_heads": q.shape[1],
         "kv_heads": k.shape[1],
-        "permute_per": permute_per,
-        "kv_block_size": kv_block_size,
-        "density": reach(pipeline, options.density),
+        "selection": name_of(options.settings),
+        "permute_per": config.permute_per,
+        "kv_block_size": config.key_block_size,
+        "density": reach(pipeline, density),
         "threshold": pipeline.threshold,
         "sampled_rows": options.samples,
     }

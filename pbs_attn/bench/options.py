@@ -8,9 +8,31 @@ import dataclasses
 from pbs_attn._rows import GIVEN, PROBES
 from pbs_attn.config import CHOICES, PBSConfig
 
-# Tokens and density of Table 5 of arXiv 2510.21270; the last one is our continuation of it.
-PAPER = {8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22}
-DENSITIES = PAPER | {262144: 0.17}
+# Presets by the names that rows have; on the command line, "default" is another name of "balanced".
+PRESETS = {
+    "balanced": PBSConfig.balanced(),
+    "fast": PBSConfig.fast(),
+    "accurate": PBSConfig.accurate(),
+    "paper": PBSConfig.paper(),
+}
+DEFAULT = "default"
+SETTINGS = (DEFAULT, *PRESETS)
+
+# Densities by tokens that synthetic inputs are to reach where none are asked for.
+# With the paper's settings: Table 5 of arXiv 2510.21270; the last one is our continuation of it.
+PAPER_DENSITIES = {
+    **{8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22},
+    262144: 0.17,
+}
+# With all others: those of the committed rows of the presets (pipeline_balanced_h100.csv); 262144
+# continues them. Below 8192 tokens, density * tokens stays what it is there, so that a query visits
+# as many keys: own segment, window and the block of token 0 do not shrink with the prompt.
+DENSITIES = {
+    **{512: 1.0, 1024: 0.96, 2048: 0.48, 4096: 0.24},
+    **{8192: 0.12, 16384: 0.07, 32768: 0.05, 65536: 0.035, 131072: 0.025},
+    **{262144: 0.018, 1048576: 0.01},
+}
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
 
 PERMUTE_PER = CHOICES["permute_per"]
 
@@ -18,23 +40,19 @@ PERMUTE_PER = CHOICES["permute_per"]
 DTYPES = ("bfloat16", "float16", "float32")
 UNEVEN_TOKENS = 32768
 
-# pipeline
-SELECTIONS = {
-    "paper": PBSConfig.paper(),
-    "balanced": PBSConfig.balanced(),
-    "fast": PBSConfig.fast(),
-}
-
 # chunks: pages can be put in order for sampled scores only
-CHUNK_SELECTIONS = tuple(name for name, config in SELECTIONS.items() if config.score == "sampled")
+CHUNK_SETTINGS = (
+    DEFAULT,
+    *(name for name, config in PRESETS.items() if config.score == "sampled"),
+)
 
 # serve: vLLM's own attention, and presets whose pages are put in order; how a prompt comes
-MODES = ("dense", *CHUNK_SELECTIONS)
+MODES = ("dense", "balanced", "fast")
 PARTS = ("whole", "chunked")
 
 # quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
-# Thresholds by mass.
+# Thresholds by mass, of `cpu` too.
 SWEEPS = {
     "block": (0.02, 0.01, 0.005, 0.0025, 0.001),
     "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
@@ -78,17 +96,18 @@ class KernelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions:
-    """`densities`: one a length, or None for the paper's. `activations`: safetensors with q, k
-    and v; they come after `tokens`, which may be (). `selection`: one of SELECTIONS, with key
-    blocks and orders as the other options say. `dense`: whether dense kernels take turns."""
+    """`settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None for theirs.
+    `densities`: one a length, or None for those that go with the settings. `activations`:
+    safetensors with q, k and v; they come after `tokens`, which may be (). `dense`: whether dense
+    kernels take turns."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b",)
-    tokens: tuple[int, ...] = tuple(PAPER)
+    settings: str = DEFAULT
+    tokens: tuple[int, ...] = LENGTHS
     densities: tuple[float, ...] | None = None
-    permute_per: tuple[str, ...] = ("kv_head",)
-    kv_block_sizes: tuple[int, ...] = (128,)
+    permute_per: tuple[str, ...] | None = None
+    kv_block_sizes: tuple[int, ...] | None = None
     activations: tuple[str, ...] = ()
-    selection: str = "paper"
     eager: bool = False
     crossover: bool = True
     dense: bool = True
@@ -101,14 +120,14 @@ class PipelineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ChunksOptions:
-    """`chunks`: tokens of a chunk; each length runs in chunks of each size. `densities`: one a
-    length, or None for the paper's. `selection`: one of CHUNK_SELECTIONS."""
+    """`chunks`: tokens of a chunk; each length runs in chunks of each size. `settings`: one of
+    CHUNK_SETTINGS. `densities`: one a length, or None for those that go with the settings."""
 
     preset: str = "llama-3.1-8b"
+    settings: str = DEFAULT
     tokens: tuple[int, ...] = (32768, 131072)
     chunks: tuple[int, ...] = (2048, 8192)
     densities: tuple[float, ...] | None = None
-    selection: str = "balanced"
     rounds: int = 5
     device: str = "auto"
     csv: str | None = None
@@ -141,18 +160,20 @@ class ServeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillOptions:
-    """`model` and `text` as for the demo; None for `preset`, with random weights. `densities` (one
-    a length, or None for DENSITIES) and `layers` (None for all) are the preset's, `threshold` is
-    the model's. `rounds`: one for all lengths, or one a length."""
+    """`model` and `text` as for the demo; None for `preset`, with random weights. `settings`: one
+    of SETTINGS; `permute_per`: None for theirs. `densities` (one a length, or None for those that
+    go with the settings) and `layers` (None for all) are the preset's. `threshold` (None for that
+    of the settings) is the model's. `rounds`: one for all lengths, or one a length."""
 
     preset: str = "llama-3.1-8b"
     model: str | None = None
     text: str | None = None
+    settings: str = DEFAULT
     threshold: float | None = None
-    tokens: tuple[int, ...] = tuple(DENSITIES)
+    tokens: tuple[int, ...] = (*LENGTHS, 262144)
     densities: tuple[float, ...] | None = None
     layers: int | None = None
-    permute_per: str = "kv_head"
+    permute_per: str | None = None
     rounds: tuple[int, ...] = (2,)
     device: str = "auto"
     csv: str | None = None
@@ -203,14 +224,16 @@ class ScoresOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LongOptions:
-    """`density`: the share of the causal block pairs to visit. `samples`: how many rows are
-    checked."""
+    """`settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None for theirs. `density`:
+    the share of the causal block pairs to visit, or None for that which goes with the settings.
+    `samples`: how many rows are checked."""
 
     preset: str = "llama-3.1-8b"
+    settings: str = DEFAULT
     tokens: tuple[int, ...] = (1048576,)
-    density: float = 0.1
-    permute_per: tuple[str, ...] = PERMUTE_PER
-    kv_block_sizes: tuple[int, ...] = (128,)
+    density: float | None = None
+    permute_per: tuple[str, ...] | None = None
+    kv_block_sizes: tuple[int, ...] | None = None
     samples: int = 24
     device: str = "auto"
     csv: str | None = None
@@ -218,14 +241,16 @@ class LongOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CpuOptions:
-    """Every combination runs; `seeds`: one random input each."""
+    """Every combination runs. `settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None
+    for theirs; `thresholds`: None for those of SWEEPS. `seeds`: one random input each."""
 
     presets: tuple[str, ...] = ("smollm2-135m",)
+    settings: str = DEFAULT
     tokens: tuple[int, ...] = (8192,)
     dtypes: tuple[str, ...] = ("float32",)
-    permute_per: tuple[str, ...] = ("kv_head",)
-    kv_block_sizes: tuple[int, ...] = (128,)
-    thresholds: tuple[float, ...] = (0.4, 0.7, 0.9, 1.0)
+    permute_per: tuple[str, ...] | None = None
+    kv_block_sizes: tuple[int, ...] | None = None
+    thresholds: tuple[float, ...] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     rounds: int = 5
     csv: str | None = None

@@ -2,19 +2,20 @@
 
 Inputs are random with heavy hitters: a twentieth of the keys, and all queries, lean towards one
 direction a head. The threshold of each row is the one that gives the density asked for, found by
-bisection. With `activations`, real queries, keys and values at the selection's own threshold.
+bisection. With `activations`, real queries, keys and values at the settings' own threshold. The
+column `selection` has the name of the preset.
 
 A stage has three columns: `<stage>_ms`, the op called alone; on a GPU `<stage>_kernel_ms`, its
 kernels within the one call, and, where the card's rates are known, `<stage>_floor_ms`, what bytes
 and operations take at these rates. `gaps_ms` is the time within the one call, between its kernels,
-in which the GPU ran nothing. The columns `eager_*` belong to the paper's stages in eager PyTorch at
-the same threshold, one permutation a query head in every row. `crossover` is the shortest prompt,
-in steps of 256 tokens, for which the one call took less time than every dense kernel.
+in which the GPU ran nothing. The columns `eager_*` belong to the paper's stages in eager PyTorch,
+one permutation a query head in every row, at the row's threshold if its settings are the paper's,
+else at the paper's own. `crossover` is the shortest prompt, in steps of 256 tokens, for which the
+one call took less time than every dense kernel.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,6 @@ from .contestants import dense_calls
 from .floors import Problem, floors_ms
 from .gpu_profile import extra_gib, profile_call
 from .kernel import DENSE
-from .options import SELECTIONS
 from .options import PipelineOptions as Options
 from .report import (
     RowFile,
@@ -44,8 +44,9 @@ from .report import (
     say_where,
     stage_columns,
 )
+from .settings import config_of, configs_of, densities_of, density_at, name_of
 from .shapes import SHAPES, Shape, check_activations, check_preset, load_activations
-from .stages import Pipeline, density_at, reach, synthetic
+from .stages import Pipeline, reach, synthetic
 from .timing import Call, clock_for, interleaved_medians
 
 CROSSOVER_STEP, LONGEST_CROSSOVER = 256, 65536
@@ -83,16 +84,15 @@ def run(options: Options) -> list[Row]:
 
     device = choose_device(options.device)
     file = RowFile(options.csv, device)
-    settings = len(options.permute_per) * len(options.kv_block_sizes)
     inputs = len(options.tokens) + len(options.activations) + options.crossover
-    steps = settings * len(options.presets) * inputs
+    steps = len(configs_of(options)) * len(options.presets) * inputs
     with torch.inference_mode(), tqdm(total=steps, desc="pipeline", unit="row") as bar:
         for preset in options.presets:
             bar.set_postfix_str(preset)
             crossovers = _find_crossovers(options, SHAPES[preset], device, bar.update)
             for values in _measure_shape(options, SHAPES[preset], device):
-                setting = values["permute_per"], values["kv_block_size"]
-                values["crossover"] = crossovers.get(setting, "")
+                place = values["permute_per"], values["kv_block_size"]
+                values["crossover"] = crossovers.get(place, "")
                 file.add(as_row({"preset": preset} | values))
                 bar.update()
     print(as_table(file.rows, TABLE))
@@ -104,6 +104,7 @@ def run(options: Options) -> list[Row]:
 
 def _check(options: Options) -> None:
     require_packages("safetensors", "tqdm")
+    configs_of(options)
     for preset in options.presets:
         check_preset(preset, "--presets")
     least = 2 * PBSConfig().segment_size
@@ -117,21 +118,8 @@ def _check(options: Options) -> None:
     check_outputs([options.csv], [options.picture])
 
 
-def _config(options: Options, permute_per: str, kv_block_size: int) -> PBSConfig:
-    return dataclasses.replace(
-        SELECTIONS[options.selection], permute_per=permute_per, kv_block_size=kv_block_size
-    )
-
-
-def _settings(options: Options) -> Iterator[tuple[str, int]]:
-    """`permute_per` and `kv_block_size` of the rows of an input."""
-    for permute_per in options.permute_per:
-        for kv_block_size in options.kv_block_sizes:
-            yield permute_per, kv_block_size
-
-
 def _measure_shape(options: Options, shape: Shape, device: str) -> Iterator[dict[str, object]]:
-    densities = options.densities or map(density_at, options.tokens)
+    densities = densities_of(options.settings, options.tokens, options.densities)
     for num_tokens, density in zip(options.tokens, densities, strict=True):
         tensors = synthetic(shape, num_tokens, device)
         yield from _measure_input(options, "heavy hitters", tensors, density)
@@ -144,11 +132,11 @@ def _measure_shape(options: Options, shape: Shape, device: str) -> Iterator[dict
 def _measure_input(
     options: Options, name: str, tensors, density: float | None
 ) -> Iterator[dict[str, object]]:
-    """One row a setting; the threshold is the selection's own where no density is asked for."""
+    """One row a config; the threshold is its own where no density is asked for."""
     dense = dense_calls(*tensors) if options.dense else {}
-    for permute_per, kv_block_size in _settings(options):
-        pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
-        own = pipeline.config.resolved_threshold
+    for config in configs_of(options):
+        pipeline = Pipeline(*tensors, config)
+        own = config.resolved_threshold
         reached = reach(pipeline, density) if density else pipeline.set_threshold(own)
         problem = problem_of(pipeline, reached)
         values = {
@@ -157,9 +145,9 @@ def _measure_input(
             "q_heads": problem.num_q_heads,
             "kv_heads": problem.num_kv_heads,
             "head_dim": problem.head_dim,
-            "selection": options.selection,
-            "permute_per": permute_per,
-            "kv_block_size": kv_block_size,
+            "selection": name_of(options.settings),
+            "permute_per": config.permute_per,
+            "kv_block_size": config.key_block_size,
             "threshold": pipeline.threshold,
             "density": reached,
         }
@@ -173,7 +161,8 @@ def _times(options: Options, pipeline: Pipeline, dense: dict[str, Call]) -> dict
     """Every contestant of a row, in turn."""
     calls = {stage: getattr(pipeline, stage) for stage in (*STAGES, "attention")}
     if options.eager:
-        calls |= {f"eager_{stage}": call for stage, call in _eager_calls(pipeline).items()}
+        eager_calls = eager.stage_calls(*_eager_inputs(pipeline))
+        calls |= {f"eager_{stage}": call for stage, call in eager_calls.items()}
     clock = clock_for(pipeline.q.device, options.budget_ms)
     times = interleaved_medians(calls | dense, options.rounds, clock)
     values = by_stage(times, "ms")
@@ -186,9 +175,12 @@ def _times(options: Options, pipeline: Pipeline, dense: dict[str, Call]) -> dict
     return values
 
 
-def _eager_calls(pipeline: Pipeline) -> dict[str, Call]:
-    inputs = (pipeline.q, pipeline.k, pipeline.v, pipeline.threshold, pipeline.config)
-    return eager.stage_calls(*inputs)
+def _eager_inputs(pipeline: Pipeline) -> tuple:
+    """Thresholds of other settings mean nothing to the paper's rule."""
+    paper = config_of("paper")
+    is_papers = pipeline.config.mass == paper.mass
+    threshold = pipeline.threshold if is_papers else paper.resolved_threshold
+    return pipeline.q, pipeline.k, pipeline.v, threshold, pipeline.config
 
 
 def _gpu_values(options: Options, pipeline: Pipeline, problem: Problem) -> dict[str, object]:
@@ -199,8 +191,8 @@ def _gpu_values(options: Options, pipeline: Pipeline, problem: Problem) -> dict[
     values |= {"gaps_ms": profile.gaps_ms, "launches": profile.launches}
     values["extra_gib"] = extra_gib(pipeline.attention, q.numel() * q.element_size())
     if options.eager:
-        inputs = (q, pipeline.k, pipeline.v, pipeline.threshold, pipeline.config)
-        values["eager_extra_gib"] = extra_gib(functools.partial(eager.before_attend, *inputs))
+        call = functools.partial(eager.before_attend, *_eager_inputs(pipeline))
+        values["eager_extra_gib"] = extra_gib(call)
     floors = floors_ms(problem, torch.cuda.get_device_name(q.device))
     return values | (by_stage(floors, "floor_ms") if floors else {})
 
@@ -225,12 +217,13 @@ def problem_of(pipeline: Pipeline, density: float) -> Problem:
 def _find_crossovers(
     options: Options, shape: Shape, device: str, advance: Callable[[], object]
 ) -> dict[tuple[str, int], str]:
-    """The crossover of each setting; empty if there is none up to LONGEST_CROSSOVER tokens."""
+    """By order and width of key blocks; empty if there is none up to LONGEST_CROSSOVER tokens."""
     found = {}
-    for setting in _settings(options) if options.crossover else ():
-        wins = functools.partial(_wins, options, shape, device, *setting)
+    for config in configs_of(options) if options.crossover else ():
+        wins = functools.partial(_wins, options, shape, device, config)
         shortest = shortest_win(wins, CROSSOVER_STEP, LONGEST_CROSSOVER)
-        found[setting] = "" if shortest is None else str(shortest)
+        place = config.permute_per, config.key_block_size
+        found[place] = "" if shortest is None else str(shortest)
         advance()
     return found
 
@@ -250,13 +243,11 @@ def shortest_win(wins: Callable[[int], bool], step: int, longest: int) -> int | 
     return high
 
 
-def _wins(
-    options: Options, shape: Shape, device: str, permute_per: str, kv_block_size: int, length: int
-) -> bool:
-    """Whether one call beats every dense kernel, at the paper's density or its continuation."""
+def _wins(options: Options, shape: Shape, device: str, config: PBSConfig, length: int) -> bool:
+    """Whether one call beats every dense kernel, at the density that goes with the settings."""
     tensors = synthetic(shape, length, device)
-    pipeline = Pipeline(*tensors, _config(options, permute_per, kv_block_size))
-    reach(pipeline, density_at(length))
+    pipeline = Pipeline(*tensors, config)
+    reach(pipeline, density_at(length, options.settings))
     calls = dense_calls(*tensors) | {"attention": pipeline.attention}
     times = interleaved_medians(
         calls, options.rounds, clock_for(pipeline.q.device, options.budget_ms)

@@ -1,11 +1,12 @@
 """Time to the first token of a language model, dense and with PBS attention.
 
-A given model reads a text, and PBS visits what its threshold asks for. Without one, a named
-architecture has random weights, which attend to nothing in particular: so its attention layers work
-on synthetic queries, keys and values in place of the model's own, of the same shape and memory
-layout: heavy-hitter keys, of which PBS visits a share that is asked for and stated in every row.
+A given model reads a text, and PBS visits what the threshold of its settings asks for. Without one,
+a named architecture has random weights, which attend to nothing in particular: so its attention
+layers work on synthetic queries, keys and values in place of the model's own, of the same shape and
+memory layout: heavy-hitter keys, of which PBS visits a share that every row states.
 All the rest, from the projections to the KV cache, is the model's. A third contestant, whose
-attention costs nothing, gives the bound that the other layers set.
+attention costs nothing, gives the bound that the other layers set. The column `selection` has the
+name of the preset.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from .report import (
     require_packages,
     say_where,
 )
+from .settings import config_of, densities_of, name_of
 from .shapes import SHAPES, Shape, build, check_preset, shape_of
-from .stages import Pipeline, density_at, heavy_hitters, paper_with, reach
+from .stages import Pipeline, heavy_hitters, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
 
 NAME = "pbs_bench"  # with transformers
@@ -109,8 +111,9 @@ def _check(options: Options) -> None:
         raise BenchError("--text must go with --model: random weights read nothing")
     if options.model is None and options.threshold is not None:
         raise BenchError("--threshold must go with --model: --densities set that of random weights")
+    config = config_of(options.settings, options.permute_per)
     if options.threshold is not None:
-        check_thresholds("--threshold", [options.threshold], PBSConfig().mass)
+        check_thresholds("--threshold", [options.threshold], config.mass)
     if min(options.rounds, default=0) < 1:
         raise BenchError(f"--rounds must be positive, got {list(options.rounds)}")
     check_tokens(options.tokens, 2 * PBSConfig().segment_size)
@@ -120,12 +123,6 @@ def _check(options: Options) -> None:
         given = len(options.rounds)
         raise BenchError(f"--rounds must be one or as many as --tokens, got {given} for {lengths}")
     check_outputs([options.csv], [options.picture])
-
-
-def _densities(options: Options) -> tuple[float, ...]:
-    if options.densities is not None:
-        return options.densities
-    return tuple(map(density_at, options.tokens))
 
 
 def _rounds(options: Options) -> tuple[int, ...]:
@@ -190,13 +187,14 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
     shape = SHAPES[options.preset]
     shape = dataclasses.replace(shape, num_layers=options.layers or shape.num_layers)
     longest = max(options.tokens)
+    densities = densities_of(options.settings, options.tokens, options.densities)
+    config = config_of(options.settings, options.permute_per)
     model = build(shape, max_tokens=longest, device=device, attn_implementation=NAME)
 
     def make(nth: int) -> _Contest:
-        num_tokens, density = options.tokens[nth], _densities(options)[nth]
+        num_tokens, density = options.tokens[nth], densities[nth]
         ids = torch.randint(shape.vocab_size, (1, num_tokens), device=device)
         tensors = _synthetic(shape, num_tokens, device)
-        config = paper_with(None, options.permute_per)
         pipeline = Pipeline(*tensors, config)
         reached = reach(pipeline, density)
         backend, dense = _best_dense(tensors)
@@ -206,7 +204,8 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
             "weights": "random",
             "activations": "heavy hitters",
             "tokens": str(num_tokens),
-            "permute_per": options.permute_per,
+            "selection": name_of(options.settings),
+            "permute_per": config.permute_per,
             "threshold": f"{pipeline.threshold:.4f}",
             "density": f"{reached:.4f}",
             "dense_backend": backend,
@@ -226,7 +225,9 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
     if all_ids.shape[1] < longest:
         raise BenchError(f"{text_name} must have {longest} tokens, got {all_ids.shape[1]}")
     model = files.load(device)
-    config = PBSConfig(threshold=options.threshold, permute_per=options.permute_per)
+    config = config_of(options.settings, options.permute_per)
+    if options.threshold is not None:
+        config = dataclasses.replace(config, threshold=options.threshold)
     require_pbs_layers(model, min(options.tokens), config)
     model.set_attn_implementation(NAME)
     shape = shape_of(model)
@@ -248,7 +249,8 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
             "weights": "given",
             "activations": text_name,
             "tokens": str(ids.shape[1]),
-            "permute_per": options.permute_per,
+            "selection": name_of(options.settings),
+            "permute_per": config.permute_per,
             "threshold": f"{config.resolved_threshold:.4f}",
             "density": "",
             "dense_backend": backend,

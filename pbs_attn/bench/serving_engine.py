@@ -23,7 +23,7 @@ from pbs_attn._errors import BenchError
 from pbs_attn._rows import Row
 
 from . import serving_worker as worker
-from .options import SELECTIONS, ServeOptions
+from .options import PRESETS, ServeOptions
 from .shapes import SHAPES, Shape
 
 MARK = "row of bench serve: "
@@ -212,7 +212,7 @@ class Engine:
         if self.mode == "dense":
             return
         if length not in self.tuned:
-            threshold = SELECTIONS[self.mode].resolved_threshold
+            threshold = PRESETS[self.mode].resolved_threshold
             if length in self.targets:
                 threshold = threshold_for(self.probe(length, GRID), self.targets[length])
             # Layers see other activations at another threshold: what is visited is counted again.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import math
 from typing import Protocol
 
 import torch
@@ -12,21 +10,9 @@ import torch
 import pbs_attn
 from pbs_attn import PBSConfig
 
-from .options import DENSITIES
 from .shapes import Shape
 
 ops = torch.ops.pbs
-
-
-def density_at(num_tokens: int) -> float:
-    """The density at a length: DENSITIES, interpolated along the logarithm of the length and
-    extrapolated along the line of the two lengths next to it; within [0.05, 1]."""
-    known = sorted(DENSITIES)
-    right = min(max(bisect.bisect_left(known, num_tokens), 1), len(known) - 1)
-    low, high = known[right - 1], known[right]
-    share = math.log2(num_tokens / low) / math.log2(high / low)
-    density = DENSITIES[low] + share * (DENSITIES[high] - DENSITIES[low])
-    return min(max(density, 0.05), 1.0)
 
 
 def paper_with(kv_block_size: int | None, permute_per: str = "kv_head") -> PBSConfig:
