@@ -54,7 +54,11 @@ def test_pages_have_code_to_run():
     assert {"README", "first-steps", "method", "scoring", "transformers"} <= names
 
 
-@named([path for path in DOCUMENTS if code_blocks(path) and path.name != "README.md"])
+# Those whose code is no single program: see below, and test_recipes.py.
+APART = ("README.md", "recipes.md")
+
+
+@named([path for path in DOCUMENTS if code_blocks(path) and path.name not in APART])
 def test_code_runs(path, tmp_path, monkeypatch):
     """The blocks of a document in order, as one program in a folder of its own."""
     transformers = pytest.importorskip("transformers")
