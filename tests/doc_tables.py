@@ -96,18 +96,18 @@ def signed(value, digits=1):
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
-# The first generation of the selection, up to 0.2.0: texts that nothing was chosen by, and presets
+# The first generation of the selection, up to 0.2.0: held-out texts, and presets
 
 
-UNSEEN = {
+HELD_OUT = {
     "SmolLM2-135M, 8192": ("quality_smollm2_h100.csv",),
     "Qwen2.5-Coder-1.5B, 16384": ("quality_qwen_16384_h100.csv", "quality_qwen_keys_h100.csv"),
     "Qwen2.5-Coder-1.5B, 32768": ("quality_qwen_32768_h100.csv",),
 }
 
 
-def unseen(model):
-    return [row for name in UNSEEN[model] for row in read(name)]
+def held_out(model):
+    return [row for name in HELD_OUT[model] for row in read(name)]
 
 
 TUNING = "quality_tuning_smollm2_h100.csv"

@@ -1,6 +1,6 @@
 """The two tables of README.md: what the default costs in time, and what in quality."""
 
-from doc_tables import UNSEEN, find, lengths_of, mean, read, rounded
+from doc_tables import HELD_OUT, find, lengths_of, mean, read, rounded
 from preset_tables import (
     PIPELINE,
     QUALITY,
@@ -61,7 +61,7 @@ def rows_of(preset):
     rows = of_preset(read(QUALITY[MODEL]), preset)
     if rows or preset != "paper":
         return rows
-    return of_preset([row for name in UNSEEN[MODEL] for row in read(name)], preset)
+    return of_preset([row for name in HELD_OUT[MODEL] for row in read(name)], preset)
 
 
 def front_quality():

@@ -43,7 +43,7 @@ def select_blocks():
         "0.2.0, 16 samples": "0.2.0",
         "16 samples": "balanced",
         "8 samples": "num_samples=8",
-        "16 samples of a KV head": "fast",
+        "16 samples per KV head": "fast",
     }
     rows = read(SELECTION)
     lines = []
@@ -181,7 +181,7 @@ def operator_with_summary():
         line.append(f"{float(first[0]['attention_ms']):.2f}" if first else "")
         lines.append(line)
     names = ["tokens", "density", "dense", "16 samples", "dense / 16 samples"]
-    shared = ["16 samples of a KV head", "dense / 16 samples of a KV head"]
+    shared = ["16 samples per KV head", "dense / 16 samples per KV head"]
     return [*names, *shared, "0.2.0's default"], lines
 
 
@@ -189,7 +189,7 @@ SETTINGS = (
     *("samples", "pool", "rounding", "threshold"),
     *("dense_tail", "window", "select_per", "correction"),
 )
-ABOUT = ["row", "samples", "of each", "they see", "threshold", "tail, window"]
+ABOUT = ["row", "samples", "per", "keys seen", "threshold", "tail, window"]
 
 
 def prototypes(run):

@@ -24,10 +24,10 @@ PIPELINE = {
     "fast": "pipeline_fast_h100.csv",
 }
 SAMPLED = {  # what rows call a selection
-    "balanced": "16 of a query head",
-    "fast": "16 of a KV head",
-    "fast,num_samples=32": "32 of a KV head",
-    "select_per=kv_head,num_samples=32": "32 of a KV head",
+    "balanced": "16 per query head",
+    "fast": "16 per KV head",
+    "fast,num_samples=32": "32 per KV head",
+    "select_per=kv_head,num_samples=32": "32 per KV head",
 }
 
 

@@ -1,17 +1,17 @@
 """docs/experiments.md says what its CSVs do."""
 
 from doc_tables import (
+    HELD_OUT,
     ROOT,
     TUNING,
-    UNSEEN,
     assert_presets,
     assert_says,
     find,
+    held_out,
     read,
     says,
     table_with,
     tables_in,
-    unseen,
     words_of,
 )
 
@@ -26,7 +26,7 @@ def test_a_summary_loses_repeats():
     assert len(found) == len(rows) / 2
     for said in found:
         place = {name: said[name] for name in ("tokens", "threshold")}
-        place["settings"] = said["selection"]
+        place["settings"] = said["selection"].replace("per KV head", "a KV head")
         text = {"loss": "loss_above_dense", "density": "density"}
         assert_says(said, find(rows, probe="text", **place), text)
         copy = {"loss of a repeat": "loss_above_dense", "density of the repeat": "density"}
@@ -83,24 +83,24 @@ def assert_reaches(said, density, curve):
         assert says(said, density), said
 
 
-def test_goals_on_unseen_texts():
+def test_goals_on_held_out_texts():
     names = {
-        "loss at most 0.02": ("text", "loss .02"),
-        "loss at most 0.01": ("text", "loss .01"),
-        "0.95 of the mass visited": ("text", "mass .95"),
-        "a repeat at 1.1 times dense's perplexity": ("copy", "repeat 1.1"),
-        "all pass keys but 2 %": ("pass key", "keys"),
+        "loss ≤ 0.02": ("text", "loss .02"),
+        "loss ≤ 0.01": ("text", "loss .01"),
+        "visited attention mass ≥ 0.95": ("text", "mass .95"),
+        "perplexity of a repeat ≤ 1.1 × dense": ("copy", "repeat 1.1"),
+        "recall of pass keys ≥ dense - 0.02": ("pass key", "keys"),
     }
     columns = {
         "pbs, balanced": ("16 samples", "ms"),
         "pbs, num_samples=8": ("8 samples", "ms of 8 samples"),
         "pbs, paper": ("`paper`", "ms of `paper`"),
     }
-    found = table_with({"goal", "ms of `paper`"}, PAGE)
-    assert {said["model, tokens"] for said in found} == UNSEEN.keys()
+    found = table_with({"target", "ms of `paper`"}, PAGE)
+    assert {said["model, tokens"] for said in found} == HELD_OUT.keys()
     for said in found:
-        rows = unseen(said["model, tokens"])
-        probe, goal = names[said["goal"]]
+        rows = held_out(said["model, tokens"])
+        probe, goal = names[said["target"]]
         times = curves.summarize(rows, "op_ms")["text"]
         for name, (cell, ms) in columns.items():
             if name not in times:
@@ -111,21 +111,29 @@ def test_goals_on_unseen_texts():
             time = None if density is None else curves.at_density(times[name], density)
             assert said[ms] == "" if time is None else says(said[ms], time), said
     text = words_of(PAGE)
-    dense = [curves.summarize(unseen(model), "op_ms")["text"]["dense"][0][1] for model in UNSEEN]
-    assert "takes {:.2f} ms a layer of SmolLM2, {:.2f} and {:.2f} of Qwen".format(*dense) in text
-    own, few, paper = (
-        curves.goals(unseen("Qwen2.5-Coder-1.5B, 32768"))[name]["ms, loss .01"] for name in columns
+    dense = [
+        curves.summarize(held_out(model), "op_ms")["text"]["dense"][0][1] for model in HELD_OUT
+    ]
+    assert (
+        "takes {:.2f} ms per layer of SmolLM2, and {:.2f} and {:.2f} ms per layer of Qwen".format(
+            *dense
+        )
+        in text
     )
-    shares = f"{few / paper:.2f} of the time of the paper's settings at a loss of 0.01, and 16 "
-    assert f"{shares}samples in {own / paper:.2f}" in text
+    own, few, paper = (
+        curves.goals(held_out("Qwen2.5-Coder-1.5B, 32768"))[name]["ms, loss .01"]
+        for name in columns
+    )
+    shares = f"{few / paper:.2f} of the time of the paper's settings, and 16 "
+    assert f"{shares}samples take {own / paper:.2f}" in text
     masses = [
-        curves.goals(unseen("Qwen2.5-Coder-1.5B, 16384"))[name]["mass .95"]
+        curves.goals(held_out("Qwen2.5-Coder-1.5B, 16384"))[name]["mass .95"]
         for name in ("pbs, balanced", "pbs, paper")
     ]
-    assert f"from {masses[0] / masses[1]:.2f} of their density on" in text
+    assert f"they need {masses[0] / masses[1]:.2f} of that density" in text
 
 
-def test_permutation_on_unseen_texts():
+def test_permutation_on_held_out_texts():
     probes = {"loss": "text", "loss of a repeat": "copy", "keys": "pass key"}
     columns = {
         "16 samples": "pbs, balanced",
@@ -134,31 +142,31 @@ def test_permutation_on_unseen_texts():
     }
     found = table_with({"probe", *columns}, PAGE)
     for said in found:
-        of_probe = curves.summarize(unseen(said["model, tokens"]))[probes[said["probe"]]]
+        of_probe = curves.summarize(held_out(said["model, tokens"]))[probes[said["probe"]]]
         for cell, name in columns.items():
             value = curves.at_density(of_probe.get(name, []), float(said["density"]))
             assert said[cell] == "" if value is None else says(said[cell], value), said
 
 
 def test_number_of_samples_for_a_larger_model():
-    found = table_with({"samples", "least density"}, PAGE)
+    found = table_with({"samples", "lowest density"}, PAGE)
     names = {"16": "balanced", "8": "num_samples=8", "4": "num_samples=4"}
     goals = curves.goals(read("quality_tuning_qwen_32768_h100.csv"))
     assert [said["samples"] for said in found] == list(names)
     for said in found:
         reached = goals[f"pbs, {names[said['samples']]}"]
-        assert says(said["least density"], reached["loss .01"])
+        assert says(said["lowest density"], reached["loss .01"])
         assert says(said["ms"], reached["ms, loss .01"])
 
 
 # What recall_*.csv call the settings of rows that do not have their names.
 RECALLED = {
     "16 samples": "PBSConfig()",
-    "16 samples, an order a query head, 64 heavy keys": (
+    "16 samples, one order per query head, 64 heavy keys": (
         'PBSConfig(permute_per="query_head", num_heavy=64)'
     ),
     "16 samples, sum of masses": 'PBSConfig(mass="causal")',
-    "16 samples, an order a query head, 64 heavy keys, sum of masses": (
+    "16 samples, one order per query head, 64 heavy keys, sum of masses": (
         'PBSConfig(permute_per="query_head", num_heavy=64, mass="causal")'
     ),
     "`paper`": "PBSConfig.paper()",
@@ -166,6 +174,9 @@ RECALLED = {
 RECALLED_IN_LAYERS = {
     "16 samples": 'PBSConfig(mass="causal")',
     "32 samples": 'PBSConfig(mass="causal", num_samples=32)',
+    "one order per query head": "an order a query head",
+    "a full sort, one order per query head": "a full sort, an order a query head",
+    "a full sort, one order per query head, mean scores": "the same with mean scores",
     "mean scores, sum of masses": 'PBSConfig(score="mean", mass="causal")',
     "`paper`": "PBSConfig.paper()",
 }
@@ -195,12 +206,12 @@ def test_recall_of_qwen():
     rows = read("recall_qwen_8192_cpu.csv")
     of_bench = {"selection": "pbs", "probe": "text", "loss_above_dense": "", "op_ms": ""}
     goals = curves.goals([row | of_bench for row in rows])
-    found = table_with({"settings", "0.95 of the mass"}, PAGE)
+    found = table_with({"settings", "lowest density for a mass of 0.95"}, PAGE)
     assert sorted(said["settings"] for said in found) == sorted(RECALLED)
     assert sorted(RECALLED.values()) == sorted({row["settings"] for row in rows})
     for said in found:
         value = goals[f"pbs, {RECALLED[said['settings']]}"]["mass .95"]
-        assert says(said["0.95 of the mass"], value), said
+        assert says(said["lowest density for a mass of 0.95"], value), said
 
 
 def test_goals_table():
@@ -209,7 +220,7 @@ def test_goals_table():
         "16 samples": "pbs, balanced",
         "8 samples": "pbs, num_samples=8",
         "32 samples": "pbs, accurate",
-        "16 samples, an order a query head, 64 heavy keys": (
+        "16 samples, one order per query head, 64 heavy keys": (
             "pbs, permute_per=query_head,num_heavy=64"
         ),
         "16 samples, sum of masses": "pbs, mass=causal",
@@ -217,10 +228,10 @@ def test_goals_table():
         "`paper`": "pbs, paper",
     }
     columns = {
-        "the loss is at most 0.02": "loss .02",
-        "0.95 of dense's attention mass is visited": "mass .95",
-        "a repeat has 1.1 times dense's perplexity": "repeat 1.1",
-        "all keys but 2 % are read": "keys",
+        "loss ≤ 0.02": "loss .02",
+        "visited attention mass ≥ 0.95": "mass .95",
+        "perplexity of a repeat ≤ 1.1 × dense": "repeat 1.1",
+        "recall of pass keys ≥ dense - 0.02": "keys",
     }
     found = table_with(columns, PAGE)
     assert len(found) == len(names)
@@ -234,8 +245,8 @@ def test_goals_table():
         [f"{of_causal[name][goal]:.3f}" for goal in columns.values()]
         for name in ("pbs, segment_size=512", "pbs")
     )
-    words = "are {}, {}, {} and {}, those of 256 {}, {}, {} and {}".format(*long, *short)
-    assert words in words_of(PAGE)
+    words = "are {}, {}, {} and {} with segments of 512, and {}, {}, {} and {} with segments of 256"
+    assert words.format(*long, *short) in words_of(PAGE)
 
 
 def curves_of_prototypes(name):
@@ -245,12 +256,12 @@ def curves_of_prototypes(name):
 
 def test_antidiagonal_table():
     by_probe = curves_of_prototypes("quality_antidiagonal_smollm2_cpu.csv")
-    column = "a block weighs, at 4096 tokens"
+    column = "score of a block, at 4096 tokens"
     names = {
         "the largest share of 16 queries": "s16 max top",
-        "its antidiagonals, stride 8": "antidiagonal 8",
-        "its antidiagonals, stride 16": "antidiagonal 16",
-        "its antidiagonals, stride 8, no permutation": "antidiagonal 8 unpermuted",
+        "antidiagonals, stride 8": "antidiagonal 8",
+        "antidiagonals, stride 16": "antidiagonal 16",
+        "antidiagonals, stride 8, no permutation": "antidiagonal 8 unpermuted",
     }
     found = table_with({column, "loss of a repeat"}, PAGE)
     assert {said[column] for said in found} == names.keys()
@@ -263,7 +274,7 @@ def test_antidiagonal_table():
 def test_prototype_tables():
     by_probe = curves_of_prototypes("quality_prototypes_smollm2_h100.csv")
     variants = {
-        "a block weighs": {
+        "score of a block": {
             "the largest share of 16 queries": "s16 max",
             "the root mean square of 16": "s16 rms",
             "the mean of 16": "s16",
@@ -273,16 +284,16 @@ def test_prototype_tables():
             "the attention of the means of 16 groups of 8 queries": "g16",
             "pooled means, narrow blocks": "narrow mean",
         },
-        "with the mean of 16, changed": {
-            "nothing": "s16",
-            "each head in the order that visits less": "s16 both",
+        "change to the mean of 16": {
+            "none": "s16",
+            "for each head, the order that visits less": "s16 both",
             "no permutation": "s16 unpermuted",
             "a full sort": "s16 sort",
             "16 heavy keys": "s16 heavy16",
             "64 heavy keys": "s16 heavy64",
-            "importance from sampled queries of all blocks": "s16 imp samp",
-            "the segment before the own always visited": "s16 window1",
-            "blocks above a fixed share instead of a threshold on the sum": "s16 abs",
+            "importance from sampled queries of all query blocks": "s16 imp samp",
+            "previous segment always visited": "s16 window1",
+            "a fixed threshold for each block instead of one for the sum": "s16 abs",
             "key blocks of 64": "s16 kv64",
         },
     }
@@ -308,7 +319,7 @@ def test_heads_that_permutation_harms():
         gains[place] = gains.get(place, 0.0) + sign * float(row["density"]) / 5
     harmed = [gain for gain in gains.values() if gain > 1e-9]
     assert {row["threshold"] for row in rows} == {"0.01"}
-    words = f"{len(harmed)} of {len(gains)} heads visit more"
+    words = f"{len(harmed)} of {len(gains)} heads of SmolLM2 visit more"
     text = words_of(PAGE)
     assert words in text
     assert f"by at most {max(harmed):.4f} of all pairs" in text
@@ -328,7 +339,7 @@ def test_heads_of_a_larger_model():
     ]
     harmed = [loss for loss in losses if loss > 0]
     words = f"{len(harmed)} of {len(losses)} need more, by at most {max(harmed):.4f}, and the mean "
-    words += f"head {-sum(losses) / len(losses):.3f} less"
+    words += f"head needs {-sum(losses) / len(losses):.3f} less"
     assert words in words_of(PAGE)
 
 

@@ -67,14 +67,13 @@ def points_of(run):
 def test_figures_of_prototypes():
     """Where they are below dense, the sentence says so and the figure has no sign."""
     three, five = points_of("a"), points_of("b")
-    words = (
-        "Without them (A), # points are lost; with them (B), # at the same threshold, still # of"
-    )
+    words = "Without them (A), the score is # points below dense. With them (B), it is # points "
+    words += "below at the same threshold, and # below at 32768 tokens"
     values = [-three["A"][-1], -three["B"][-1], -three["B"][2]]
     assert_figures(words, values, EXPERIMENTS)
     words = "the second run is # and # points above dense (K)"
     assert_figures(words, five["K"][:2], EXPERIMENTS)
-    words = "0.005 (E) is # below dense at 32768 tokens, by two answers"
+    words = "At 0.005 (E), the same run is # points below dense at 32768 tokens"
     assert_figures(words, [-five["E"][1]], EXPERIMENTS)
     assert min(three["C"] + three["E"]) > 0
 
@@ -114,8 +113,9 @@ def test_figures_of_ruler():
     )
     assert all(score.above < 0 for score in scores_of("fast", text=["niah_multivalue"]))
     values = [-score.above for score in several] + [-s.above / s.error for s in several]
-    words = "`fast` loses # of niah_multivalue and # of niah_multiquery, # and # standard errors"
-    assert_figures(words.replace("#", "# points", 1), values, EXPERIMENTS)
+    words = "`fast` loses # points on niah_multivalue and # on niah_multiquery, which are # and # "
+    words += "standard errors"
+    assert_figures(words, values, EXPERIMENTS)
     short = average(list(scores_of("balanced", tokens=["16384"])))
     assert_figures("`balanced` is # points above dense at 16384 tokens", [short.above], CHOOSING)
     for tokens in ("8192", "16384", "32768"):
@@ -232,10 +232,10 @@ def test_figures_of_tuning():
         group = [row for row in groups[samples, "0.01"] if row["tokens"] == length]
         return -tuning_points(rows, group)
 
-    own, shared = "16 of a query head", "16 of a KV head"
+    own, shared = "16 per query head", "16 per KV head"
     words = "lose # (± 7.8) points at 16384 tokens and # (± 9.6) at 32768"
     assert_figures(words, [points(own, "16384"), points(own, "32768")], EXPERIMENTS)
-    words = "a KV head lose # (± 8.6) points at 32768 tokens"
+    words = "16 samples per KV head lose # (± 8.6) points at 32768 tokens"
     assert_figures(words, [points(shared, "32768")], EXPERIMENTS)
     tasks = {row["text"] for row in rows}
     held_out = average(list(scores_of("fast", tokens=["32768"], text=tasks)))
@@ -250,15 +250,15 @@ def test_figures_of_tuning():
 
     large, small = TUNING
     for words, model, *places in (
-        ("from 16 samples loses # nats of a repeat", small, (shared, "0.01")),
-        ("head lose #, at less density", small, (own, "0.01")),
+        ("from 16 samples loses # nats on repeats", small, (shared, "0.01")),
+        ("16 samples per query head lose #, at a lower density", small, (own, "0.01")),
         ("the shared selection still loses #.", small, (shared, "0.005")),
-        ("32 samples of a KV head** lose # at 0.01", small, ("32 of a KV head", "0.01")),
+        ("32 samples per KV head** lose # at 0.01", small, ("32 per KV head", "0.01")),
         (
-            "loses # of a repeat with 16 samples, and # with 32",
+            "loses # on repeats with 16 samples, and # with 32",
             large,
             (shared, "0.01"),
-            ("32 of a KV head", "0.01"),
+            ("32 per KV head", "0.01"),
         ),
     ):
         assert_figures(words, [repeat(model, *place) for place in places], EXPERIMENTS)
