@@ -335,7 +335,7 @@ def test_log_of_attend_beside_flash_attention():
         for column, name in columns.items():
             assert bool(said[column]) == bool(rates[name]), said
             assert not rates[name] or says(said[column], float(rates[name])), said
-        ratio, _ = said["ratio (asked)"].split()
+        ratio, _ = said["ratio (target)"].split()
         assert says(ratio, float(row["fa4_sparse_ms"]) / float(row["pbs_ms"])), said
         if rates["fa4_dense"]:
             dense = max(float(rates["cudnn_dense"]), float(rates["fa4_dense"]))
@@ -354,9 +354,9 @@ def test_log_of_attend():
     random = [row for row in rows if row["lists"] == "random"]
     wide = [row for row in random if row["kv_block_size"] == "128"]
     for column, tokens in (
-        ("N 8192, density .26 / 1", "8192"),
-        ("N 32768, .22 / 1", "32768"),
-        ("N 131072, .20 / 1", "131072"),
+        ("N 8192, density 0.26 / 1", "8192"),
+        ("N 32768, 0.22 / 1", "32768"),
+        ("N 131072, 0.20 / 1", "131072"),
     ):
         density = re.search(r"\.(\d\d)", column)[1]
         for text, start in zip(version_5[column].split(" / "), (density, "1"), strict=True):
@@ -375,23 +375,24 @@ def test_log_of_attend():
         width: {place: x / narrow["128"][place] for place, x in narrow[width].items()}
         for width in ("64", "32")
     }
-    words = "64: # to #, below .97 at N 8192, density .17 (#) and 1 (#), and at N 32768, .07 (#) "
-    words += "and .41 (#); 32: # to #, but # and # at N 8192, density .12 and .17."
     low = [("8192", "0.17"), ("8192", "1.00"), ("32768", "0.07"), ("32768", "0.41")]
     assert sorted(low) == sorted(place for place, x in shares["64"].items() if x < 0.97)
     missed = [("8192", "0.12"), ("8192", "0.17")]
     others = [x for place, x in shares["32"].items() if place not in missed]
-    assert_figures(
-        words,
-        [
-            *(min(shares["64"].values()), max(shares["64"].values())),
-            *(shares["64"][place] for place in low),
-            *(min(others), max(others)),
-            *(shares["32"][place] for place in missed),
-        ],
+    words = (
+        "64 rows reach # to #. They are below 0.97 at N 8192 with densities 0.17 (#) and 1 (#), "
     )
+    words += "and at N 32768 with densities 0.07 (#) and 0.41 (#)"
+    ends = min(shares["64"].values()), max(shares["64"].values())
+    assert_figures(words, [*ends, *(shares["64"][place] for place in low)])
+    words = "32 rows reach # to #, except for # and # at N 8192 with densities 0.12 and 0.17."
+    ends = min(others), max(others)
+    assert_figures(words, [*ends, *(shares["32"][place] for place in missed)])
     times = [find(rows, lists=lists)["pbs_ms"] for lists in ("uneven", "even")]
-    assert_figures("as dense as the others: # ms against # ms for the same spread evenly", times)
+    words = (
+        "as the others, the kernel takes # ms. It takes # ms when the same work is spread evenly"
+    )
+    assert_figures(words, times)
 
 
 def test_log_of_attend_in_the_second_run():
@@ -401,8 +402,10 @@ def test_log_of_attend_in_the_second_run():
         for row in read("attend_h200.csv")
         if row["fa4_sparse_ms"]
     }
-    words = "in the second run (attend_h200.csv) these are # and #, and N 131072, .055 and .2 "
-    words += "are # and # where"
+    words = (
+        "In the second run (attend_h200.csv) these ratios are # and #. At N 131072 and densities "
+    )
+    words += "0.055 and 0.2, the second run has # and #."
     places = [("32768", "0.07"), ("131072", "0.10"), ("131072", "0.05"), ("131072", "0.20")]
     assert_figures(words, [ratios[place] for place in places])
 
@@ -411,25 +414,26 @@ def test_log_of_attend_on_real_lists():
     rows = read("attend_real_h200.csv")
     name = "qwen2.5-coder-1.5b_layer{}_16384"
     wide = find(rows, lists=name.format(26), kv_block_size="128")
-    assert_figures("attend_real_h200.csv)): #,", [wide["pbs_tflops"]])
-    words = "FlashAttention-4 # on the same lists, # dense; key blocks of 64 and 32 rows # and #"
+    words = "`attend` reaches # TFLOP/s, FlashAttention-4 # on the same lists, and dense "
+    words += "FlashAttention-4 #. Key blocks of 64 and 32 rows reach # and #"
     narrow = [rate(rows, lists=name.format(26), kv_block_size=width) for width in ("64", "32")]
-    assert_figures(words, [wide["fa4_sparse_tflops"], wide["fa4_dense_tflops"], *narrow])
+    names = ("pbs_tflops", "fa4_sparse_tflops", "fa4_dense_tflops")
+    assert_figures(words, [*(wide[name] for name in names), *narrow])
     other = find(rows, lists=name.format(14), kv_block_size="128")
-    values = [other["density"], other["pbs_tflops"]]
-    assert_figures("does not help, density #: #, without FlashAttention-4", values)
+    values = [other["pbs_tflops"], other["density"]]
+    assert_figures("does not help, `attend` reaches # at density #", values)
     assert not other["fa4_sparse_ms"]
-    assert_figures("the paper's selection, density #, [attend_real", [wide["density"]])
+    assert_figures("the paper's selection, at density # ([attend_real", [wide["density"]])
 
 
 def test_log_of_attend_by_head_dim():
     rows = [row for row in read("attend_dims_h200.csv") if row["dtype"] == "float16"]
     d64, d128, d256 = (find(rows, head_dim=str(dim)) for dim in (64, 128, 256))
     values = [x[f"{name}_tflops"] for x in (d64, d128) for name in ("pbs", "fa4_sparse")]
-    words = "float16 D=64 # (FlashAttention-4 #), D=128 # (#), D=256 # (it takes"
+    words = "D=64 reaches # TFLOP/s (FlashAttention-4 #), D=128 # (#) and D=256 # ([attend_dims"
     assert_figures(words, [*values, d256["pbs_tflops"]])
     assert not d256["fa4_sparse_ms"]
-    assert_figures("N 32768, density # ([attend_dims", [d64["density"]])
+    assert_figures("With float16 at N 32768 and density #, D=64", [d64["density"]])
 
 
 STAGE_ROWS = {
@@ -437,21 +441,25 @@ STAGE_ROWS = {
     "sort_segments": ("kv_head", "sort_segments_kernel_ms", "sort_segments_floor_ms"),
     "permute_kv": ("kv_head", "permute_kv_kernel_ms", "permute_kv_floor_ms"),
     "select_blocks": ("kv_head", "select_blocks_kernel_ms", "select_blocks_floor_ms"),
-    "all, permutation a KV head (asked)": (
+    "all, one order per KV head (target)": (
         *("kv_head", "before_attend_kernel_ms", "before_attend_floor_ms"),
     ),
-    "sort_segments, a query head": (
+    "sort_segments, one order per query head": (
         *("query_head", "sort_segments_kernel_ms", "sort_segments_floor_ms"),
     ),
-    "permute_kv, a query head": ("query_head", "permute_kv_kernel_ms", "permute_kv_floor_ms"),
-    "all, permutation a query head (asked)": (
+    "permute_kv, one order per query head": (
+        "query_head",
+        "permute_kv_kernel_ms",
+        "permute_kv_floor_ms",
+    ),
+    "all, one order per query head (target)": (
         *("query_head", "before_attend_kernel_ms", "before_attend_floor_ms"),
     ),
 }
 
 
 def test_log_of_the_stages():
-    """Microseconds by stage; of `called one by one` the first row belongs to KV heads."""
+    """Microseconds by stage; of `sum of separate calls` the first row belongs to KV heads."""
     rows = read("pipeline_bfe7c62_h200.csv")
     (lines,) = [
         lines
@@ -471,7 +479,7 @@ def test_log_of_the_stages():
                 for text, per in zip(said.split(" / "), PERMUTE_PER, strict=True):
                     assert says(text, float(of[per]["extra_gib"])), (name, tokens)
             else:
-                assert name == "called one by one and added up"
+                assert name == "sum of separate calls"
                 per = next(apart) if nth == 0 else per
                 assert says(said, 1e3 * float(of[per]["before_attend_ms"])), (per, tokens)
     assert next(apart, None) is None
@@ -484,7 +492,7 @@ def test_log_of_narrow_blocks():
         for tokens in ("8192", "32768", "131072")
         for width in ("64", "32")
     ]
-    words = "select_blocks takes # and #, # and #, # and #; the other stages the same"
+    words = "select_blocks takes # and # us at 8192 tokens, # and # at 32768, and # and # at 131072"
     assert_figures(words, times)
 
 
@@ -495,11 +503,15 @@ def test_log_of_the_whole_operator():
         per: [find(rows, tokens=tokens, permute_per=per) for tokens in lengths]
         for per in PERMUTE_PER
     }
-    words = "# (1.2) at 8192 tokens and density #, # (1.6) at 16384 and #, # (2.1) at 32768 and #, "
-    words += "# (3.0) at 65536 and #, # (4.0) at 131072 and #. One permutation a query head: "
-    words += "#, #, #, # and #."
-    by_kv_head = [row[name] for row in of["kv_head"] for name in ("speedup", "density")]
-    assert_figures(words, [*by_kv_head, *(row["speedup"] for row in of["query_head"])])
+    targets = dict(zip(lengths, ("1.2", "1.6", "2.1", "3.0", "4.0"), strict=True))
+    found = table_with({"one order per KV head (target)", "one order per query head"}, KERNEL_LOG)
+    assert [said["tokens"] for said in found] == list(lengths)
+    for said, own, each in zip(found, of["kv_head"], of["query_head"], strict=True):
+        speedup, target = said["one order per KV head (target)"].rstrip(")").split(" (")
+        assert target == targets[said["tokens"]]
+        assert says(speedup, float(own["speedup"])), said
+        assert says(said["density"], float(own["density"])), said
+        assert says(said["one order per query head"], float(each["speedup"])), said
 
 
 def test_log_of_real_activations():
@@ -509,19 +521,18 @@ def test_log_of_real_activations():
         place = {"input": f"qwen2.5-coder-1.5b_layer{layer}_16384", "permute_per": per}
         return [find(rows, kv_block_size=width, **place)[name] for width in ("128", "64", "32")]
 
-    words = "layer 26, KV head, #, # and # at densities #, # and #; query head #, # and # at #, # "
-    words += "and #; layer 14 #, #, # (#, #, #) and #, #, # (#, #, #)."
-    values = [
-        value
-        for layer in (26, 14)
-        for per in PERMUTE_PER
-        for name in ("speedup", "density")
-        for value in column(layer, per, name)
-    ]
-    assert_figures(words, values)
+    found = table_with({"layer", "one order per", "128 rows"}, KERNEL_LOG)
+    places = [(said["layer"], said["one order per"]) for said in found]
+    assert places == list(itertools.product(("26", "14"), ("KV head", "query head")))
+    for said, (layer, of) in zip(found, places, strict=True):
+        per = of.lower().replace(" ", "_")
+        for nth, width in enumerate(("128", "64", "32")):
+            figures = said[f"{width} rows"].rstrip(")").split(" (")
+            for text, name in zip(figures, ("speedup", "density"), strict=True):
+                assert says(text, float(column(layer, per, name)[nth])), (said, name)
     assert {row["threshold"] for row in rows} == {"0.9000"}
-    words = "one call takes # times less than the dense kernel at density #, one permutation a KV "
-    words += "head, and # times less at #, one a query head and key blocks of 32 rows"
+    words = "the dense kernel takes # times as long as one call at density # with one order per KV "
+    words += "head, and # times as long at # with one order per query head and key blocks of 32"
     first = [column(26, "kv_head", name)[0] for name in ("speedup", "density")]
     last = [column(26, "query_head", name)[2] for name in ("speedup", "density")]
     assert_figures(words, [*first, *last], BENCHMARKS)
@@ -536,15 +547,16 @@ def test_long_prompts():
     values = [float(own["attention_ms"]) / 1e3, own["density"], own["extra_gib"]]
     assert_figures(words, values, BENCHMARKS)
     words = (
-        "density # ([long_h200.csv](../benchmarks/results/long_h200.csv)): # ms and # GiB beyond "
+        "density # takes # ms and # GiB beyond inputs and output with one order per KV head, and "
     )
-    words += (
-        "inputs and output with one permutation a KV head, # ms and # GiB with one a query head"
-    )
+    words += "# ms and # GiB with one order per query head"
     values = [row[name] for row in (own, each) for name in ("attention_ms", "extra_gib")]
     assert_figures(words, [own["density"], *values])
     worst = max(float(row["output_error"]) for row in rows)
-    words = "# sampled rows against float64 on the keys they visit, in root mean square: at most #"
+    words = (
+        "# sampled rows were compared with float64 on the keys they visit. Their root mean square "
+    )
+    words += "error is at most #"
     assert_figures(words, [own["sampled_rows"], worst])
     of_kv_head = [row for row in rows if row["permute_per"] == "kv_head"]
     words = "select_blocks takes #, # and # ms of #, # and # with key blocks of 128, 64 and 32"
