@@ -107,6 +107,7 @@ def _warn(name: str, kind: str, reason: str) -> None:
     if not is_known:
         warnings.warn(
             f"a long prompt took {kind} instead of PBS, and others may have: {reason}. "
-            "pbs_attn.transformers.routes() counts the calls; this is said once for each reason",
+            "pbs_attn.transformers.routes() counts the calls; this warning appears once for each "
+            "reason",
             stacklevel=4,
         )
