@@ -16,7 +16,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(PBSConfig))
 
 
 def options_of(options_type, args, **others):
-    """Fields of the same names, lists as tuples."""
+    """Makes `options_type` from the arguments of the same names. Lists become tuples."""
     names = {field.name for field in dataclasses.fields(options_type)} - others.keys()
     values = {name: getattr(args, name) for name in names}
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
@@ -24,8 +24,8 @@ def options_of(options_type, args, **others):
 
 
 def add_config(group, is_swept=False):
-    """The fields of PBSConfig, for `read_config`. Where settings are swept, the sweep has the
-    presets and thresholds, and these options say what is given beside them."""
+    """Adds an option for each field of PBSConfig, for `read_config`. In a sweep over settings, the
+    sweep has options for presets and thresholds, and these options set the other fields."""
     if not is_swept:
         words = "preset, of which the options below change single values"
         add_choice(group, "--settings", tuple(PRESETS), "default", words)
@@ -83,7 +83,7 @@ def _add_threshold(group):
 
 
 def _values(name, presets):
-    """The default's, and those of the presets that differ from it."""
+    """The default of a field, and the values of the presets that differ from it."""
     words = {"kv_block_size": "that of --block-size", "num_heavy": "all"}
     values = {preset: getattr(PRESETS[preset], name) for preset in presets}
     values = {preset: words[name] if x is None else x for preset, x in values.items()}
@@ -93,7 +93,7 @@ def _values(name, presets):
 
 
 def number_or_all(text):
-    """As PBSConfig has `num_heavy`."""
+    """A value of `num_heavy` in PBSConfig."""
     return None if text == "all" else int(text)
 
 
@@ -114,12 +114,12 @@ def read_config(args, preset="default"):
     """A preset, changed by the options of `add_config` that were given.
 
     Raises:
-        DemoError: if they do not go together.
+        DemoError: if the options do not go together.
     """
     config = PRESETS[preset]
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     if given.get("mass", config.mass) != config.mass:
-        # Shares of different masses mean different things: the new one has a default of its own.
+        # Thresholds of different masses do not mean the same: the new mass has its own default.
         given = {"threshold": None} | given
     try:
         return dataclasses.replace(config, **given)
@@ -128,7 +128,8 @@ def read_config(args, preset="default"):
 
 
 def add_list(parser, name, metavar, default, words, type=None, nargs="+", **options):
-    """Of values of a type, that of `default` unless given; says the default where there is one."""
+    """Adds an option that takes a list. The type of its values is that of `default` unless given.
+    The help names the default if there is one."""
     if default:
         type = type or default[0].__class__
         words = f"{words} (default: {' '.join(map(str, default))})"

@@ -1,7 +1,8 @@
-"""Whether a derivative would have to flow through a call, which has none to offer.
+"""Whether a derivative would have to flow through a call of an operator, which has none.
 
-A functorch transform (torch.func.grad, jvp, vmap, ...) wraps tensors once a level, and each wrapper
-knows of its own level only. So the levels are walked from the innermost one out.
+A functorch transform (torch.func.grad, jvp, vmap, ...) wraps tensors once per level, and each
+wrapper knows only its own level. The functions below therefore walk the levels from the innermost
+one outwards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def requires_backward(tensors: Sequence[Tensor]) -> bool:
 def carries_tangent(tensors: Sequence[Tensor]) -> bool:
     """Whether one of the tensors has a forward-mode tangent, at the innermost level, that torch
     would carry on."""
-    # Outside of a dual level, that is nearly always, this is one comparison.
+    # Outside of a dual level, which is the usual case, this is one comparison.
     if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -32,10 +33,10 @@ def carries_tangent(tensors: Sequence[Tensor]) -> bool:
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether a backward or a forward-mode tangent would have to flow through a function of these.
 
-    It is so where a tensor requires grad in grad mode, or carries a forward-mode tangent, at any
-    level of functional transforms (torch.func.grad, vjp, jvp, vmap, ... and what is made of them).
-    torch.compile cannot look through wrappers or for tangents: inside a transform or a dual level
-    that it traces, the answer is yes in grad mode and wherever a tangent may exist.
+    The answer is yes if a tensor requires grad in grad mode, or carries a forward-mode tangent, at
+    any level of functional transforms (torch.func.grad, vjp, jvp, vmap, and combinations of them).
+    torch.compile can look neither through wrappers nor for tangents. Inside a transform or a dual
+    level that it traces, the answer is yes in grad mode and wherever a tangent may exist.
     """
     is_transformed = torch._C._are_functorch_transforms_active()
     if not is_transformed and forward_ad._current_level < 0:
@@ -63,6 +64,6 @@ def _is_differentiated_at_any_level(tensors: Sequence[Tensor]) -> bool:
         _functorch.get_unwrapped(tensor) if own else tensor
         for tensor, own in zip(tensors, is_own, strict=True)
     ]
-    # Also brings back the modes that the transform was called in, such as torch.no_grad().
+    # This also restores the modes in which the transform was called, such as torch.no_grad().
     with interpreter.lower():
         return is_differentiated(*unwrapped)

@@ -1,4 +1,4 @@
-"""Where a measurement was taken: the columns that every row of a benchmark ends with."""
+"""The environment of a measurement: the last columns of every row of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from ._library import build_info, gpu_family
 
-RUN = uuid.uuid4().hex[:12]  # this process: times of different ones are not compared
+RUN = uuid.uuid4().hex[:12]  # of this process: times of different processes are not compared
 
 
 def cpu_name() -> str:
-    """The CPU as the kernel names it."""
+    """The name of the CPU, from the kernel."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -25,13 +25,13 @@ def cpu_name() -> str:
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver; empty where the system does not tell."""
+    """The version of NVIDIA's driver; empty if the system does not report it."""
     path = Path("/proc/driver/nvidia/version")
     return find_driver_version(path.read_text()) if path.exists() else ""
 
 
 def find_driver_version(text: str) -> str:
-    """The version in what the driver says of itself; empty if it is not there."""
+    """The version in the text that the driver reports; empty if there is none."""
     found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
     return found[1] if found else ""
 

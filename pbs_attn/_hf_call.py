@@ -1,4 +1,4 @@
-"""The facts about an attention call: one that a layer makes, or one that it is going to make."""
+"""The facts about an attention call that a layer makes or is going to make."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ._hf_rows import rows_of
 from ._hf_trace import constant_in_traces
 from .ops import DTYPES
 
-# Keywords by which an attention layer hands on its attention sinks.
+# Keywords by which an attention layer passes its attention sinks.
 _SINKS = {"s_aux", "sinks"}
 
-# Types of layers with a window or chunk, and where the config has its size.
+# Types of layers with a window or chunk, and the field of the config that has its size.
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
-# Parameters by which an attention layer takes the states that it attends to from elsewhere.
+# Parameters by which an attention layer gets the states of another sequence.
 _CROSS_ATTENTION = ("cross_attention_states", "encoder_hidden_states", "key_value_states")
 
 
@@ -35,7 +35,7 @@ def describe_call(
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> Call:
-    """The call that `module` makes of its attention function."""
+    """The call of its attention function that `module` makes."""
     device_type = query.device.type
     file_name = type(module).__module__
     rows = rows_of(attention_mask, query, key)
@@ -58,7 +58,7 @@ def describe_call(
         selects_keys=_any_given(kwargs, "indices", "block_indices"),
         is_training=module.training,
         has_dropout=bool(dropout),
-        # Some layers hand on their ordinary cache under the same name.
+        # Some layers pass their ordinary cache under the same name.
         has_paged_cache=type(kwargs.get("cache")).__name__ == "PagedAttentionCache",
         needs_grad=is_differentiated(query, key, value),
         rows=rows,
@@ -106,15 +106,16 @@ def foresee_call(module: torch.nn.Module, model: Any, config: Any, num_tokens: i
 
 
 def always_masked(module: torch.nn.Module) -> bool:
-    """Whether the layer gets a mask for a plain prompt too: its model builds masks by itself, or it
-    makes one of the mask that it got, or of the keys that its indexer has selected."""
+    """Whether the layer gets a mask for a plain prompt too: its model builds masks itself, or the
+    layer makes a mask from the one that it got, or from the keys that its indexer has selected."""
     selects_by_mask = _has(module, "indexer") and not _hands_over_its_keys(module)
     file_name = type(module).__module__
     return selects_by_mask or needs_mask(file_name) or not mask_makers(type(module))
 
 
 def _is_masked_from_outside(module: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """Whether a model around the one of the layer builds its mask, as some of transformers 4 do."""
+    """Whether a model that contains the model of the layer builds the mask, as in transformers
+    4."""
     return any(
         hasattr(around, "_update_causal_mask") and module in set(around.modules())
         for around in model.modules()
@@ -122,20 +123,20 @@ def _is_masked_from_outside(module: torch.nn.Module, model: torch.nn.Module) -> 
 
 
 def _hands_over_its_keys(module: torch.nn.Module) -> bool:
-    """Whether the layer tells its attention function which keys it has selected."""
+    """Whether the layer passes the keys that it has selected to its attention function."""
     names = keywords(type(module))
     return "indices" in names or ("block_indices" in names and _has(module, "indexer"))
 
 
 def _has_pattern_of_its_own(module: torch.nn.Module, config: Any) -> bool:
-    """Whether the config names a window for the layer that is none of transformers' own."""
+    """Whether the config names a window for the layer that transformers itself does not know."""
     kind = _layer_type(module, config)
     return kind is not None and "sliding" in kind and kind not in _WINDOWS
 
 
 def _is_causal(module: torch.nn.Module) -> bool | None:
-    """None where neither the layer nor its config tells."""
-    # A config makes a decoder bidirectional without the knowledge of its layers.
+    """None if neither the layer nor its config says so."""
+    # A config can make a decoder bidirectional although its layers do not show it.
     if getattr(getattr(module, "config", None), "is_causal", True) is False:
         return False
     if getattr(module, "is_cross_attention", False):
@@ -153,7 +154,8 @@ def _takes_states_from_elsewhere(layer_type: type[torch.nn.Module]) -> bool:
 
 
 def _operand_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None:
-    """What the operator computes in: under autocast its dtype, whatever the operands have."""
+    """The dtype that the operator computes in. Under autocast it is that of autocast, whatever the
+    dtype of the operands."""
     has_autocast = torch.amp.is_autocast_available(device_type)
     if has_autocast and torch.is_autocast_enabled(device_type) and set(dtypes) <= set(DTYPES):
         return torch.get_autocast_dtype(device_type)
@@ -161,8 +163,8 @@ def _operand_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype | None
 
 
 def _device_type(module: torch.nn.Module, model: Any) -> str:
-    """Where the layer computes. Offloaded weights are on the meta device between calls; the hook
-    that accelerate puts on a module knows where they are brought to."""
+    """The device that the layer computes on. Offloaded weights are on the meta device between
+    calls; the hook that accelerate puts on a module knows their device during a call."""
     weight = next(module.parameters(), None)
     device: torch.device = model.device if weight is None else weight.device
     if device.type != "meta":
@@ -175,7 +177,7 @@ def _device_type(module: torch.nn.Module, model: Any) -> str:
 
 
 def _window(module: Any, config: Any) -> Any:
-    """How many keys the layer's window (or chunk) holds; None without one."""
+    """The number of keys in the window (or chunk) of the layer; None without one."""
     if getattr(module, "is_sliding", True) is False:
         return None
     if hasattr(module, "sliding_window"):
@@ -192,7 +194,7 @@ def _window(module: Any, config: Any) -> Any:
 
 
 def _layer_type(module: Any, config: Any) -> str | None:
-    """What the config calls the layer, where it names its layers."""
+    """The type of the layer in the config, if the config lists types."""
     layer_types: list[str] | None = getattr(config, "layer_types", None)
     layer_idx: int | None = getattr(module, "layer_idx", None)
     return layer_types[layer_idx] if layer_types and layer_idx is not None else None

@@ -1,4 +1,4 @@
-"""What happened: how many calls took which route, and a word when a long prompt went dense."""
+"""Counts the calls of each route, and warns when a long prompt goes dense unexpectedly."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _warned: set[tuple[str, str]] = set()  # (name, reason)
 
 @dataclass(frozen=True)
 class RouteCount:
-    """How often layers of one implementation went one way for one reason: `calls` that ran, and
-    `traces` by torch.compile, whose graphs do not count how often they run."""
+    """How often layers of one implementation took one route for one reason. `calls` counts calls
+    that ran. `traces` counts traces by torch.compile, whose graphs do not count their runs."""
 
     name: str
     route: str
@@ -42,11 +42,11 @@ class RouteCounts(list[RouteCount]):
 def routes(name: str | None = None) -> RouteCounts:
     """Counts the routes of all calls of attention layers since register(), most calls first.
 
-    explain() tells what a prompt would take. This tells what the calls did take, with padding,
-    static caches, gradients and decode steps. A padded or packed batch counts once for each of its
-    sequences, if one of them takes PBS. A layer inside a compiled graph counts in `traces`, once
-    for each time that torch.compile traces it, and its reason has no numbers. register() with the
-    same name starts again at zero.
+    explain() predicts the route of a prompt. This function reports the routes that the calls took,
+    with padding, static caches, gradients and decode steps. A padded or packed batch counts once
+    for each of its sequences, if one of them takes PBS. A layer inside a compiled graph counts in
+    `traces`, once for each time that torch.compile traces it, and its reason has no numbers.
+    register() with the same name resets the counts to zero.
 
     Args:
         name: one registered name; None for all of them.
@@ -61,7 +61,7 @@ def routes(name: str | None = None) -> RouteCounts:
 
 
 def forget(name: str) -> None:
-    """Begins again for one registered name."""
+    """Resets the counts of one registered name."""
     with _lock:
         for key in [key for key in _calls if key[0] == name]:
             del _calls[key]
@@ -78,7 +78,7 @@ def count(decided: Route, call: Call, settings: Settings) -> None:
 
 
 def warn_once(decided: Route, settings: Settings) -> None:
-    """Says that a prompt which explain() calls "pbs" took another route."""
+    """Warns that a prompt for which explain() predicts "pbs" took another route."""
     if torch.compiler.is_compiling():
         _warn_in_trace(settings.name, decided.kind, decided.reason)
     else:

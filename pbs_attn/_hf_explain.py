@@ -1,4 +1,4 @@
-"""Which way each attention layer of a transformers model goes, told before it runs."""
+"""Predicts the route of each attention layer of a transformers model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ._hf_file import calls_interface, mask_makers, uses_interface
 from ._hf_route import REGISTERED, fill_in, route
 from ._hf_table import format_table
 
-# Longer than any window and any min_tokens: what explain() assumes when it is given no length.
+# Longer than any window and any min_tokens: the length that explain() assumes by default.
 _LONG_PROMPT = 1 << 40
 
 
 @dataclass(frozen=True)
 class LayerRoute:
-    """Where one attention layer's prefill goes: `route` is "pbs", "sdpa", "eager",
+    """The route of one attention layer in a prefill: `route` is "pbs", "sdpa", "eager",
     "unsupported", or the name of another implementation that the layer is set to."""
 
     layer_idx: int | None
@@ -44,8 +44,8 @@ def explain(model: torch.nn.Module, num_tokens: int | None = None) -> LayerRoute
     The routes are those of a prefill of `num_tokens` tokens without padding or packing, in one
     forward under torch.no_grad(), with the model, the autocast mode and the training mode as they
     are now. A sequence of a padded or packed batch takes the route of a prompt of its length.
-    Decode steps always take SDPA, or eager if a layer needs it. ``routes`` counts what the calls
-    took.
+    Decode steps always take SDPA, or eager if a layer needs it. ``routes`` counts the routes that
+    the calls took.
 
     Args:
         model: a transformers model, whatever its attn_implementation.
@@ -71,7 +71,7 @@ def is_attention(module: torch.nn.Module) -> bool:
     """Whether `module` is an attention layer, as far as its attributes and its code tell."""
     hints = ("layer_idx", "scaling", "num_key_value_groups")
     looks_so = hasattr(module, "is_causal") and any(hasattr(module, hint) for hint in hints)
-    # A model whose file does not use the interface is refused where it asks for its mask.
+    # A model whose file does not use the interface is refused when it asks for its mask.
     is_refused = not uses_interface(type(module).__module__) and bool(mask_makers(type(module)))
     named_so = is_refused and type(module).__name__.endswith("Attention")
     return looks_so or named_so or calls_interface(type(module))

@@ -1,4 +1,4 @@
-"""What the file of a transformers model says about its attention layers."""
+"""Reads facts about attention layers from the file of a transformers model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._hf_trace import constant_in_traces
 
 
 class Abilities(NamedTuple):
-    """What the classes of a file declare."""
+    """The abilities that the classes of a file declare."""
 
     uses_interface: bool
     supports_sdpa: bool
@@ -24,23 +24,24 @@ class Abilities(NamedTuple):
 def uses_interface(file_name: str) -> bool:
     """Whether the model of a configuration_*.py or modeling_*.py works with a registered name.
 
-    transformers builds its masks for every model and checks no name that somebody registered; a
-    model that computes attention by itself would read a missing mask as one that hides nothing.
+    transformers builds its masks for every model, and does not check registered names. A model that
+    computes attention itself would read a missing mask as a mask that hides nothing.
     """
     return _abilities_of(file_name).uses_interface
 
 
 @constant_in_traces
 def supports_sdpa(file_name: str) -> bool:
-    """Whether SDPA computes what the model of that file asks for. If not, its layers may compute
-    on the mask too, so they must get the one that eager attention gets: additive, never None."""
+    """Whether SDPA can compute the attention of the model of that file. If not, its layers may
+    compute with the mask too, so they must get the mask of eager attention: additive, and never
+    None."""
     return _abilities_of(file_name).supports_sdpa
 
 
 @constant_in_traces
 def needs_mask(file_name: str) -> bool:
-    """Whether the attention layers of that file compute on their mask, so that a missing one would
-    hide nothing. Files of transformers 5 say so themselves, where they ask for the mask."""
+    """Whether the attention layers of that file compute with their mask, so that a missing mask
+    would hide nothing. Files of transformers 5 say so when they ask for the mask."""
     return _abilities_of(file_name).computes_on_masks
 
 
@@ -63,7 +64,7 @@ def _read_abilities(file: ModuleType) -> Abilities:
 
 
 def _computes_on_masks(layer_type: type) -> bool:
-    """Whether a method of the layer's own makes a mask of the one that it takes."""
+    """Whether a method of the layer itself makes a new mask from the one that it gets."""
     methods = [m for name, m in vars(layer_type).items() if "mask" in name and callable(m)]
     codes = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
     return any(code is not None and "attention_mask" in code.co_varnames for code in codes)
@@ -91,7 +92,7 @@ def keywords(layer_type: type) -> set[str]:
     code = _forward_code(layer_type)
     if code is None or not calls_interface(layer_type):
         return set()
-    # Python keeps the names of a call as one tuple, or each as a string, as its version goes.
+    # Depending on its version, Python keeps the names of a call as one tuple or as strings.
     constants = [c if isinstance(c, tuple) else (c,) for c in code.co_consts]
     return {name for names in constants for name in names if isinstance(name, str)}
 
@@ -102,7 +103,7 @@ def _forward_code(layer_type: type) -> CodeType | None:
 
 
 def mask_makers(layer_type: type) -> list[str]:
-    """Names of the functions of transformers.masking_utils that the file makes its masks by. A few
-    models of transformers 4 have none: they build a mask by themselves, always explicit."""
+    """Names of the functions of transformers.masking_utils that make the masks of the file. A few
+    models of transformers 4 use none of them: they always build an explicit mask themselves."""
     names = vars(sys.modules.get(layer_type.__module__, object))
     return [name for name in names if name.startswith("create_") and "mask" in name]

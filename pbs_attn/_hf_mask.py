@@ -1,4 +1,4 @@
-"""The mask function registered with transformers: tells plain causal attention from all else."""
+"""The mask function registered with transformers. It recognizes plain causal attention."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ._hf_rows import Row, RowMask, find_rows
 
 
 def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor | None]:
-    """None for plain bottom-right causal attention, a RowMask for padded or packed sequences of it,
-    else transformers' explicit boolean mask; for a model without SDPA always the additive mask of
-    eager attention."""
+    """Returns None for plain bottom-right causal attention, and a RowMask for padded or packed
+    sequences of it. Otherwise it returns the explicit boolean mask of transformers. A model without
+    SDPA always gets the additive mask of eager attention."""
 
     def pbs_mask(
         *,
@@ -37,8 +37,8 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
         make_mask = masking_utils.sdpa_mask
         if not supports_sdpa(file_name):
             make_mask = masking_utils.eager_mask
-        # transformers' own skips align top-left, which is wrong for an attention function that
-        # reads a missing mask as bottom-right.
+        # When transformers skips a mask, it aligns top-left, which is wrong for an attention
+        # function that reads a missing mask as bottom-right.
         make: Callable[[], torch.Tensor] = functools.partial(
             make_mask,
             kv_length=kv_length,
@@ -49,8 +49,8 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
             allow_is_bidirectional_skip=False,
             **kwargs,
         )
-        # Older transformers forbid the skip only where the pattern or the cache already tells;
-        # later callers may need the mask as a tensor.
+        # Older transformers forbid the skip only if the pattern or the cache requires it, but later
+        # callers may need the mask as a tensor.
         allow_skip = allow_is_causal_skip or "cache_position" in kwargs
         if (
             make_mask is not masking_utils.sdpa_mask
@@ -68,7 +68,7 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
         if is_plain and allow_skip:
             return None
         told = pattern.sequence_ids if attention_mask is None else attention_mask
-        # Training takes no PBS, and what wraps a model for it should find an ordinary tensor.
+        # Training never takes PBS, and code that wraps a model for training expects a plain tensor.
         if rows is None or told is None or torch.is_grad_enabled():
             return make()
         return RowMask(rows, make, (told.shape[0], 1, q_length, kv_length), told.device)
@@ -77,21 +77,21 @@ def make_mask_function(masking_utils: ModuleType) -> Callable[..., torch.Tensor 
 
 
 def _makes_layers_bidirectional(config: Any) -> bool:
-    """Whether the layers say that they are not causal, so that they would take a missing mask for
-    one that hides nothing. The mask may be causal all the same: PaliGemma's is."""
+    """Whether the layers say that they are not causal, so that they would read a missing mask as a
+    mask that hides nothing. The mask may be causal nevertheless, as in PaliGemma."""
     return getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the values can be looked at here without breaking a trace."""
+    """Whether the values can be read here without breaking a trace."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
     fake = isinstance(tensor, (torch.fx.Proxy, torch._subclasses.FakeTensor))
     return not (tracing or fake or tensor.is_meta)
 
 
 class _Pattern(NamedTuple):
-    """A causal mask function: which packed sequence each token belongs to, if to one, and the
-    positions that tell causality, if not the indices. Both are (B, Nkv)."""
+    """A causal mask function: the packed sequence of each token, or None, and the positions that
+    define causality, or None for the indices. Both are (B, Nkv)."""
 
     sequence_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
@@ -103,8 +103,8 @@ def _place_queries(
     cache_position: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[int, int | torch.Tensor]:
-    """How many queries there are, and the position of the first one or, of older transformers,
-    of all."""
+    """The number of queries, and the position of the first one. Older transformers give the
+    positions of all."""
     if cache_position is None:
         return q_length, q_offset
     return cache_position.shape[0], cache_position
@@ -118,9 +118,9 @@ def _read_rows(
     kv_offset: int | torch.Tensor,
     attention_mask: torch.Tensor | None,
 ) -> tuple[bool, tuple[Row, ...] | None]:
-    """Whether the mask is plain: the queries are the last of kv_length tokens, in order, and every
-    row of the batch is one sequence without padding. And, where padding or packing is all that it
-    has, its sequences; a decode step takes no PBS and needs none."""
+    """Returns whether the mask is plain: the queries are the last of kv_length tokens, in order,
+    and every row of the batch is one sequence without padding. If the mask has only padding or
+    packing, also returns its sequences. A decode step does not take PBS and needs none."""
     neither = False, None
     by_token = {name: told for name, told in pattern._asdict().items() if told is not None}
     if attention_mask is not None:
@@ -149,8 +149,8 @@ def _read_rows(
 
 
 def look(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The values of small tensors as integers on the CPU. They come by one transfer, for which the
-    CPU waits until the GPU has computed them."""
+    """The values of small tensors as integers on the CPU. One transfer copies them, and the CPU
+    waits until the GPU has computed them."""
     device = next(iter(tensors.values())).device
     flat = torch.cat([t.reshape(-1).to(device, torch.long) for t in tensors.values()]).cpu()
     parts = flat.split([t.numel() for t in tensors.values()])
@@ -163,7 +163,7 @@ def look(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _tell_rows(
     q_length: int, values: dict[str, torch.Tensor]
 ) -> tuple[bool, tuple[Row, ...] | None]:
-    """What _read_rows returns, from what was read of each token."""
+    """The result of _read_rows, from the values of each token."""
     sequence_ids, position_ids = values.get("sequence_ids"), values.get("position_ids")
     if "visible" in values:
         visible = values["visible"].bool()
@@ -187,13 +187,14 @@ def _read_pattern(
     masking_utils: ModuleType,
     local_size: int | None = None,
 ) -> _Pattern | None:
-    """What `mask_function` is made of; None where it is not causal over kv_length keys, or hides
-    more than other sequences.
+    """The pattern of `mask_function`. None if it is not causal over kv_length keys, or hides more
+    than other sequences.
 
-    transformers builds its patterns as nested functions. They are recognised by name, and what
-    they close over tells what they hide. A function that is not known counts as one that hides.
-    A trace cannot look into them. There `local_size` tells: transformers 5 gives it with a window
-    or a chunk alone, and forbids the skip of the mask where it hides anything else.
+    transformers builds its patterns as nested functions. They are recognized by name, and the
+    values that they close over tell what they hide. An unknown function counts as one that hides
+    keys. A trace cannot look into these functions. There `local_size` decides: transformers 5
+    passes it only with a window or a chunk, and forbids skipping the mask if it hides anything
+    else.
     """
     causal = masking_utils.causal_mask_function
     if mask_function is causal:
@@ -222,8 +223,8 @@ def _read_pattern(
 def _and_parts(
     mask_function: Callable[..., Any], positions: torch.Tensor | None = None
 ) -> Iterator[tuple[Callable[..., Any], torch.Tensor | None]]:
-    """The functions that must all agree, each with the positions that it is asked about instead of
-    the indices."""
+    """The functions that must all agree, each with the positions that replace the indices in its
+    arguments."""
     maker = _maker(mask_function)
     if maker == "and_masks":
         for part in _closure(mask_function)["mask_functions"]:
@@ -236,7 +237,8 @@ def _and_parts(
 
 
 def _maker(mask_function: Callable[..., Any]) -> str:
-    """The function of transformers that has made this one; empty for anybody else's."""
+    """The name of the function of transformers that made this one; empty for all other
+    functions."""
     if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
         return ""
     return mask_function.__qualname__.partition(".<locals>.")[0]
@@ -247,11 +249,11 @@ def _closure(mask_function: Callable[..., Any]) -> Any:
 
 
 def _hides_nothing(overlay: Callable[..., Any], kv_length: int, is_remapped: bool) -> bool:
-    """Whether it is a window or chunk that covers all keys (without padding)."""
+    """Whether this is a window or chunk that covers all keys (without padding)."""
     maker = _maker(overlay)
     if maker == "sliding_window_overlay":
         return bool(_closure(overlay)["sliding_window"] >= kv_length)
-    # Positions of one sequence may lie on both sides of a border between chunks.
+    # Positions of one sequence may be on both sides of a chunk border.
     if maker == "chunked_overlay" and not is_remapped:
         return bool(_closure(overlay)["chunk_size"] >= kv_length)
     return False

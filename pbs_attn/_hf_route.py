@@ -1,4 +1,4 @@
-"""The one place that decides which implementation serves a call of an attention layer."""
+"""Decides which implementation serves a call of an attention layer. No other file does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_INTERFACE = "the model's file does not support SDPA through transformers' att
 
 @dataclass(frozen=True)
 class Settings:
-    """What one registered name stands for."""
+    """The settings of one registered name."""
 
     name: str
     config: PBSConfig
@@ -32,9 +32,9 @@ REGISTERED: dict[str, Settings] = {}
 class Call(NamedTuple):
     """The facts about one attention call that its route depends on.
 
-    `dtype` is the one that the operator would compute in; None where query, key and value differ.
-    `is_causal` is None where the layer does not tell. `rows` are the sequences of a padded or
-    packed batch; `is_row` says that this call is of one of them.
+    `dtype` is the one that the operator would compute in; None if query, key and value differ.
+    `is_causal` is None if the layer does not say. `rows` are the sequences of a padded or packed
+    batch. `is_row` says that this call is for one of them.
     """
 
     num_queries: int
@@ -61,7 +61,7 @@ class Call(NamedTuple):
     is_row: bool = False
 
     def of_row(self, row: Row) -> Call:
-        """The call of one of its rows."""
+        """The call for one of its rows."""
         return self._replace(
             num_queries=row.num_queries, num_keys=row.end - row.begin, rows=None, is_row=True
         )
@@ -89,7 +89,7 @@ def route(call: Call, settings: Settings) -> Route:
 
 
 def fill_in(reason: str, call: Call, settings: Settings) -> str:
-    """The reason of a Route with its numbers filled in."""
+    """The reason of a Route with the numbers filled in."""
     return reason.format(**call._asdict(), config=settings.config, min_tokens=settings.min_tokens)
 
 
@@ -104,7 +104,7 @@ def _why_unsupported(call: Call) -> str | None:
 
 
 def _why_eager(call: Call) -> str | None:
-    """What SDPA has no argument for."""
+    """The reason why SDPA cannot compute the call."""
     if call.has_softcap:
         return "the layer caps its attention logits (softcap)"
     if call.has_sinks:
@@ -119,9 +119,9 @@ def _why_eager(call: Call) -> str | None:
 
 
 def _why_not_plain(call: Call) -> str | None:
-    """What is not bottom-right causal inference over all keys."""
+    """The reason why a call is not bottom-right causal inference over all keys."""
     # Gradient checkpointing runs a layer twice, first without gradients and then with them. Both
-    # passes must take the same way, and the first one cannot know that there will be a second.
+    # passes must take the same route, and the first cannot know that there will be a second.
     if call.is_training:
         return "the layer is in training mode (use model.eval())"
     if call.needs_grad:

@@ -1,4 +1,4 @@
-"""The sequences of a padded or packed batch, and the mask that carries them to the layers."""
+"""The sequences of a padded or packed batch, and the mask that passes them to the layers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Row(NamedTuple):
 def find_rows(
     num_queries: int, visible: Tensor, sequence_ids: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Row, ...] | None:
-    """The sequences of a batch, in order, as far as the last `num_queries` tokens belong to one.
+    """The sequences of a batch to which one of the last `num_queries` tokens belongs, in order.
 
     Args:
-        visible: (B, Nkv) bool, on the CPU like the others: whether a token is no padding.
-        sequence_ids: (B, Nkv) int: tokens of one sequence share a number; None for one a row.
-        position_ids: (B, Nkv) int: positions by which causality is told; None for the indices.
+        visible: (B, Nkv) bool: False for padding. All three tensors are on the CPU.
+        sequence_ids: (B, Nkv) int: tokens of one sequence share a number. None: one sequence per
+            row.
+        position_ids: (B, Nkv) int: positions that define causality; None for the indices.
 
     Returns:
-        None where sequences are not told by a first and a last key: where padding or another
-        sequence stands inside of one, or positions do not rise by one.
+        None if a first and a last key do not describe each sequence: if padding or another sequence
+        lies inside one, or positions do not rise by one.
     """
     numbers = torch.zeros_like(visible, dtype=torch.long) if sequence_ids is None else sequence_ids
     joined = visible[:, 1:] & visible[:, :-1] & (numbers[:, 1:] == numbers[:, :-1])
@@ -52,7 +53,7 @@ def find_rows(
     return tuple(row for row in rows if row.num_queries > 0)
 
 
-# Questions about a mask that need no values: these methods, and attributes of these types.
+# Reading these methods, and attributes of these types, needs no values of the mask.
 _METHODS = {
     Tensor.dim,
     Tensor.size,
@@ -68,11 +69,12 @@ _TYPES = (int, tuple, type(None), torch.dtype, torch.device, torch.layout)
 
 
 class RowMask(Tensor):
-    """A boolean mask (B, 1, Nq, Nkv) that is made when somebody asks for its values.
+    """A boolean mask (B, 1, Nq, Nkv) that is made when its values are read.
 
-    The attention function reads `rows` instead, so it may never be made. Every operation of torch,
-    but a question about its metadata, gets the explicit mask. The operation may write to it, now or
-    by a view, so `rows` is None from then on, and the explicit mask is all that counts.
+    The attention function reads `rows` instead, so the mask may never be made. Every operation of
+    torch gets the explicit mask, except for those that read only metadata. The operation may write
+    to the mask, now or through a view. From then on, `rows` is None, and only the explicit mask
+    counts.
     """
 
     rows: tuple[Row, ...] | None
@@ -98,7 +100,7 @@ class RowMask(Tensor):
         if self._explicit is not None:
             return self._explicit
         explicit = self._make()
-        # A graph that keeps a tensor here is traced anew for each mask.
+        # A graph that keeps a tensor here would be traced again for each mask.
         if not torch.compiler.is_compiling():
             self._explicit = explicit
         return explicit
@@ -123,7 +125,8 @@ class RowMask(Tensor):
 
         args, kwargs = tree_map_only(RowMask, hand_out, (args, kwargs))
         result = func(*args, **kwargs)
-        # A number shares no memory with the mask, and no operation that writes to it gives one.
+        # A number shares no memory with the mask, and no operation that writes to the mask returns
+        # one.
         if not isinstance(result, (int, float)):
             for mask, explicit in handed_out:
                 mask.rows, mask._explicit = None, explicit
@@ -142,7 +145,7 @@ def _move(mask: RowMask, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def rows_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Row, ...] | None:
-    """The sequences that a mask tells of; None where it is to be taken by its values."""
+    """The sequences that a mask describes; None if the values of the mask must be used."""
     # A trace would hold for these rows only.
     if not isinstance(mask, RowMask) or torch.compiler.is_compiling():
         return None
@@ -158,7 +161,8 @@ def attend_rows(
     value: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """`attend` for the slices of each row -> (B, Nq, Hq, D), zero where no sequence is."""
+    """Calls `attend` for the slices of each row. Returns (B, Nq, Hq, D), with zeros outside of
+    sequences."""
     batch, num_heads, num_queries, head_dim = query.shape
     out = query.new_zeros((batch, num_queries, num_heads, head_dim), dtype=dtype)
     for row in rows:

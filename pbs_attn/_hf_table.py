@@ -1,4 +1,4 @@
-"""Tables of the transformers integration, as text."""
+"""Formats the tables of the transformers integration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of the same number of cells, the first being the header; the last column is free."""
+    """Formats rows with the same number of cells. The first row is the header, and the last column
+    has no fixed width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for *cells, last in rows:

@@ -1,4 +1,5 @@
-"""Functions of constants that torch.compile calls while it traces, and takes as constants."""
+"""Marks functions of constants, which torch.compile calls during a trace and replaces by their
+results."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ _functions: list[Callable[..., object]] = []
 
 
 def constant_in_traces(function: _Function) -> _Function:
-    """torch.compiler.assume_constant_result, applied by ``mark``: torch's own imports all of
-    torch.compile, which takes longer than the rest of pbs_attn together."""
+    """Like torch.compiler.assume_constant_result, but applied by ``mark``: torch's own function
+    imports all of torch.compile, which takes longer than all the rest of pbs_attn."""
     _functions.append(function)
     return function
 
 
 def mark() -> None:
-    """Makes the functions known to torch.compile."""
+    """Registers the functions with torch.compile."""
     for function in _functions:
         torch.compiler.assume_constant_result(function)

@@ -1,4 +1,4 @@
-"""What the demo and the benches are given: a device to run on and a text to read."""
+"""Inputs of the demo and the benches: a device and a text."""
 
 import importlib.resources
 import sys
@@ -18,10 +18,11 @@ def say(line: str) -> None:
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto". Unless it was asked for a CPU, says what keeps a GPU idle.
+    """Resolves "auto" to "cpu" or "cuda". Unless a CPU was asked for, prints why a GPU is not
+    used.
 
     Raises:
-        DemoError: if it is not there.
+        DemoError: if the device is not available.
     """
     is_available = torch.cuda.is_available()
     has_kernel = _library.has_kernel("attention", "cuda")
@@ -38,10 +39,10 @@ def choose_device(device: str) -> str:
 
 
 def read_text(name: str | None) -> tuple[str, str]:
-    """The text of a file, or of the novel, and the file's name.
+    """The text of a file, or of the novel, and the name of the file.
 
     Raises:
-        DemoError: if it cannot be read.
+        DemoError: if the file cannot be read.
     """
     path = Path(name) if name is not None else _find_text()
     try:
@@ -51,7 +52,7 @@ def read_text(name: str | None) -> tuple[str, str]:
 
 
 def _find_text():
-    """The novel: package data once installed, examples/ in a source tree."""
+    """The path of the novel: package data if installed, examples/ in a source tree."""
     source_tree = Path(__file__).resolve().parent.parent / "examples" / TEXT_NAME
     for path in (importlib.resources.files("pbs_attn") / "data" / TEXT_NAME, source_tree):
         if path.is_file():

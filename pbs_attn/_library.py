@@ -1,4 +1,4 @@
-"""Loads the compiled library, which registers torch.ops.pbs, and reads what it was built with."""
+"""Loads the compiled library, which registers torch.ops.pbs, and reads how it was built."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class GPUSupportWarning(UserWarning):
-    """A GPU that PBS could run on, and a build of pbs_attn without kernels for it, or a driver that
-    is too old for them."""
+    """There is a GPU that PBS could run on, but the build of pbs_attn has no kernels for it, or its
+    driver is too old for them."""
 
 
 def load() -> None:
     """Registers the operators.
 
     Raises:
-        ImportError: if the library was not built, is that of other Python files, or torch is too
-            old for it.
+        ImportError: if the library was not built or belongs to other Python files, or if torch is
+            too old for it.
 
     Warns:
-        GPUSupportWarning: if the build lacks kernels for a GPU that torch sees, unless it was asked
-            to leave them out, or if the driver is too old for them.
+        GPUSupportWarning: if the build has no kernels for a GPU that torch sees, unless the user
+            left them out on purpose, or if the driver is too old for them.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
@@ -48,12 +48,13 @@ def load() -> None:
 
 @functools.cache
 def _path() -> Path:
-    """The library of this folder, or else of an installed pbs_attn with the same Python files.
+    """The path of the library in this folder, or else in an installed pbs_attn with the same Python
+    files.
 
-    In the root of the sources Python finds the folder pbs_attn before the installed package, and
-    only the latter has the library. Equal files are asked for, not equal versions: a version lasts
-    until the next release, and newer Python files could call an older library with arguments that
-    it does not know, or with other defaults.
+    In the root of the sources, Python finds the folder pbs_attn before the installed package, and
+    only the installed package has the library. The check compares files, not versions: a version
+    lasts until the next release, and newer Python files could call an older library with arguments
+    that it does not know, or with other defaults.
     """
     folders = [_PACKAGE, *(Path(entry).resolve() / "pbs_attn" for entry in sys.path)]
     folder = next((folder for folder in folders if (folder / _NAME).exists()), None)
@@ -75,7 +76,7 @@ def _path() -> Path:
 
 
 def _read(name: str) -> str:
-    """What a function of the library tells."""
+    """The text that a function of the library returns."""
     function = getattr(ctypes.CDLL(str(_path())), name)
     function.restype = ctypes.c_char_p
     text: bytes = function()
@@ -84,7 +85,7 @@ def _read(name: str) -> str:
 
 @functools.cache
 def compiled_info() -> dict[str, str]:
-    """The part of build_info that was fixed when the library was compiled."""
+    """The part of build_info that is fixed when the library is compiled."""
     info: dict[str, str] = json.loads(_read("pbs_build_info"))
     return info
 
@@ -100,9 +101,9 @@ def runs_on(capability: tuple[int, int]) -> bool:
 
 
 def gpu_family(capability: tuple[int, int]) -> str | None:
-    """The family of kernels that a GPU of this compute capability takes: the one that the
-    environment variable ``PBS_GPU_FAMILY`` names, else the first that runs on it. None if there is
-    no such family."""
+    """The family of kernels that a GPU of this compute capability uses: the one that the
+    environment variable ``PBS_GPU_FAMILY`` names, or else the first that runs on it. None if there
+    is no such family."""
     wanted = os.environ.get("PBS_GPU_FAMILY", "")
     size = 10 * capability[0] + capability[1]
     for family in _gpu_families():
@@ -113,7 +114,7 @@ def gpu_family(capability: tuple[int, int]) -> str | None:
 
 
 def gpu_capabilities() -> str:
-    """The compute capabilities that a build with CUDA has kernels for: "8.0 or newer"."""
+    """The compute capabilities that a build with CUDA has kernels for, such as "8.0 or newer"."""
     oldest = min(family["first"] for family in _gpu_families())
     return f"{oldest // 10}.{oldest % 10} or newer"
 
@@ -167,8 +168,8 @@ def has_kernel(stage: str, device: torch.device | str) -> bool:
 
 
 def missing_gpu_support() -> str | None:
-    """Why PBS cannot use this machine's NVIDIA GPU, and the cure, in one line. None if it can, or
-    if there is no GPU, or torch's CUDA devices are hidden. Does not initialize CUDA."""
+    """Why PBS cannot use this machine's NVIDIA GPU, and how to fix it, in one line. None if it can,
+    if there is no GPU, or if torch's CUDA devices are hidden. Does not initialize CUDA."""
     capabilities = _gpu_capabilities()
     if not capabilities and _has_nvidia_gpu() and not _driver_cuda():
         return (
@@ -212,7 +213,7 @@ def missing_gpu_support() -> str | None:
 
 
 def _toolkit_major() -> int:
-    """Of the CUDA that compiled the library; 0 for a build without kernels."""
+    """The major version of the CUDA that compiled the library; 0 for a build without kernels."""
     return int(compiled_info()["cuda_version"].split(".")[0] or 0)
 
 
@@ -224,8 +225,8 @@ def _is_driver_old() -> bool:
 
 @functools.cache
 def _driver_cuda() -> int:
-    """The newest CUDA that this machine's driver runs: 12080 is 12.8, and 0 says that there is no
-    driver. Like _gpu_capabilities, it does not initialize CUDA."""
+    """The newest CUDA that this machine's driver runs: 12080 means 12.8, and 0 means that there is
+    no driver. Like _gpu_capabilities, it does not initialize CUDA."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -235,7 +236,7 @@ def _driver_cuda() -> int:
 
 
 def _has_nvidia_gpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether the PCI bus has one, with a driver or without."""
+    """Whether the PCI bus has an NVIDIA GPU, with or without a driver."""
     for device in bus.glob("*"):
         try:
             vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
@@ -247,10 +248,10 @@ def _has_nvidia_gpu(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
 
 
 def _gpu_capabilities() -> list[tuple[int, int]]:
-    """Of this machine's NVIDIA GPUs, as the driver's NVML tells them.
+    """The compute capabilities of this machine's NVIDIA GPUs, from the NVML of the driver.
 
-    Unlike torch.cuda this works under a CPU build of torch, and does not initialize CUDA, which an
-    import must not do: processes forked afterwards could not use the GPU.
+    Unlike torch.cuda, this works with a CPU build of torch, and does not initialize CUDA. An import
+    must not do so, because processes forked afterwards could not use the GPU.
     """
     found = []
     try:

@@ -1,5 +1,5 @@
-"""Rows of measurements, the files that they lie in, and the curves that they make: what benches,
-demo and plots share. Nothing here needs torch."""
+"""Rows of measurements, their files, and the curves made from them, shared by benches, demo and
+plots. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, str]
 Curve = list[tuple[float, float]]  # density, value
 
 PICTURE_FORMATS = (".png", ".pdf", ".svg")
-# Columns that hold one value a stage have these names in theirs.
+# Columns with one value per stage contain these names.
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 BEFORE_ATTEND = STAGES[:-1]
 # The probes of `bench quality` that are swept over thresholds, and the one that is not; its
@@ -28,7 +28,7 @@ GIVEN = "given"
 
 
 def can_write(path: Path | str) -> bool:
-    """Whether a file can be written there: its folder exists and admits it."""
+    """Whether a file can be written there: its folder exists and is writable."""
     path = Path(path)
     folder = path.resolve().parent
     return folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
@@ -37,12 +37,12 @@ def can_write(path: Path | str) -> bool:
 def check_outputs(
     files: Sequence[str | None], pictures: Sequence[str | None], extra: str = "bench"
 ) -> None:
-    """Checks what is to be written at the end; None and "" stand for none. `extra`, of pbs-attn, is
-    what a message about a missing matplotlib names.
+    """Checks the paths of the files that are written at the end; None and "" mean no file. A
+    message about a missing matplotlib names `extra`, an extra of pbs-attn.
 
     Raises:
         BenchError: if a file cannot be written, or a picture has no known ending.
-        DemoError: if matplotlib is missing and a picture is asked for.
+        DemoError: if a picture is asked for and matplotlib is missing.
     """
     for path in filter(None, (*files, *pictures)):
         if not Path(path).resolve().parent.is_dir():
@@ -56,7 +56,7 @@ def check_outputs(
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes rows of the same columns under a header."""
+    """Writes a header, and rows with the same columns."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0])
         writer.writeheader()
@@ -67,7 +67,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of a CSV.
 
     Raises:
-        BenchError: if it cannot be read.
+        BenchError: if the file cannot be read.
     """
     try:
         with Path(path).open(newline="") as file:
@@ -77,7 +77,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def one_run(rows: Sequence[Row]) -> None:
-    """Times of different processes say nothing about each other: the clock and the card differ.
+    """Checks that all rows come from one process. Times of different processes cannot be compared,
+    because the clock and the card differ.
 
     Raises:
         BenchError: if the rows come from more than one, or there are none.
@@ -93,20 +94,20 @@ def one_run(rows: Sequence[Row]) -> None:
 
 
 def value_of(probe: str) -> str:
-    """The column that tells how well a probe went."""
+    """The column that holds the result of a probe."""
     return "right" if probe == "pass key" else "loss_above_dense"
 
 
 def curve_name(row: Row) -> str:
-    """The selection, and its settings where they have a name."""
+    """The selection, and its settings if they have a name."""
     settings = row.get("settings", GIVEN)
     return row["selection"] if settings in ("", GIVEN) else f"{row['selection']}, {settings}"
 
 
 def summarize(rows: Sequence[Row], value: str | None = None) -> dict[str, dict[str, Curve]]:
-    """By probe and `curve_name`, the means over prompts at each threshold, by density.
+    """Means over prompts at each threshold, sorted by density, by probe and `curve_name`.
 
-    `value` names another column than `value_of` the probe.
+    `value` names the column to average; the default is `value_of` the probe.
     """
     curves: dict[str, dict[str, Curve]] = {}
     for probe in PROBES:

@@ -1,4 +1,4 @@
-"""Batching rules for torch.vmap: every operator takes the vmapped dimension as more batch."""
+"""Batching rules for torch.vmap: every operator adds the vmapped dimension to the batch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Operands that are rows of queries, keys or values may have any strides, and autocast casts them.
+# Operands with rows of queries, keys or values may have any strides, and autocast casts them.
 ROWS = ("q", "k", "v", "k_perm", "v_perm")
 
 
 def _fold(tensor: Tensor, in_dim: int | None, size: int, is_row_strided: bool) -> Tensor:
-    """(..., size, ...) or, not vmapped, (batch, ...) as (size * batch, ...)."""
+    """Reshapes (..., size, ...), or (batch, ...) if not vmapped, to (size * batch, ...)."""
     batched = tensor.expand(size, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
     if batched.dim() < 2:
         return batched  # a number, which the operator refuses
     folded = batched.flatten(0, 1)
-    # The operators take any strides between rows, and otherwise no gaps.
+    # The operators take any strides between rows, but no other gaps.
     if is_row_strided and folded.stride(-1) == 1:
         return folded
     return folded.contiguous()
@@ -30,7 +30,7 @@ def _unfold(tensor: Tensor, size: int) -> Tensor:
 
 
 def batching_rule(name: str) -> Callable[..., tuple[Any, Any]]:
-    """What torch.library.register_vmap takes for operator `name`."""
+    """The batching rule of operator `name`, for torch.library.register_vmap."""
     op = getattr(torch.ops.pbs, name).default
     is_row_strided = [a.name in ROWS for a in op._schema.arguments]
 

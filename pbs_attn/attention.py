@@ -1,4 +1,4 @@
-"""Permuted block-sparse attention with the argument habits of scaled_dot_product_attention."""
+"""Permuted block-sparse attention with the arguments of scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attention(
         RuntimeError: if an argument breaks a rule above, requires grad in grad mode, carries a
             forward-mode tangent, or is of a kind (sparse, nested, quantized) or on a device
             without a kernel.
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
     """
     check_config(config)
     out: Tensor = torch.ops.pbs.attention(
@@ -64,7 +64,7 @@ def attention(
 
 
 class Selection(NamedTuple):
-    """What the first four stages chose. Hp is the KV or the query heads (``permute_per``)."""
+    """Results of the first four stages. Hp is the number of KV or query heads (``permute_per``)."""
 
     scores: Tensor  # (B, Hp, Nkv) float32: importance of each key
     perm: Tensor  # (B, Hp, Nkv) int32: the key row that stands at each permuted row
@@ -84,7 +84,7 @@ def select(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Selection:
-    """Runs the stages before ``attend`` one by one, to show what would be visited.
+    """Runs the stages before ``attend`` one by one, to show which blocks would be visited.
 
     Takes the arguments of ``attention`` and raises the same errors.
     """

@@ -1,7 +1,6 @@
-"""The command `pbs-attn`: its options, and how it ends.
+"""The command `pbs-attn`: its options and exit status.
 
-Nothing that `parse` needs imports torch, so that help appears at once: a command imports what it
-runs.
+`parse` imports no torch, so that help appears at once. Each command imports the code that it runs.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from ._arguments import add_choice, add_config, add_value, read_config
 from ._errors import BenchError, DemoError
 from .bench import commands
 
-PICTURES = {  # by kind, the bench whose rows it shows
+PICTURES = {  # by kind of plot, the bench whose rows it shows
     "speedup": "prefill",
     "quality": "quality",
     "heads": "quality --heads-csv",
@@ -22,7 +21,8 @@ PICTURES = {  # by kind, the bench whose rows it shows
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, or 2 after a mistake of the user's, told in one line."""
+    """Runs one subcommand. Returns 0, or 2 after a mistake of the user, which is reported in one
+    line."""
     args = parse(argv)
     message = run(args)
     if message is None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of one subcommand. Exits after help, the version, or a mistake among them."""
+    """The arguments of one subcommand. Exits after help, the version, or a wrong argument."""
     return make_parser().parse_args(argv)
 
 
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Runs what `parse` returned. Returns the message of a mistake, None where there is none."""
+    """Runs the parsed command. Returns the message of a mistake, or None."""
     import torch
 
     try:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 class _Version(argparse.Action):
-    """Looked up only where it is asked for."""
+    """Prints the version, which is looked up only when it is asked for."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:

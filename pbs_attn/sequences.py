@@ -42,7 +42,7 @@ def attention_varlen(
 
     Raises:
         RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
     """
     check_config(config)
     out: Tensor = torch.ops.pbs.attention_varlen(
@@ -87,7 +87,7 @@ def attention_paged(
 
     Raises:
         RuntimeError: if an argument breaks a rule above or one of ``pbs_attn.attention``.
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
     """
     check_config(config)
     out: Tensor = torch.ops.pbs.attention_paged(
@@ -141,7 +141,7 @@ def attention_paged_(
     Raises:
         RuntimeError: if an argument breaks a rule above that can be checked, or one of
             ``pbs_attn.attention``.
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
     """
     check_config(config)
     torch.ops.pbs.attention_paged_(

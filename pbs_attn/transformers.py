@@ -69,7 +69,7 @@ def register(
 
     Raises:
         ImportError: if transformers is missing or older than 4.56.
-        TypeError: if ``config`` is no PBSConfig.
+        TypeError: if ``config`` is not a PBSConfig.
         ValueError: if ``name`` or ``min_tokens`` breaks a rule above.
     """
     _check_register_arguments(name, config, min_tokens)

@@ -1,1 +1,2 @@
-"""PBS attention inside other engines, one package each; none is imported before it is asked for."""
+"""PBS attention inside other engines. Each has a package, which is imported only when it is
+used."""

@@ -3,8 +3,8 @@
 
     vllm serve MODEL --attention-backend CUSTOM
 
-`route` is the only file that decides which layers and which rows of a batch take PBS. All others
-stay with the attention backend of vLLM whose classes ours derive from.
+`route` is the only file that decides which layers and which rows of a batch take PBS. All other
+layers and rows use the attention backend of vLLM from which our classes derive.
 """
 
 from .register import register

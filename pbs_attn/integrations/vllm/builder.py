@@ -1,4 +1,4 @@
-"""What our metadata builders do in any backend of vLLM: a class to derive from beside its own."""
+"""The part of our metadata builders that is the same for every backend of vLLM: a mixin class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .prompts import prompt_lengths
 from .route import NO_HOST_DATA, Step, pbs_rows, why_not_in_place, why_step_dense
 from .rows import Plan, make_plan, rest_arguments, take_rows, take_tokens
 
-# Below the package vllm, so that vLLM's own settings of its log hold.
+# The name is below the package vllm, so that vLLM's settings of its log apply.
 logger = init_logger("vllm.pbs_attn")
 
 
 class PBSBuilder:
-    """Beside a metadata builder of vLLM, and before it."""
+    """A mixin for a metadata builder of vLLM. It comes before vLLM's class in the list of bases."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, *args: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
@@ -29,7 +29,7 @@ class PBSBuilder:
         layers = vllm_config.compilation_config.static_forward_context
         reasons = {name: reason_of(layers.get(name)) for name in layer_names}
         self.pbs_layers = [name for name, reason in reasons.items() if reason is None]
-        # One builder counts, that of the first layer.
+        # Only the builder of the first layer counts.
         self.pbs_counts = _is_first_rank() and first_pbs_layer(vllm_config) in layer_names
         if _is_first_rank() and is_selected(vllm_config):
             _log_layers(reasons, self.pbs_settings, kv_cache_spec.block_size, vllm_config)
@@ -41,21 +41,22 @@ class PBSBuilder:
         if self.pbs_layers and common_attn_metadata.max_query_len > 1:
             plan = self._make_plan(common_prefix_len, common_attn_metadata, fast_build)
         if plan is not None and plan.rest:
-            # fast_build: FlashAttention 3's schedule would go into a buffer that the metadata of
-            # the whole batch points to.
+            # fast_build: otherwise, FlashAttention 3 writes its schedule into a buffer that the metadata
+            # of the whole batch points to.
             rest = common_attn_metadata.replace(**rest_arguments(common_attn_metadata, plan.rest))
             plan = dataclasses.replace(plan, rest_metadata=super().build(0, rest, True))
         metadata.pbs_plan = plan
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """A graph must hold the engine's own attention only: the decision is not captured."""
+        """A graph must hold only the engine's own attention, because it cannot capture the
+        decision."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         metadata.pbs_plan = None
         return metadata
 
     def _make_plan(self, common_prefix_len: int, common: Any, is_draft: bool) -> Plan | None:
-        """Which rows of a batch take PBS, from host data alone; None if there are none."""
+        """The rows of a batch that take PBS, from host data alone; None if there are none."""
         upper_bound, prefilling = common.seq_lens_cpu_upper_bound, common.is_prefilling
         if upper_bound is None or prefilling is None:
             logger.info_once("PBS: a batch took the engine's own attention: %s.", NO_HOST_DATA)
@@ -81,7 +82,8 @@ class PBSBuilder:
         return make_plan(starts, lengths, rows, prompt_lengths(max(rows) + 1))
 
     def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
-        """The same batch in another group of layers, whose pages have other numbers."""
+        """Metadata of the same batch for another group of layers, whose pages have other
+        numbers."""
         update = super().update_block_table
         new = update(metadata, blk_table, slot_mapping)
         plan = metadata.pbs_plan
@@ -107,7 +109,7 @@ def _count(starts: list[int], is_prefilling: list[bool], rows: list[int]) -> Non
 def _log_layers(
     reasons: dict[str, str | None], settings: Any, page_size: int, vllm_config: Any
 ) -> None:
-    """Says at the start which layers take PBS, and why the others do not."""
+    """Logs at the start which layers take PBS, and why the others do not."""
     taken = [name for name, reason in reasons.items() if reason is None]
     if taken:
         engine = describe_engine(vllm_config)

@@ -1,9 +1,9 @@
 """A Prometheus counter of prefilled tokens by route, beside vLLM's own metrics.
 
-Workers decide and the API server answers /metrics, in different processes. Where vLLM has set up
+The workers decide and the API server answers /metrics, in different processes. If vLLM has set up
 prometheus_client for several processes (PROMETHEUS_MULTIPROC_DIR), a plain counter in the worker is
-enough. Otherwise each worker keeps its two sums in a file of a folder that the first process named,
-and a collector of the server reads them. No vLLM is imported here.
+enough. Otherwise, each worker keeps its two sums in a file of a folder that the first process
+chose, and a collector in the server reads them. This file does not import vLLM.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def count_tokens(pbs: int, dense: int) -> None:
 
 
 def export() -> None:
-    """Makes this process, and those that it starts, keep sums and answer with them."""
+    """Makes this process and its child processes keep sums and report them."""
     try:
         import prometheus_client
     except ImportError:
         return
     if not os.environ.get(FOLDER):
-        # Made by the first worker that counts: without the backend nothing is.
+        # Made by the first worker that counts. Without the backend, it is never made.
         folder = str(Path(tempfile.gettempdir()) / f"pbs_attn_{uuid.uuid4().hex}")
         os.environ[FOLDER] = folder
         atexit.register(_remove, folder, os.getpid())
@@ -61,7 +61,7 @@ def read_totals(folder: Path) -> dict[str, float]:
 
 
 class Collector:
-    """What prometheus_client asks when /metrics is read."""
+    """The collector that prometheus_client calls when /metrics is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

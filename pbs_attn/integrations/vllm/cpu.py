@@ -1,7 +1,7 @@
 """PBS in vLLM's CPU backend, for tests and for machines without a GPU.
 
-vLLM has one attention backend on a CPU, and this class stands in for it. Without
-`--attention-backend CUSTOM` it does what its base does.
+vLLM has one attention backend on a CPU, and the class below replaces it. Without
+`--attention-backend CUSTOM`, it does the same as its base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .prompts import tell_prompts_of_runners
 from .rows import Run
 from .versions import check_version
 
-check_version(vllm.__version__)  # before names are imported that another version may not have
+check_version(vllm.__version__)  # before the import of names that another version may not have
 
 from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
     CPUAttentionBackend,
@@ -50,7 +50,7 @@ class PBSCPUImpl(PBSImpl, CPUAttentionBackendImpl):
         block_size = k_cache.shape[1]
         needed = [-(-length // block_size) for length in run.seq_lens.tolist()]
         used = torch.cat([table[row, :pages] for row, pages in enumerate(needed)]).long()
-        # Rows may share blocks: one copy each.
+        # Rows may share blocks: each block is copied once.
         blocks, places = used.unique(return_inverse=True)
         k, v = k_cache[blocks].contiguous(), v_cache[blocks].contiguous()
         own = torch.zeros((end - first, max(needed)), dtype=torch.int32)
@@ -61,7 +61,7 @@ class PBSCPUImpl(PBSImpl, CPUAttentionBackendImpl):
 
 
 class PBSCPUBackend(CPUAttentionBackend):
-    """Stands in for CPU_ATTN."""
+    """Replaces CPU_ATTN."""
 
     @staticmethod
     def get_impl_cls() -> type[PBSCPUImpl]:

@@ -11,7 +11,7 @@ from .prompts import tell_prompts_of_runners
 from .route import why_not_in_place
 from .versions import check_version
 
-check_version(vllm.__version__)  # before names are imported that another version may not have
+check_version(vllm.__version__)  # before the import of names that another version may not have
 
 from vllm.config import get_current_vllm_config  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
@@ -30,7 +30,7 @@ tell_prompts_of_runners()
 class PBSMetadataBuilder(PBSBuilder, FlashAttentionMetadataBuilder):
     """FlashAttention's metadata and a Plan."""
 
-    # FlashAttention 3 says ALWAYS: a graph of a mixed batch would hold one batch's decision.
+    # FlashAttention 3 says ALWAYS, but a graph of a mixed batch would hold one batch's decision.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
 
@@ -39,7 +39,7 @@ class PBSAttentionImpl(PBSImpl, FlashAttentionImpl):
 
 
 class PBSBackend(FlashAttentionBackend):
-    """What --attention-backend CUSTOM names."""
+    """The backend that --attention-backend CUSTOM names."""
 
     @staticmethod
     def get_name() -> str:
@@ -55,7 +55,8 @@ class PBSBackend(FlashAttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Blocks of whole segments, so that pages can be ordered in place; --block-size wins."""
+        """Blocks of whole segments, so that pages can be ordered in place. --block-size overrides
+        it."""
         vllm_config = get_current_vllm_config()
         config = settings_of(vllm_config).config
         preferred = super().get_preferred_block_size(default_block_size)

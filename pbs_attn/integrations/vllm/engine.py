@@ -1,4 +1,4 @@
-"""What a VllmConfig says about the facts that routes depend on. No vLLM is imported here."""
+"""Reads the facts that routes depend on from a VllmConfig. This file does not import vLLM."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def describe_engine(vllm_config: Any) -> Engine:
 
 
 def reason_of(layer: Any) -> str | None:
-    """Why a layer of vLLM is dense; None if it takes PBS."""
+    """The reason why a layer of vLLM is dense; None if it takes PBS."""
     impl = getattr(layer, "impl", None)
     reason: str | None = getattr(impl, "pbs_reason", "another backend computes their attention")
     return reason

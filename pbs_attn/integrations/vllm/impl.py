@@ -1,4 +1,4 @@
-"""What our layers do in any backend of vLLM: a class to derive from beside its own."""
+"""The part of our attention layers that is the same for every backend of vLLM: a mixin class."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .rows import Run, Span, put_tokens, take_tokens
 
 
 class New(NamedTuple):
-    """The tokens of a run, (tokens, heads, head_dim) each. Their keys and values are in the cache,
-    too; None where the layer did not hand them over."""
+    """The tokens of a run, (tokens, heads, head_dim) each. Their keys and values are also in the
+    cache; here they are None if the layer did not pass them."""
 
     query: Tensor
     key: Tensor | None = None
@@ -27,7 +27,8 @@ class New(NamedTuple):
 
 
 class PBSImpl:
-    """Beside an attention implementation of vLLM, and before it."""
+    """A mixin for an attention implementation of vLLM. It comes before vLLM's class in the list of
+    bases."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class PBSImpl:
         vllm_config = get_current_vllm_config()
         self.pbs_vllm_config = vllm_config
         self.pbs_settings = settings_of(vllm_config)
-        # The last queries of a chunk are not the last ones of the prompt, unless it ends there.
+        # The last queries of a chunk are those of the prompt only if the prompt ends there.
         self.pbs_chunk_config = dataclasses.replace(self.pbs_settings.config, dense_tail=0)
         self.pbs_is_profiled = False
         layer = Layer(
@@ -71,7 +72,7 @@ class PBSImpl:
 
     @functools.cached_property
     def pbs_engine(self) -> Engine:
-        """Asked for in a forward only: the constructor knows no later layer."""
+        """Read only in a forward: the constructor does not know the later layers."""
         return describe_engine(self.pbs_vllm_config)
 
     def pbs_cache_layout(self) -> str | None:
@@ -82,7 +83,7 @@ class PBSImpl:
         self, run: Run, new: New, kv_cache: Tensor, table: Tensor, output: Tensor
     ) -> None:
         """Writes the attention of one run into `output`, (queries, heads, head_dim).
-        The table is (rows, pages). Another cache than CUDA's needs another method."""
+        The table is (rows, pages). Caches of other backends than CUDA override this method."""
         self.pbs_attend_pages(run, new, split_pages(kv_cache, self.head_size), table, output)
 
     def forward(
@@ -97,7 +98,8 @@ class PBSImpl:
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """The attention of one layer: the rows of the plan by PBS, all others as vLLM does."""
+        """The attention of one layer: PBS for the rows of the plan, vLLM's attention for all
+        others."""
         attend = super().forward
         if attn_metadata is None and not self.pbs_is_profiled:
             self.pbs_is_profiled = True
@@ -118,7 +120,7 @@ class PBSImpl:
                 new = New(query[begin:stop], key[begin:stop], value[begin:stop])
             self.pbs_attend(run, new, kv_cache, table, output[begin:stop])
         if plan.rest:
-            # Keys and values are in the cache by now; nothing here reads them from elsewhere.
+            # Keys and values are in the cache by now, and this code reads them only there.
             rest = plan.rest_metadata
             is_view = len(plan.rest) == 1
             out = take_tokens(output, plan.rest) if is_view else _empty(output, rest)
@@ -152,8 +154,8 @@ class PBSImpl:
         return False
 
     def pbs_reserve(self, query: Tensor) -> None:
-        """Runs PBS once in the profiling run, which has no cache yet, so that vLLM leaves room for
-        the memory of the longest call. All pages are one page of zeros."""
+        """Runs PBS once in the profiling run, so that vLLM reserves memory for the longest call.
+        There is no cache yet, so one page of zeros stands for all pages."""
         page_size = self.pbs_vllm_config.cache_config.block_size
         num_keys = self.pbs_vllm_config.model_config.max_model_len
         num_queries = min(query.shape[0], num_keys)

@@ -1,4 +1,4 @@
-"""Keys and values inside a KV cache of vLLM, as views. No vLLM is imported here."""
+"""Views of the keys and values in a KV cache of vLLM. This file does not import vLLM."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def split_pages(kv_cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of (blocks, KV heads, block size, 2 * head_dim), as vLLM 0.26 and 0.27 keep
-    them on CUDA; which of heads and tokens comes first in memory is a matter of strides.
+    """Keys and values of a cache (blocks, KV heads, block size, 2 * head_dim), the layout of vLLM
+    0.26 and 0.27 on CUDA. The strides decide whether heads or tokens come first in memory.
 
     Returns:
         Two views (blocks, block size, KV heads, head_dim).
@@ -21,8 +21,8 @@ def split_pages(kv_cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def split_cpu_pages(kv_cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The same of vLLM's CPU backend with vectors ("vec"): a block of a head has its keys first,
-    transposed to (head_dim, block size), then its values.
+    """Keys and values of the cache of vLLM's CPU backend with vectors ("vec"). A block of a head
+    has its keys first, transposed to (head_dim, block size), and then its values.
 
     Returns:
         Two views (blocks, block size, KV heads, head_dim). The keys' last dim is not contiguous.

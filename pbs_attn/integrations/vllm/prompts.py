@@ -1,9 +1,9 @@
-"""Where the prompts of a batch end, which the metadata of vLLM does not tell.
+"""Finds where the prompts of a batch end, which the metadata of vLLM does not contain.
 
-A chunk that does not end its prompt needs no dense tail, and half of the time of a short chunk of
-a long prompt would go there. Both model runners know the lengths of their prompts on the host, so
-the methods that build metadata are wrapped, and builders read what the wrapper found. Where there
-is no such method, every chunk has a dense tail: slower, never wrong.
+A chunk that does not end its prompt needs no dense tail, which would take half of the time of a
+short chunk of a long prompt. Both model runners know the lengths of their prompts on the host. This
+file therefore wraps the methods that build metadata, and builders read the lengths that the wrapper
+found. If there is no such method, every chunk has a dense tail, which is slower but correct.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _lengths: ContextVar[Sequence[int] | None] = ContextVar("prompt lengths", defaul
 
 
 def prompt_lengths(num_rows: int) -> list[int] | None:
-    """The prompt length of each of the first rows of the batch whose metadata is being built, or
-    None where that is not known."""
+    """The prompt lengths of the first rows of the batch whose metadata is being built, or None if
+    they are not known."""
     lengths = _lengths.get()
     if lengths is None or len(lengths) < num_rows:
         return None
@@ -26,9 +26,9 @@ def prompt_lengths(num_rows: int) -> list[int] | None:
 
 
 def tell_prompts(owner: type, method: str, read: Callable[..., Sequence[int]]) -> None:
-    """Makes `prompt_lengths` answer with `read(self, *arguments)` inside a method of a class.
+    """Makes `prompt_lengths` return `read(self, *arguments)` inside a method of a class.
 
-    A class without the method is left as it is, and so is one that was wrapped before.
+    A class without the method does not change, and neither does one that was wrapped before.
     """
     original = vars(owner).get(method)
     if original is None or hasattr(original, "tells_prompts"):
@@ -51,7 +51,7 @@ def tell_prompts(owner: type, method: str, read: Callable[..., Sequence[int]]) -
 
 
 def tell_prompts_of_runners() -> None:
-    """Wraps both model runners of vLLM, those that can be imported here."""
+    """Wraps those of vLLM's two model runners that can be imported."""
     try:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     except ImportError:

@@ -1,4 +1,5 @@
-"""The entry point: tells vLLM the names of our classes, which it imports if they are asked for."""
+"""The entry point. It tells vLLM the names of our classes, which vLLM imports when they are
+used."""
 
 from __future__ import annotations
 
@@ -10,10 +11,9 @@ PACKAGE = __name__.rpartition(".")[0]
 def register() -> None:
     """Registers the attention backend CUSTOM, in each process of vLLM.
 
-    vLLM has no choice of backends on a CPU. There our class stands in for its only one, and leaves
-    everything to it unless CUSTOM was asked for. Nothing changes in a vLLM of another version,
-    except that asking for CUSTOM raises an error that names the versions, on CUDA, or that the log
-    does, on a CPU.
+    vLLM has only one backend on a CPU. There, our class replaces it, and leaves everything to it
+    unless CUSTOM was asked for. Nothing changes in a vLLM of another version, except that a request
+    for CUSTOM names the supported versions: in an error on CUDA, and in the log on a CPU.
     """
     import vllm
     from vllm.logger import init_logger

@@ -1,34 +1,34 @@
-"""The one place that decides what takes PBS in vLLM: layers, steps, rows, and pages. No vLLM is
-imported here.
+"""Decides which layers, steps, rows and pages take PBS in vLLM. No other file does. This file does
+not import vLLM.
 
-Four questions, each with a reason where the answer is no:
+Four functions decide. Each returns a reason if the answer is no:
 
-- `why_layer_dense`: whether a layer can take PBS at all. Asked once a layer.
-- `why_step_dense`: whether a batch can. Asked once a step.
-- `why_row_dense`: whether a row of the batch does. Asked once a row.
+- `why_layer_dense`: whether a layer can take PBS at all. It is called once per layer.
+- `why_step_dense`: whether a batch can. It is called once per step.
+- `why_row_dense`: whether a row of the batch does. It is called once per row.
 - `why_not_in_place`: whether completed segments are ordered inside their pages.
 
-Pages are ordered in place. Attention does not care about the order of keys among which every
-query sees all or none. A segment of which all keys are written is seen whole by every later query,
-so its keys may change places, each with its value: decode steps, dense rows and other requests that
-share the page compute the same as before. RoPE has been applied to the keys by then. It follows
-that a slot in an ordered segment no longer belongs to the token whose position it has. In-place
-order is sound as long as nobody writes one slot of a complete segment again, and nobody reads
-a part of one:
+Pages are ordered in place. The order of keys does not change attention if every query sees all of
+them or none. When all keys of a segment are written, every later query sees the whole segment. Its
+keys may then change places, each with its value: decode steps, dense rows and other requests that
+share the page compute the same result as before. RoPE has been applied to the keys by then. A slot
+in an ordered segment therefore no longer belongs to the token at its position. In-place order is
+sound as long as nothing writes a single slot of a complete segment again, and nothing reads a part
+of such a segment:
 
-- Chunks of a prompt follow each other: the next one begins where the last one ended, at the end of
-  the keys so far, which lies in no complete segment.
-- Prefix caching shares whole blocks, and a hit is cut to whole blocks before the last token, so
-  a request begins at a block's first slot, in a block of its own. That needs blocks of whole
+- Chunks of a prompt follow each other. The next chunk begins at the end of the keys so far, which
+  is not inside a complete segment.
+- Prefix caching shares whole blocks, and a hit is cut to whole blocks before the last token. A
+  request therefore begins at the first slot of a block of its own. That needs blocks of whole
   segments. Blocks shared by two requests of one step are whole too.
 - Preemption frees the blocks and begins again, from a hit of the prefix cache, as above.
 - Hybrid models may hit a part of a cached block and copy it (partial hits). Not sound.
-- A KV connector may take all of a prompt from elsewhere; then vLLM computes the last token again
-  and writes its slot, in a block that may be complete. Not sound.
-- A layer that reads the pages of another layer would find the segments of its own queries in
-  order already, where the causal mask needs their positions. Not sound.
-- Speculative decoding writes slots of rejected tokens again. They lie behind the prompt. It has not
-  been tried, so pages stay as they are.
+- A KV connector may load a whole prompt. vLLM then computes the last token again and writes its
+  slot, in a block that may be complete. Not sound.
+- A layer that reads the pages of another layer would find the segments of its own queries already
+  sorted, but the causal mask needs their positions. Not sound.
+- Speculative decoding writes slots of rejected tokens again. They come after the prompt. This has
+  not been tested, so pages keep their order.
 - Windows, cascades, contexts in parallel and quantized caches are dense anyway: see below.
 """
 
@@ -49,7 +49,7 @@ NO_HOST_DATA = "vLLM does not tell lengths or prefill rows on the host"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user set. Rows of fewer keys than `min_tokens` are dense."""
+    """The settings of the user. Rows with fewer keys than `min_tokens` are dense."""
 
     config: PBSConfig
     min_tokens: int
@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 def why_layer_dense(layer: Layer, engine: Engine) -> str | None:
-    """Why a layer never takes PBS; None if it can."""
+    """The reason why a layer never takes PBS; None if it can."""
     return _why_engine_dense(engine) or _why_not_plain(layer) or _why_no_kernel(layer)
 
 
@@ -143,7 +143,7 @@ def _why_no_kernel(layer: Layer) -> str | None:
 
 
 def why_step_dense(step: Step) -> str | None:
-    """Why no row of a batch takes PBS; None if rows can."""
+    """The reason why no row of a batch takes PBS; None if rows can."""
     if step.is_draft:
         return "the batch belongs to a draft model"
     if not step.is_causal:
@@ -158,7 +158,7 @@ def why_step_dense(step: Step) -> str | None:
 def why_row_dense(
     num_queries: int, num_keys: int, is_prefilling: bool, settings: Settings
 ) -> str | None:
-    """Why a row of a batch does not take PBS; None if it does."""
+    """The reason why a row of a batch does not take PBS; None if it does."""
     if num_queries < settings.config.block_size:
         return "a decode step, or a chunk shorter than a block"
     if not is_prefilling:
@@ -169,7 +169,7 @@ def why_row_dense(
 
 
 def why_not_in_place(page_size: int, config: PBSConfig, engine: Engine) -> str | None:
-    """Why pages are left in the order that vLLM wrote them; None if they are ordered."""
+    """The reason why pages keep the order in which vLLM wrote them; None if they are ordered."""
     if page_size % config.segment_size:
         return f"blocks of {page_size} tokens are not whole segments of {config.segment_size}"
     if page_size & (page_size - 1):
@@ -190,7 +190,7 @@ def why_not_in_place(page_size: int, config: PBSConfig, engine: Engine) -> str |
 
 
 def is_last_chunk(num_keys: int, prompt_length: int | None) -> bool:
-    """Whether a row ends its prompt, as far as is known: then its last queries stay dense."""
+    """Whether a row ends its prompt. If so, or if that is unknown, its last queries stay dense."""
     return prompt_length is None or num_keys >= prompt_length
 
 

@@ -1,4 +1,4 @@
-"""Splits a batch of rows into runs that take PBS and the rest. No vLLM is imported here."""
+"""Splits a batch of rows into runs that take PBS and the rest. This file does not import vLLM."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch does. `rest` are the spans of all other rows, `rest_metadata` the engine's own
-    metadata of a batch that has only them; None if there are none."""
+    """The plan of a batch. `rest` are the spans of the rows that do not take PBS, and
+    `rest_metadata` is the engine's metadata of a batch of these rows; None if there are none."""
 
     runs: tuple[Run, ...]
     rest: tuple[Span, ...]
@@ -48,7 +48,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a batch in which `rows` take PBS, without the metadata of the rest.
 
-    Row i has queries [starts[i], starts[i + 1]) and lengths[i] keys. `prompt_lengths` tells which
+    Row i has queries [starts[i], starts[i + 1]) and lengths[i] keys. `prompt_lengths` shows which
     chunks end their prompt; None if that is not known.
     """
     num_rows = len(starts) - 1
@@ -84,25 +84,26 @@ def _run(span: Span, is_last: bool, starts: Sequence[int], lengths: Sequence[int
 
 
 def take_rows(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Of a tensor with one entry a row, those of the spans; a view if there is one span."""
+    """The entries of the spans in a tensor with one entry per row; a view if there is one span."""
     return _take(tensor, [span.rows for span in spans])
 
 
 def take_tokens(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Of a tensor with one entry a token, those of the spans; a view if there is one span."""
+    """The entries of the spans in a tensor with one entry per token; a view if there is one
+    span."""
     return _take(tensor, [span.tokens for span in spans])
 
 
 def put_tokens(tensor: Tensor, spans: Sequence[Span], values: Tensor) -> None:
-    """Writes what `take_tokens` would take."""
+    """Writes the entries that `take_tokens` would return."""
     sizes = [end - begin for begin, end in (span.tokens for span in spans)]
     for (begin, end), part in zip((s.tokens for s in spans), values.split(sizes), strict=True):
         tensor[begin:end].copy_(part)
 
 
 def take_starts(starts: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Of the rows' cumulative query counts, (rows + 1) on any device, those of a batch that has the
-    spans only. Offsets are host data: no value is read from a device."""
+    """The cumulative query counts of a batch that has only the spans, from those of the whole
+    batch, (rows + 1) on any device. Offsets are host data: no value is read from a device."""
     parts, offset = [], 0
     for (first, end), (begin, stop) in spans:
         parts.append(starts[first:end] - (begin - offset))
@@ -138,7 +139,7 @@ def rest_arguments(common: Any, spans: Sequence[Span]) -> dict[str, Any]:
     return fields
 
 
-# Fields with one entry a row, and with one a token.
+# Fields with one entry per row, and with one per token.
 ROW_FIELDS = (
     "seq_lens",
     "block_table_tensor",

@@ -1,4 +1,4 @@
-"""What the user sets: --additional-config, or an environment variable."""
+"""The settings of the user, from --additional-config or an environment variable."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def read_settings(additional: object, environment: Mapping[str, str]) -> Setting
     """The settings of this server.
 
     Args:
-        additional: vLLM's `additional_config`, whose entry "pbs_attn" is meant. What it holds
-            precedes the environment.
+        additional: vLLM's `additional_config`. Its entry "pbs_attn" overrides the environment.
         environment: its variable PBS_ATTN_VLLM holds a JSON object of the same form.
 
     Raises:
-        TypeError, ValueError: if a name or a value is not one of ours.
+        TypeError, ValueError: if a name or a value is not valid.
     """
     given = _from_environment(environment.get(VARIABLE, ""))
     if isinstance(additional, Mapping):

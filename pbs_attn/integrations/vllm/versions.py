@@ -1,16 +1,18 @@
-"""Which versions of vLLM this plugin knows. No vLLM is imported here."""
+"""The versions of vLLM that this plugin knows. This file does not import vLLM."""
 
 from __future__ import annotations
 
 import re
 
-FIRST, AFTER_LAST = (0, 26), (0, 28)  # what the plugin reads has been the same in these
+FIRST, AFTER_LAST = (0, 26), (0, 28)  # the data that the plugin reads is the same in these versions
 
 
 def check_version(version: str) -> None:
-    """Raises RuntimeError, by name, for a version of vLLM that the plugin does not know.
+    """Raises RuntimeError for a version of vLLM that the plugin does not know, and names the
+    version.
 
-    Not ImportError, which vLLM catches while it looks for a backend, and reports without its text.
+    It is not an ImportError, because vLLM catches those while it looks for a backend, and hides the
+    text.
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and FIRST <= (int(found[1]), int(found[2])) < AFTER_LAST:
