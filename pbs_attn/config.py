@@ -91,7 +91,7 @@ class PBSConfig:
             )
 
     def _check_selection(self) -> None:
-        """That score, mass and heads go together."""
+        """Checks that score, mass and heads can be combined."""
         if self.score == "mean" and self.mass == "block":
             raise ValueError('mass must be "earlier" or "causal" with score "mean", got "block"')
         if self.score == "sampled" and self.mass != "block":
@@ -107,9 +107,9 @@ class PBSConfig:
 
     @classmethod
     def paper(cls, threshold: float = 0.9) -> PBSConfig:
-        """The paper's choices: an order per query head, a full sort, key blocks as long as query
+        """The paper's choices: one order per query head, a full sort, key blocks as long as query
         blocks, mean scores, and a threshold on the mass of earlier segments. Only the block of
-        token 0 is visited whatever its score.
+        token 0 is always visited.
 
         SmolLM2-135M at 8192 tokens of three texts visits a density of 0.335 of the causal block
         pairs. Its loss is 0.081 nats per token above dense, and it recalls 0.83 of 6 pass keys
@@ -156,8 +156,8 @@ class PBSConfig:
         return THRESHOLDS[self.mass] if self.threshold is None else self.threshold
 
     def op_kwargs(self, op: str = "attention") -> dict[str, Any]:
-        """The settings as operator ``op`` of ``torch.ops.pbs`` takes them: all of its keyword
-        arguments but ``is_causal`` and ``scale``, which belong to a call.
+        """The settings as keyword arguments of operator ``op`` of ``torch.ops.pbs``: all of them
+        except ``is_causal`` and ``scale``, which belong to a call.
 
         Raises:
             ValueError: if there is no such operator.
@@ -167,22 +167,22 @@ class PBSConfig:
         return {name: getattr(self, attribute) for name, attribute in SETTINGS[op].items()}
 
 
-# The words that a field may be.
+# The values that a field may have.
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(hint)
     for name, hint in get_type_hints(PBSConfig).items()
     if get_origin(hint) is Literal
 }
-# By operator: its arguments that are settings, and the attribute of PBSConfig that each one is.
-# pbs_attn.ops reads them from the schemas: here is no torch, which help on the command line does
-# without.
+# By operator: its arguments that are settings, and the attribute of PBSConfig for each.
+# pbs_attn.ops reads them from the schemas. This file does not import torch, so that help on the
+# command line appears fast.
 SETTINGS: dict[str, dict[str, str]] = {}
-# What a field is where it is None, for an operator that does not take None.
+# The value of a field that is None, for an operator that does not take None.
 RESOLVED = {"kv_block_size": "key_block_size", "threshold": "resolved_threshold"}
 
 
 def check_threshold(name: str, threshold: float, mass: str) -> None:
-    """Raises ValueError, with the range of this mass, unless `mass` may be compared with it."""
+    """Raises ValueError, with the range of this mass, if the threshold is outside of it."""
     most = 0.5 if mass == "block" else 1
     if 0 < threshold <= most or threshold == 1:
         return

@@ -22,7 +22,8 @@ def mask_to_bool(block_mask: Tensor, num_kv_blocks: int) -> Tensor:
     """Unpacks (..., words) int32 into (..., num_kv_blocks) bool.
 
     Raises:
-        ValueError: if the words are not int32 or not as many as ``num_kv_blocks`` needs.
+        ValueError: if the words are not int32, or if ``num_kv_blocks`` needs another number of
+        them.
     """
     if block_mask.dtype != torch.int32:
         raise ValueError(f"block_mask must be int32, got {block_mask.dtype}")

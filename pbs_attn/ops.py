@@ -23,9 +23,9 @@ _library.load()
 
 STAGES = ("score_keys", "sort_segments", "permute_kv", "select_blocks", "attend")
 OPERATORS = (*STAGES, "attention")
-# Of sequences of different lengths. They have no batch that torch.vmap could add to.
+# Operators of sequences of different lengths. They have no batch dimension for torch.vmap.
 SEQUENCE_OPERATORS = ("attention_varlen", "attention_paged", "attention_paged_")
-# Their lengths, which the host reads.
+# The arguments of these operators that the host reads.
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seq_lens")
 HEAD_DIMS: tuple[int, ...] = _library.build_info()["head_dims"]
 
@@ -56,7 +56,7 @@ SETTINGS.update({op: _settings(op) for op in (*OPERATORS, *SEQUENCE_OPERATORS)})
 
 
 def _check_one_device(first: Tensor, *others: Tensor) -> None:
-    # The dispatcher sends a mix of meta and real tensors here; the kernels check everything else.
+    # The dispatcher sends a mix of meta and real tensors here. The kernels check everything else.
     for other in others:
         if other.device != first.device:
             raise RuntimeError(
@@ -65,7 +65,7 @@ def _check_one_device(first: Tensor, *others: Tensor) -> None:
 
 
 def _check_lengths(lengths: dict[str, Tensor], first: Tensor) -> None:
-    # Those on meta alone send real tensors here, which no kernel would see then.
+    # If the other tensors are on meta, no kernel runs that would check the lengths.
     for name, tensor in lengths.items():
         if tensor.device.type not in ("cpu", "meta" if first.is_meta else "cpu"):
             raise RuntimeError(f"{name} must be on the CPU, got {tensor.device}")
@@ -73,7 +73,7 @@ def _check_lengths(lengths: dict[str, Tensor], first: Tensor) -> None:
 
 def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
     """Registers a function as the fake kernel of an operator. It is called with all arguments by
-    their names, defaults included, and says which of them the outputs' shapes depend on."""
+    name, including defaults. Its parameters are those that the shapes of the outputs depend on."""
     arguments = _arguments(op)
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
 
@@ -151,7 +151,7 @@ def _inference_only(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.pbs, name).default
     is_written = [argument.is_write for argument in _arguments(name)]
 
-    # Under functional transforms this runs once a level, on the tensors of that level.
+    # Under functional transforms, this runs once per level, on the tensors of that level.
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if requires_backward(tensors):
@@ -166,7 +166,7 @@ def _inference_only(name: str) -> Callable[..., Any]:
             )
         with torch._C._AutoDispatchBelowAutograd():
             found = op(*args, **kwargs)
-        # A backward of another function that has saved a written tensor must not read it.
+        # The backward of another function must not read a saved tensor that this call has written.
         for arg, is_changed in zip(args, is_written, strict=False):
             if is_changed and not arg.is_inference():
                 torch.autograd.graph.increment_version(arg)
@@ -176,7 +176,7 @@ def _inference_only(name: str) -> Callable[..., Any]:
 
 
 def _kind(tensor: Tensor) -> str:
-    """What a tensor is, in a word: "strided" if it is dense."""
+    """The kind of a tensor in one word: "strided" if it is dense."""
     if tensor.is_nested:
         return "nested"
     return "quantized" if tensor.is_quantized else str(tensor.layout).rpartition(".")[2].lstrip("_")
@@ -186,7 +186,7 @@ def _has_kernel(tensor: Tensor) -> bool:
     return _kind(tensor) == "strided" and tensor.device.type in ("cpu", "cuda", "meta")
 
 
-# Of rows; k_mean and the scores stay float32 under autocast.
+# Arguments with rows. k_mean and the scores stay float32 under autocast.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -237,7 +237,7 @@ for _name in (*OPERATORS, *SEQUENCE_OPERATORS):
     _refuse = _refuse_layout(_name)
     for _kinds in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
         _registrations.impl(_name, _refuse, _kinds)
-    # A jagged tensor is a Python subclass, which the dispatcher's keys do not tell apart.
+    # A jagged tensor is a Python subclass, which the keys of the dispatcher do not distinguish.
     torch.library.register_torch_dispatch(
         f"pbs::{_name}", NestedTensor, _of_subclass(_refuse), lib=_registrations
     )

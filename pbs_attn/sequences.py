@@ -1,4 +1,4 @@
-"""Attention of several sequences of different lengths: side by side, or with K and V in pages."""
+"""Attention of several sequences of different lengths, side by side or with K and V in pages."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def attention_varlen(
     scale: float | None = None,
     config: PBSConfig = _DEFAULT,
 ) -> Tensor:
-    """``pbs_attn.attention`` of sequences that lie side by side, without padding.
+    """``pbs_attn.attention`` of sequences that are packed side by side, without padding.
 
-    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``. ``cu_seqlens_k`` says the
-    same of ``k`` and ``v``, as in FlashAttention. The queries stand at the last positions of their
-    sequence. Sequences run one after the other, so that the output of a sequence does not depend
-    on its neighbours.
+    Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of ``q``, and likewise
+    ``cu_seqlens_k`` gives its rows of ``k`` and ``v``, as in FlashAttention. The queries are the
+    last positions of their sequence. Sequences run one after the other, so the output of a sequence
+    does not depend on its neighbours.
 
     Args:
         q: (total Nq, query heads, head_dim), any strides with a contiguous last dim.
@@ -78,8 +78,8 @@ def attention_paged(
         seq_lens: (sequences) int32 or int64: Nkv of each sequence, at least its Nq. It is read on
             the CPU, too.
         block_table: (sequences, pages of the longest sequence) int32, on the device of ``q``.
-            Entries behind a sequence's last page are not read. A number that is no page makes the
-            sequence's output NaN on a GPU, and is an error on the CPU.
+            Entries after a sequence's last page are not read. If a number is not that of a page,
+            the output of the sequence is NaN on a GPU, and the CPU raises an error.
         is_causal, scale, config: as in ``pbs_attn.attention``.
 
     Returns:

@@ -5,10 +5,10 @@
     print(pbs_attn.transformers.explain(model))  # what a prompt would take
     print(pbs_attn.transformers.routes())  # what the calls did take
 
-Every call of an attention layer is sent one of four ways by `route`, the only place that decides:
-"pbs" (torch.ops.pbs.attention), "sdpa" (transformers' own SDPA), "eager" (the eager function of the
-model's file, where SDPA cannot express the layer) or "unsupported" (an error). A padded or packed
-batch is cut into its sequences, of which each is such a call.
+`route` alone decides which of four routes a call of an attention layer takes: "pbs"
+(torch.ops.pbs.attention), "sdpa" (transformers' own SDPA), "eager" (the eager function of the
+model's file, if SDPA cannot express the layer) or "unsupported" (an error). A padded or packed
+batch is split into its sequences, and each of them is such a call.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def register(
 def _check_register_arguments(name: object, config: object, min_tokens: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"name must be letters, digits, '_', '-' and '.', got {name!r}")
-    # transformers looks for these words in a name and then takes the path of its own function.
+    # transformers looks for these words in a name, and then uses the code of its own function.
     if name == "eager" or any(word in name for word in ("flash", "sdpa", "flex_attention")):
         raise ValueError(f"name must not resemble one of transformers' own, got {name!r}")
     check_config(config)
@@ -116,8 +116,8 @@ def _import_transformers() -> Any:
 
 
 def _refuse_continuous_batching() -> None:
-    """Makes transformers' continuous batching refuse our names before it starts. It has no place
-    to register anything, and what it does with an unknown name differs between versions."""
+    """Makes transformers' continuous batching refuse our names before it starts. It has no
+    registry, and its behaviour with an unknown name differs between versions."""
     from transformers.generation.continuous_batching import ContinuousBatchingManager
 
     manager: Any = ContinuousBatchingManager
@@ -200,7 +200,8 @@ def _make_attention_function(settings: Settings, sdpa: _AttentionFunction) -> _A
 
 
 def _speak_up(module: torch.nn.Module, call: Call, decided: Route, settings: Settings) -> None:
-    """A word where a call goes dense for what explain() cannot foresee: its mask, or gradients.
+    """Warns if a call goes dense for a reason that explain() cannot foresee: its mask, or
+    gradients.
 
     Raises:
         RuntimeError: in the second pass of a reentrant checkpoint, whose first pass took PBS.
@@ -220,8 +221,8 @@ def _speak_up(module: torch.nn.Module, call: Call, decided: Route, settings: Set
 
 
 def _recomputes_a_checkpoint() -> bool:
-    """Whether this is the backward of torch.utils.checkpoint(use_reentrant=True), or of one of
-    its kin, which run the forward a second time there."""
+    """Whether this is the backward of torch.utils.checkpoint(use_reentrant=True) or a similar
+    function, which runs the forward a second time."""
     if torch.compiler.is_compiling():
         return False
     node = torch._C._current_autograd_node()
@@ -229,14 +230,14 @@ def _recomputes_a_checkpoint() -> bool:
 
 
 def _needs_mask(call: Call, kind: str) -> bool:
-    """Whether a call without a mask needs one on its dense way."""
+    """Whether a call without a mask needs one on its dense route."""
     if call.is_causal is False:
         return False
     if call.window is not None and call.window < call.num_keys:
         return True
     if call.num_queries == 1:
         return False
-    # SDPA's is_causal aligns top-left, which is the same only for as many queries as keys.
+    # SDPA's is_causal aligns top-left, which is the same only if there are as many queries as keys.
     return kind == "eager" or call.num_queries < call.num_keys
 
 
@@ -252,8 +253,8 @@ def _causal_mask(call: Call, device: torch.device) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as eager functions add it to the logits. The lowest finite value, not -inf: a row of
-    padding sees nothing and would turn into NaN."""
+    """The mask that eager functions add to the logits. It has the lowest finite value instead of
+    -inf, because a row of padding sees nothing and would become NaN."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

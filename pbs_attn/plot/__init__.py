@@ -1,6 +1,7 @@
-"""Pictures of what PBS visits, gains and costs, with matplotlib (`pip install 'pbs-attn[plot]'`).
+"""Pictures of the visited blocks, the speed-up and the quality of PBS, with matplotlib (`pip
+install 'pbs-attn[plot]'`).
 
-`draw_attention` works on tensors; the others on the rows of `pbs-attn bench`, or on its CSV files.
+`draw_attention` takes tensors. The other functions take rows of `pbs-attn bench` or its CSV files.
 """
 
 from .attention import GATHERED_MASS, WINDOW, HeadView, KeyOrder, compare_orders, draw_attention

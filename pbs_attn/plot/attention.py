@@ -1,7 +1,7 @@
-"""One head's attention map with and without permuted keys, and what PBS visits of it.
+"""The attention map of one head, with and without permuted keys, and the blocks that PBS visits.
 
-The idea is that of Figure 1 of arXiv 2510.21270: keys that matter lie scattered over many blocks,
-and gather in few once the keys of each segment are sorted by importance.
+The picture is like Figure 1 of arXiv 2510.21270. Important keys are scattered over many blocks, and
+gather in few blocks once the keys of each segment are sorted by importance.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ import pbs_attn
 from pbs_attn import PBSConfig
 from pbs_attn._errors import require
 
-# The criterion compares how many key blocks hold this share of the attention to earlier segments.
+# The criterion compares the number of key blocks that hold this share of the attention to earlier
+# segments.
 GATHERED_MASS = 0.9
 
 # Enough rows to rank the heads of a layer; all rows would cost as much as dense attention.
 SAMPLED_BLOCKS = 8
 SAMPLED_ROW_STEP = 4
 
-WINDOW = 2048  # tokens shown: 16 blocks of 128 are as many as can be told apart at a glance
-POOL = 4  # tokens a pixel, each way
+WINDOW = 2048  # tokens shown: more than 16 blocks of 128 are hard to distinguish
+POOL = 4  # tokens per pixel, in both directions
 LARGEST_WEIGHT = 0.1  # on the colour scale, which starts at the weight of uniform attention
 VISITED_COLOUR, OWN_COLOUR, TINT = "#e8590c", "#1c7ed6", 0.25
 
@@ -31,11 +32,12 @@ VISITED_COLOUR, OWN_COLOUR, TINT = "#e8590c", "#1c7ed6", 0.25
 class KeyOrder(NamedTuple):
     """One order of one head's keys and the blocks that the selection picks in it."""
 
-    perm: torch.Tensor  # (Nkv,) key row that stands at each place
+    perm: torch.Tensor  # (Nkv,) key row at each place
     visited: torch.Tensor  # (num_q_blocks, num_kv_blocks) bool, blocks of earlier segments
     density: float
     visited_mass: float
-    share_needed: float  # of the blocks of earlier segments, to hold GATHERED_MASS of their mass
+    share_needed: float  # share of the blocks of earlier segments that holds GATHERED_MASS of their
+    # mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +67,12 @@ def compare_orders(
     scale: float | None,
     config: PBSConfig,
 ) -> list[HeadView]:
-    """What the selection visits of each query head, with the keys permuted and as they are.
+    """The blocks that the selection visits for each query head, with permuted keys and without.
 
     Args:
         query: (1, Hq, N, D).
         key, value: (1, Hkv, N, D).
-        layer: carried into the result.
+        layer: copied into the result.
         scale: of the logits; None for 1/sqrt(D).
         config: the same for both orders, except that the second leaves the keys in place.
 
@@ -139,11 +141,11 @@ def _describe_order(perm, visited, density, samples, config):
 
 
 class _Map(NamedTuple):
-    """The lower right corner of the map, pooled; rows and columns start at token `start`."""
+    """The lower right corner of the map, pooled. Rows and columns start at token `start`."""
 
     attention: torch.Tensor  # (pixels, pixels) largest weight of each cell, 0 where not causal
     visited: torch.Tensor  # (query blocks, key blocks) bool
-    own: torch.Tensor  # likewise, the own segment
+    own: torch.Tensor  # the same, for the own segment
     start: int
 
 
@@ -161,7 +163,7 @@ def _make_map(view: HeadView, order: KeyOrder) -> _Map:
         last = min(first + config.block_size, num_tokens) - 1
         own_start = first // segment * segment
         rows = _attention_rows(view.query, view.key, view.scale, torch.arange(first, last + 1))
-        # The own segment is visited in original order, whatever the order of the others.
+        # The own segment is always visited in original order.
         columns = torch.cat([order.perm[start:own_start], torch.arange(own_start, num_tokens)])
         cells = torch.zeros(config.block_size, padded)
         cells[: len(rows), : len(columns)] = rows[:, columns]
@@ -174,10 +176,10 @@ def _make_map(view: HeadView, order: KeyOrder) -> _Map:
 
 
 def draw_attention(view: HeadView, path: str | os.PathLike, *, title: str) -> None:
-    """Writes the picture to `path`, whose ending says the format.
+    """Writes the picture to `path`. The ending gives the format.
 
-    Both panels show the last WINDOW queries and keys. Blocks that PBS visits are tinted and
-    outlined, those of the own segment in a second colour.
+    Both panels show the last WINDOW queries and keys. Visited blocks are tinted and outlined. Those
+    of the own segment have a second colour.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -239,7 +241,7 @@ def _rgb(colour):
 
 
 def _outline(blocks, start, height, width):
-    """The lines between the blocks that are set and those that are not, in token coordinates."""
+    """The lines between set and unset blocks, in token coordinates."""
     padded = torch.nn.functional.pad(blocks.int(), (1, 1, 1, 1))
     lines = []
     for y, x in padded.diff(dim=0)[:, 1:-1].nonzero().tolist():

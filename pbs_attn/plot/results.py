@@ -1,7 +1,7 @@
-"""Pictures of the rows of `pbs-attn bench`, each given as rows or as the CSV that holds them.
+"""Pictures of the rows of `pbs-attn bench`. Each function takes rows or a CSV with them.
 
-Series differ in marker and dash as well as in colour, and colours in lightness, so that print and
-the colour-blind tell them apart.
+Series differ in marker and dash as well as in colour, and colours differ in lightness. So they
+remain distinct in print and for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ HATCHES = ("", "//", "..", "xx", "")
 
 
 def draw_speedup(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
-    """Speed-up to the first token against prompt length, beside the bound that the linear layers
-    set: rows of `bench prefill`.
+    """Draws the speed-up to the first token against prompt length, and the bound from the linear
+    layers. Takes rows of `bench prefill`.
 
     Raises:
         BenchError: if the rows come from more than one process.
@@ -89,17 +89,17 @@ def draw_speedup(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
 
 def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
-    """What is lost, or found, against the density visited, one panel a probe: rows of
-    `bench quality`. The second of two settings has open markers.
+    """Draws loss or recall against density, one panel per probe. Takes rows of `bench quality`. The
+    second of two settings has open markers.
 
     Raises:
-        BenchError: if the rows come from more than one process, or are RULER's alone.
+        BenchError: if the rows come from more than one process, or are only those of RULER.
         ImportError: if matplotlib is missing.
     """
     rows = _rows_of_one_run(rows)
     selections = {curve_name(row): row["selection"] for row in rows}
     settings_of = {curve_name(row): row.get("settings", GIVEN) for row in rows}
-    first = next(filter(None, settings_of.values()), "")  # "": of no settings
+    first = next(filter(None, settings_of.values()), "")  # "": rows without settings
     curves = summarize(rows)
     if not curves:
         raise BenchError(f"rows to draw must hold {', '.join(PROBE_LABELS)}, got none")
@@ -123,7 +123,7 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
             )
         panel, unit = PROBE_LABELS[probe]
         ax.set_title(panel, fontsize=10)
-        if probe == "copy":  # the window and the truncated prompt lose all of it
+        if probe == "copy":  # the window and the truncated prompt lose the whole passage
             ax.set_yscale("symlog", linthresh=0.1)
         ax.set_xlabel(DENSITY_LABEL)
         ax.set_ylabel(unit)
@@ -134,8 +134,8 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
 
 def draw_heads(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
-    """The density of each layer and query head, mean over texts, one panel a threshold: rows of
-    `bench quality --heads-csv`.
+    """Draws the density of each layer and query head, averaged over texts, one panel per threshold.
+    Takes rows of `bench quality --heads-csv`.
 
     Raises:
         BenchError: if the rows come from more than one process.
@@ -164,8 +164,8 @@ def draw_heads(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
 
 def draw_stages(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
-    """Where the time of one call goes, as shares, one bar a row of `bench pipeline`; its
-    milliseconds, density and speed-up over the best dense kernel beside it.
+    """Draws the share of each stage in the time of one call, one bar per row of `bench pipeline`.
+    The labels have milliseconds, density and speed-up over the best dense kernel.
 
     Raises:
         BenchError: if the rows come from more than one process.
@@ -208,8 +208,8 @@ def draw_stages(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
 
 
 def draw_rates(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
-    """Rate on visited blocks against density, one panel a prompt length: rows of `bench kernel`
-    on random lists with the widest key blocks.
+    """Draws throughput on visited blocks against density, one panel per prompt length. Takes rows
+    of `bench kernel` on random lists with the widest key blocks.
 
     Raises:
         BenchError: if the rows come from more than one process.

@@ -41,8 +41,8 @@ class PBSBuilder:
         if self.pbs_layers and common_attn_metadata.max_query_len > 1:
             plan = self._make_plan(common_prefix_len, common_attn_metadata, fast_build)
         if plan is not None and plan.rest:
-            # fast_build: otherwise, FlashAttention 3 writes its schedule into a buffer that the metadata
-            # of the whole batch points to.
+            # fast_build: otherwise, FlashAttention 3 writes its schedule into a buffer that the
+            # metadata of the whole batch points to.
             rest = common_attn_metadata.replace(**rest_arguments(common_attn_metadata, plan.rest))
             plan = dataclasses.replace(plan, rest_metadata=super().build(0, rest, True))
         metadata.pbs_plan = plan
