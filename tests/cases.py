@@ -1,4 +1,4 @@
-"""Problems the tests pose: their sizes and settings, inputs, and calls of the ops on them."""
+"""Test problems: sizes, settings, inputs, and calls of the ops on them."""
 
 from typing import NamedTuple
 
@@ -14,13 +14,14 @@ STRIDES = ["contiguous", "bnhd", "slice"]
 
 
 def arguments_of(op, are_keywords):
-    """The names of an operator's keyword arguments, or of the others, by its schema."""
+    """The names of the keyword arguments of an operator, or of its other arguments, from its
+    schema."""
     arguments = getattr(ops, op).default._schema.arguments
     return [argument.name for argument in arguments if argument.kwarg_only == are_keywords]
 
 
 def operator_calls(q, k, v, config):
-    """A call of every operator with the settings of a config: name -> (tensors by name, keyword
+    """One call of every operator with the settings of a config: name -> (tensors by name, keyword
     arguments)."""
     pool = {"q": q, "k": k, "v": v, **pbs_attn.select(q, k, v, config=config)._asdict()}
     tensors = {op: {name: pool[name] for name in arguments_of(op, False)} for op in OPERATORS}
@@ -52,14 +53,14 @@ class Case(NamedTuple):
 
     @staticmethod
     def threshold_for(mass, share):
-        """`share` of a sum, in (0, 1], as `mass` may be compared with it: a single block has half
-        of all to reach at most."""
+        """A threshold for `mass` from `share`, a share of a sum in (0, 1]. The threshold of a
+        single block is at most half."""
         return share / 2 if mass == "block" and share < 1 else share
 
     def kwargs(self, op):
         """All keyword arguments of an operator, or of the reference's function of that name."""
         kwargs = {name: getattr(self, name) for name in arguments_of(op, True)}
-        if op == "permute_kv":  # which has no block_size that None could stand for
+        if op == "permute_kv":  # which has no block_size to replace None
             kwargs["kv_block_size"] = self.kv_block
         return kwargs
 
@@ -83,7 +84,7 @@ class Case(NamedTuple):
 
 
 def clustered_qkv(case, dtype, seed):
-    """Random q, k, v with one direction that all queries and some runs of 16 keys lean towards, so
+    """Random q, k, v. All queries and some runs of 16 keys have a component in one direction, so
     that a few blocks hold most of the mass."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(case.head_dim, generator=generator)
@@ -101,7 +102,8 @@ def clustered_qkv(case, dtype, seed):
 
 
 def with_strides(x, strides):
-    """The same values as a (B, N, H, D) tensor transposed, or amid NaN in a larger tensor."""
+    """The same values as a transposed (B, N, H, D) tensor, or as a slice of a larger tensor of
+    NaN."""
     if strides == "bnhd":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if strides == "slice":
@@ -113,7 +115,7 @@ def with_strides(x, strides):
 
 
 class Outputs(NamedTuple):
-    """What the ops give, each fed the outputs of those before."""
+    """The outputs of the ops, each of which gets the outputs of the earlier ones."""
 
     scores: torch.Tensor
     perm: torch.Tensor

@@ -10,14 +10,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Workers of pytest-xdist share the cores. Without this each would start a thread for every
-    core, and references on the CPU would take several times as long."""
+    """Divides the cores among the workers of pytest-xdist. Otherwise, each would start a thread for
+    every core, and references on the CPU would take several times as long."""
     num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
 
 
 def has_gpu():
-    """One that a build with CUDA has kernels for, whether or not this build is one."""
+    """Whether there is a GPU that a build with CUDA has kernels for. This build may have none."""
     if not torch.cuda.is_available():
         return False
     from pbs_attn._library import runs_on
@@ -45,7 +45,7 @@ def seed():
 @pytest.fixture
 def op_modules(monkeypatch):
     """`op_modules(model)` -> two lists that grow while a transformers model runs: the modules that
-    run the op, and all modules that run, by name (or by `label(name, module)`)."""
+    run the op, and all modules that run, by name (or `label(name, module)`)."""
     import pbs_attn.transformers as integration
 
     attention = integration.attention
@@ -80,7 +80,7 @@ def op_modules(monkeypatch):
 
 @pytest.fixture
 def op_layers(op_modules):
-    """`op_layers(model)` -> a list that grows by the layer index of each layer that runs the op."""
+    """`op_layers(model)` -> a list to which each layer that runs the op adds its layer index."""
 
     def watch(model):
         ran_op, _ = op_modules(model, lambda name, module: getattr(module, "layer_idx", None))

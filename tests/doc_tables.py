@@ -1,5 +1,5 @@
-"""What tests of documents share: tables of a page, rows of committed CSVs, and whether a rounded
-figure is that of a value."""
+"""Helpers for tests of documents: tables of a page, rows of committed CSVs, and comparison of
+rounded figures with values."""
 
 import csv
 import re
@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 
 
 def tables_in(path):
-    """Every table as its column names and rows of cells."""
+    """Yields the column names and the rows of cells of every table."""
     for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
         lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
         names, _, *rows = [[cell.strip() for cell in line] for line in lines]
@@ -24,7 +24,7 @@ def tables_in(path):
 
 
 def table_with(columns, path=BENCHMARKS):
-    """Rows of the first table that has these columns."""
+    """The rows of the first table that has these columns."""
     for names, rows in tables_in(path):
         if set(columns) <= set(names):
             assert rows
@@ -33,13 +33,13 @@ def table_with(columns, path=BENCHMARKS):
 
 
 def says(text, value):
-    """Whether a rounded figure is that of the value."""
+    """Whether a rounded figure equals the value to its digits."""
     digits = len(text.split(".")[1]) if "." in text else 0
     return float(text) == pytest.approx(value, abs=0.5001 * 10.0**-digits)
 
 
 def assert_says(said, row, columns):
-    """The cells of a line of a table against the columns of a row of a CSV, by their names."""
+    """Compares the cells of a table row with the columns of a CSV row, by their names."""
     for column, name in columns.items():
         assert says(said[column], float(row[name])), (said, column)
 
@@ -59,7 +59,7 @@ def words_of(path):
 
 
 def figures(pattern, path=KERNEL_LOG):
-    """The figures that stand where a sentence of a document has `#`."""
+    """The figures at the places of `#` in a sentence of a document."""
     number = r"(\d*\.?\d+)"
     escaped = re.escape(pattern).replace(r"\ ", r"\s+").replace(r"\#", number)
     (found,) = re.findall(escaped, words_of(path))
@@ -67,23 +67,23 @@ def figures(pattern, path=KERNEL_LOG):
 
 
 def assert_figures(pattern, values, path=KERNEL_LOG):
-    """A sentence's figures against values, each to the digits that it shows."""
+    """Compares the figures of a sentence with values, each to its digits."""
     said = figures(pattern, path)
     assert len(said) == len(values), (pattern, said, values)
     for text, value in zip(said, values, strict=True):
         assert says(text, float(value)), (pattern, text, value)
 
 
-# Cells of tables that are written from CSVs
+# Cells of tables that are generated from CSVs
 
 
 def rounded(value, digits=3):
-    """Without the sign of a zero."""
+    """Rounds without the sign of a zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def mean(rows, column):
-    """As a cell: empty where nothing was measured."""
+    """The mean of a column as a cell, which is empty if nothing was measured."""
     values = [float(row[column]) for row in rows if row[column] != ""]
     return rounded(statistics.fmean(values)) if values else ""
 
@@ -128,7 +128,7 @@ PRESET_COLUMNS = {
 
 
 def assert_presets(found):
-    """A table of 0.2.0's presets."""
+    """Compares a table of the presets of 0.2.0 with its CSVs."""
     assert len(found) == len(PRESET_ROWS)
     for said in found:
         preset = re.match(r"`(.*?)`", said["preset"]).group(1)

@@ -1,4 +1,4 @@
-"""The two tables of README.md: what the default costs in time, and what in quality."""
+"""The two tables of README.md: latency and quality of the presets."""
 
 from doc_tables import HELD_OUT, find, lengths_of, mean, read, rounded
 from preset_tables import (
@@ -19,13 +19,13 @@ ROWS = ("dense", "balanced", "fast", "paper")
 
 
 def faster(dense, own, digits=2):
-    """A time, and in parentheses by which factor it is shorter than dense's."""
+    """A time, with the speed-up over dense attention in parentheses."""
     return f"{own:.{digits}f} ({dense / own:.1f}×)"
 
 
 def first_token(tokens):
-    """Rows of dense attention and of the default, for a prompt in one piece on one GPU; None where
-    the length was not measured."""
+    """Rows of dense attention and of the default, for a prompt in one piece on one GPU; None if the
+    length was not measured."""
     rows = [row for row in read(SERVED) if (row["what"], row["part"]) == (FIRST_TOKEN, "whole")]
     if tokens not in lengths_of(rows):
         return None
@@ -56,8 +56,8 @@ def speed():
 
 
 def rows_of(preset):
-    """Of texts and pass keys. The settings of `paper` have not changed since the first generation
-    of the selection, which is where they were measured."""
+    """Rows of texts and pass keys. Those of `paper` come from the first generation of the
+    selection: its settings have not changed since."""
     rows = of_preset(read(QUALITY[MODEL]), preset)
     if rows or preset != "paper":
         return rows

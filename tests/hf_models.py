@@ -1,4 +1,4 @@
-"""Tiny random models of a few transformers families, and what they are compared by."""
+"""Tiny random models of a few transformers families, and helpers to compare their outputs."""
 
 import inspect
 
@@ -17,19 +17,19 @@ NUM_TOKENS = 401  # several segments and an incomplete one
 WINDOW = 96
 VOCABULARY = 97
 
-# How older transformers tell a mask function where the queries stand.
+# The name by which older transformers pass the positions of the queries to a mask function.
 HAS_CACHE_POSITION = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
 
 # The name of the argument that takes the cache.
 FORWARD = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in FORWARD else "past_key_values"
 
-ATOL = 1e-4  # of logits around 3, float32, against another order of summation
+ATOL = 1e-4  # tolerance of float32 logits around 3, for another order of summation
 
 
 @pytest.fixture(autouse=True)
 def registered():
-    """In each file that imports it: both names, with counts that begin again."""
+    """Registers both names for each test of a file that imports it, and resets their counts."""
     integration.register("pbs_exact", config=EXACT, min_tokens=MIN_TOKENS)
     integration.register("pbs_sparse", config=SPARSE, min_tokens=MIN_TOKENS)
 

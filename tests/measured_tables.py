@@ -1,7 +1,7 @@
-"""The tables of README.md and of some pages of docs/ that are made from CSVs.
+"""Generates the tables of README.md and of some pages of docs/ from CSVs.
 
-`python tests/measured_tables.py` writes them into the pages again, each in place of the one with
-the same columns. tests/test_docs_tables.py holds the pages against them.
+`python tests/measured_tables.py` writes them into the pages. Each replaces the table with the same
+columns. tests/test_docs_tables.py checks that the pages have them.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from pbs_attn.bench.serving_engine import DECODE, FIRST_TOKEN, THROUGHPUT
 CHOOSING, EXPERIMENTS, KERNEL_LOG, SERVING = (
     ROOT / "docs" / f"{name}.md" for name in ("choosing", "experiments", "kernel-log", "serving")
 )
-SERVED = ("serve_h100.csv", "serve_tp2_h100.csv")  # one each number of GPUs
+SERVED = ("serve_h100.csv", "serve_tp2_h100.csv")  # one file per number of GPUs
 PROTOTYPES = "ruler_prototypes_qwen_h200.csv"
 SELECTION = "selection_h200.csv"
 
@@ -59,7 +59,7 @@ def select_blocks():
 
 
 def sampled_stage():
-    """Milliseconds of the stage, and of what attends to the blocks of `fast`."""
+    """Milliseconds of the stage, and of `attend` on the blocks of `fast`."""
     lines = []
     for pair in pairs_of_pipeline():
         cells = [rounded(float(row["select_blocks_ms"]), 2) for row in pair]
@@ -77,7 +77,7 @@ def sampled_stage():
 
 
 def served(*whats):
-    """Each row of PBS with what it is compared with, and the cells that tell which it is."""
+    """Yields each row of PBS, the dense row to compare it with, and the cells that identify it."""
     for rows in map(read, SERVED):
         for row in rows:
             if row["what"] in whats and row["mode"] != "dense":
@@ -193,7 +193,7 @@ ABOUT = ["row", "samples", "per", "keys seen", "threshold", "tail, window"]
 
 
 def prototypes(run):
-    """By the cells that tell their settings. A row has the same letter in all tables."""
+    """Groups rows by the cells with their settings. A setting has the same letter in all tables."""
     letters, groups = {}, {}
     for row in read(PROTOTYPES):
         if row["selection"] == "dense":
@@ -213,7 +213,7 @@ def about(samples, pool, rounding, threshold, tail, window, per, correction):
 
 
 def prototype_scores(run):
-    """What the score is above dense and the density, means over tasks, by length."""
+    """Score above dense and density, averaged over tasks, by length."""
     names, lines = ABOUT[:], []
     for settings, rows in prototypes(run).items():
         line = list(settings)
@@ -315,7 +315,7 @@ def as_markdown(names, lines):
 
 
 def write(path, names, lines):
-    """In place of the table that has the same columns."""
+    """Replaces the table that has the same columns."""
     text = path.read_text()
     header = as_markdown(names, [])
     before, found, behind = text.partition(header)

@@ -4,12 +4,13 @@ import torch
 from reference_sequences import rows_of
 
 LAYOUTS = ["nhd", "hnd", "apart"]
-NO_PAGES = (-1, 2**31 - 1)  # in entries of a table that nobody may read
+NO_PAGES = (-1, 2**31 - 1)  # for entries of a table that must not be read
 
 
 class Pages:
-    """Caches (pages, page_size, heads, head_dim) for sequences of up to so many keys, NaN but for
-    what `write` put there. Pages are given out in random order, and three belong to nobody.
+    """Caches (pages, page_size, heads, head_dim) for sequences with these numbers of keys. They
+    hold NaN except for rows that `write` has set. Pages are assigned in random order, and three are
+    unused.
 
     Layouts: K and V are halves of one row (`nhd`), with the heads before the rows (`hnd`), or
     tensors of their own (`apart`).
@@ -42,7 +43,8 @@ class Pages:
         return self.table.to(self.k.device)
 
     def write(self, sequence, first, k, v):
-        """Keys and values (tokens, heads, head_dim) from a row of the sequence on."""
+        """Writes keys and values (tokens, heads, head_dim), starting at row `first` of the
+        sequence."""
         rows = self._rows(sequence, first, first + len(k))
         self.k[rows], self.v[rows] = k.to(self.k), v.to(self.v)
 
@@ -51,7 +53,7 @@ class Pages:
         return self.k[rows], self.v[rows]
 
     def clone(self, device=None):
-        """Other caches of the same strides."""
+        """A copy of the caches with the same strides."""
         other = object.__new__(Pages)
         other.page_size, other.table = self.page_size, self.table.clone()
         other.k, other.v = (
@@ -66,5 +68,5 @@ class Pages:
 
 
 def cu_seqlens(lengths, dtype=torch.int32):
-    """0, and the sums of the lengths up to each sequence."""
+    """0, and the cumulative sums of the lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)

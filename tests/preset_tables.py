@@ -1,4 +1,4 @@
-"""Tables of the presets of today, and of what they were chosen by."""
+"""Tables of today's presets, and of the runs that they were chosen on."""
 
 import statistics
 
@@ -23,7 +23,7 @@ PIPELINE = {
     "balanced": "pipeline_balanced_h100.csv",
     "fast": "pipeline_fast_h100.csv",
 }
-SAMPLED = {  # what rows call a selection
+SAMPLED = {  # by the name of a selection in the rows
     "balanced": "16 per query head",
     "fast": "16 per KV head",
     "fast,num_samples=32": "32 per KV head",
@@ -32,7 +32,7 @@ SAMPLED = {  # what rows call a selection
 
 
 def of_preset(rows, preset):
-    """Those at its own threshold; of "dense", dense's."""
+    """The rows of a preset at its own threshold, or those of "dense"."""
     if preset == "dense":
         return [row for row in rows if row["selection"] == "dense"]
     threshold = getattr(PBSConfig, preset)().resolved_threshold
@@ -45,13 +45,13 @@ def of_preset(rows, preset):
 
 
 def contestants(rows):
-    """By name, with their label in a table: the presets that were measured."""
+    """The presets that were measured, by name, with their labels in a table."""
     names = [name for name in ("dense", *PRESETS) if of_preset(rows, name)]
     return {name: name if name == "dense" else f"`{name}`" for name in names}
 
 
 def ruler_scores(rows, preset):
-    """By length and task, beside dense."""
+    """Scores by length and task, compared with dense."""
     groups = {}
     for side, name in enumerate((preset, "dense")):
         for row in of_preset(rows, name):
@@ -83,7 +83,7 @@ def ruler():
 
 
 def quality_cells(rows):
-    """Means over texts, and over pass keys."""
+    """The cells of a row: means over texts and over pass keys."""
     return [
         mean([row for row in rows if row["probe"] == probe], column)
         for probe, column in PRESET_COLUMNS.values()
@@ -102,13 +102,13 @@ def quality():
 
 
 def pairs_of_pipeline():
-    """A row of each preset, by length."""
+    """Yields one row of each preset for every length."""
     fast = read(PIPELINE["fast"])
     return [(row, find(fast, tokens=row["tokens"])) for row in read(PIPELINE["balanced"])]
 
 
 def best_dense(row):
-    """Milliseconds, None where dense kernels were left out."""
+    """Milliseconds of the best dense kernel; None if dense kernels were left out."""
     times = [float(value) for name, value in row.items() if name.endswith("_dense_ms") and value]
     return min(times, default=None)
 
@@ -130,7 +130,7 @@ def operator():
 
 
 def operator_of_models():
-    """The same at a density that a model takes."""
+    """The same at the density that a model reaches."""
     lines = []
     for row in read("pipeline_models_h100.csv"):
         dense, time = best_dense(row), float(row["attention_ms"])
@@ -167,7 +167,7 @@ def ruler_tasks():
 
 
 def by_threshold(rows):
-    """Rows of PBS by who samples and threshold, the highest first."""
+    """Rows of PBS by samples and threshold, the highest threshold first."""
     groups = {}
     for row in rows:
         if row["selection"] == "pbs":
@@ -196,7 +196,7 @@ def tuning_ruler():
 
 
 def tuning_points(rows, group):
-    """What rows of one length score above dense's of `rows`."""
+    """The mean score of rows of one length above that of the dense rows in `rows`."""
     length = group[0]["tokens"]
     dense = [row for row in rows if (row["selection"], row["tokens"]) == ("dense", length)]
     return statistics.fmean(
@@ -205,7 +205,7 @@ def tuning_points(rows, group):
 
 
 def thresholds_on_texts(files, last):
-    """Every threshold that was measured, up to this column."""
+    """A line for every measured threshold, with the columns up to `last`."""
     columns = list(PRESET_COLUMNS)
     columns = columns[: columns.index(last) + 1]
     lines = []

@@ -1,4 +1,4 @@
-"""Permuted block-sparse attention in plain float64 PyTorch, one function a stage.
+"""Permuted block-sparse attention in plain float64 PyTorch, one function per stage.
 
 Source: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270v2. Its own variant
 is `permute_per="query_head"`, `num_heavy=None`, `mass="earlier"`.
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from rounding import Rounded, candidates_to_e4m3, cut_softmax, rounded_products
 
-# Candidates that stand for own keys where there are none, as on CUDA.
+# Candidates that replace own keys if there are none, as on CUDA.
 FIRST_KEYS = 32
 
 
 class Layout(NamedTuple):
-    """Everything that says where blocks and segments lie. `kv_block_size=None` is `block_size`."""
+    """The positions of blocks and segments. `kv_block_size=None` means `block_size`."""
 
     num_queries: int
     num_keys: int
@@ -165,9 +165,9 @@ def attention(
 
 
 def block_roles(layout):
-    """What each key block is to each query block: (candidate, own), bool (num_q_blocks,
-    num_kv_blocks) each. Candidates are the permuted blocks a query block may select; its own
-    blocks, in original order, are visited always."""
+    """The role of each key block for each query block: (candidate, own), bool (num_q_blocks,
+    num_kv_blocks) each. Candidates are the permuted blocks that a query block may select. Its own
+    blocks, in original order, are always visited."""
     num_queries, num_keys, block_size, kv_block_size, segment_size, is_causal = layout
     kv_block_size = kv_block_size or block_size
     first_position = num_keys - num_queries + torch.arange(0, num_queries, block_size)
@@ -184,9 +184,10 @@ def block_roles(layout):
 
 
 def always_visited(layout, window, dense_tail):
-    """Blocks that a query block visits whatever their score, bool (num_q_blocks, num_kv_blocks),
-    some of them no candidates. Causal: those of segments that hold one of the `window` keys before
-    its first row; and all, if it holds one of the last `dense_tail` queries."""
+    """Blocks that a query block always visits, bool (num_q_blocks, num_kv_blocks). Some of them are
+    not candidates. With a causal mask, they are the blocks of segments that hold one of the
+    `window` keys before its first row, and all blocks if it holds one of the last `dense_tail`
+    queries."""
     num_queries, num_keys, block_size, kv_block_size, segment_size, is_causal = layout
     first_row = torch.arange(0, num_queries, block_size)[:, None]
     last_row = (first_row + block_size).clamp(max=num_queries) - 1
@@ -197,7 +198,8 @@ def always_visited(layout, window, dense_tail):
 
 
 def smallest_set(candidate_mass, own_mass, threshold):
-    """The fewest, heaviest candidates whose mass, with that of the own blocks, reaches it."""
+    """The smallest set of the heaviest candidates whose mass, with that of the own blocks, reaches
+    the threshold."""
     largest_first, order = candidate_mass.sort(dim=-1, descending=True, stable=True)
     reached_before = own_mass[..., None] + F.pad(largest_first.cumsum(-1), (1, -1))
     needed = reached_before < threshold
@@ -218,7 +220,7 @@ def block_mass(q, k, k_mean, layout, *, scale=None, mass="earlier"):
     permuted = permuted.masked_fill(~candidate, -torch.inf)
     original = original.masked_fill(~own, -torch.inf)
     share = torch.cat([permuted, original], -1).softmax(-1)
-    candidate_share, own_share = share.nan_to_num(0.0).chunk(2, -1)  # NaN: a row without any block
+    candidate_share, own_share = share.nan_to_num(0.0).chunk(2, -1)  # NaN: a row without blocks
     return candidate_share, own_share.sum(-1)
 
 
@@ -228,11 +230,12 @@ def sampled_mass(
     """The largest share of its attention that any of a few queries of a block gives each candidate,
     (B, Hq, num_q_blocks, num_kv_blocks), and the own blocks, summed to (B, Hq, num_q_blocks).
 
-    Of each query block so many are taken, or all if it has fewer, the i-th at the end of the i-th
-    of so many equal parts; with select_per="kv_head" the i-th is of head i modulo the number of
-    heads that share a KV head. A query weighs every candidate key, and each own key up to its own
-    position. With rounding="e4m3" queries meet the candidates, and shares are limited, as in the
-    sm90 kernels; with rounding="limited" shares are limited, as in the sm80 kernels."""
+    `num_samples` queries of each query block are sampled, or all if it has fewer. The i-th is at
+    the end of the i-th of `num_samples` equal parts. With select_per="kv_head", the i-th comes from
+    head i modulo the number of heads that share a KV head. A query weighs every candidate key, and
+    each own key up to its own position. With rounding="e4m3", queries and candidates are rounded
+    and shares are limited, as in the sm90 kernels. With rounding="limited", only shares are
+    limited, as in the sm80 kernels."""
     num_queries, num_keys, block_size, kv_block_size, _, is_causal = layout
     candidate, _ = block_roles(layout)
     width, num_heads = kv_block_size or block_size, q.shape[1]
@@ -293,7 +296,7 @@ def mass_by_score(
     scale=None,
     rounding=None,
 ):
-    """`sampled_mass`, whose `mass` is "block", or `block_mass`, each with what it takes."""
+    """Calls `sampled_mass`, whose `mass` is "block", or `block_mass`, with its arguments."""
     if score == "sampled":
         options = {"scale": scale, "select_per": select_per, "rounding": rounding}
         return sampled_mass(q, k, perm, layout, num_samples, **options)
@@ -301,7 +304,7 @@ def mass_by_score(
 
 
 def masses_of(case, q, k, k_mean, perm, *, rounding=None):
-    """As a case of the tests asks for."""
+    """The masses that a test case asks for."""
     names = ("scale", "mass", "score", "num_samples", "select_per")
     options = {name: getattr(case, name) for name in names}
     return mass_by_score(q, k, k_mean, perm, case.layout, rounding=rounding, **options)
@@ -316,7 +319,7 @@ def sink_block(perm, k_mean, num_heads, kv_block_size):
 
 def visited_keys(perm, block_mask, layout):
     """Which keys each query row visits, in ORIGINAL key order: bool (B, Hq, num_queries, num_keys).
-    Bits of `block_mask` that are no candidates are ignored."""
+    Bits of `block_mask` that are not candidates are ignored."""
     num_queries, num_keys, block_size, kv_block_size, segment_size, is_causal = layout
     candidate, _ = block_roles(layout)
     by_place = (block_mask & candidate).repeat_interleave(kv_block_size or block_size, -1)

@@ -14,13 +14,13 @@ import torch
 
 
 class Sequence(NamedTuple):
-    """One sequence that has queries, as a batch of one: what it is made of, and what came out."""
+    """One sequence that has queries, as a batch of one: its inputs and results."""
 
     q: torch.Tensor  # (1, Hq, Nq, D)
     k: torch.Tensor  # (1, Hkv, Nkv, D), in the order of `visited`
     v: torch.Tensor
-    scores: torch.Tensor  # importance, of what was sorted
-    perm: torch.Tensor  # (1, Hp, Nkv): the row of k that stands at each place
+    scores: torch.Tensor  # importance of the keys that were sorted
+    perm: torch.Tensor  # (1, Hp, Nkv): the row of k at each place
     masses: tuple  # of the candidates and the own blocks, by reference.mass_by_score
     visited: torch.Tensor  # bool (1, Hq, Nq, Nkv)
     out: torch.Tensor  # (1, Hq, Nq, D)
@@ -63,7 +63,7 @@ def attention_paged_(q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, *
 
 def order_own(q, k, *, segment_size, num_heavy, block_size, scale=None, **others):
     """The importance of the keys from the first segment of the queries on, and the order of all
-    keys: those before stay, and token 0 is the most important of its segment."""
+    keys. Earlier keys stay in place, and token 0 is the most important key of its segment."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     first = (num_keys - num_queries) // segment_size * segment_size
     sizes = {"block_size": block_size, "segment_size": segment_size, "scale": scale}
@@ -76,7 +76,7 @@ def order_own(q, k, *, segment_size, num_heavy, block_size, scale=None, **others
 
 
 def attend_alone(q, k, v, **options):
-    """As `reference.attention`, with what it visits."""
+    """Like `reference.attention`, but also returns the visited keys."""
     scores = ref.score_keys(q, k, **of(options, *SCORING, "permute_per"))
     perm = ref.sort_segments(scores, **of(options, "segment_size", "num_heavy"))
     return attend_in_order(q, k, v, scores, perm, **options)
@@ -110,7 +110,7 @@ def as_batch(x):
 
 
 def rows_of(pages, num_keys, page_size):
-    """What the first keys of a sequence are in its cache: their pages, and their rows there."""
+    """The pages of the first keys of a sequence, and their rows in these pages."""
     key = torch.arange(num_keys)
     return pages.long()[key // page_size], key % page_size
 

@@ -11,7 +11,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "initializer_range": 0.3,  # the usual 0.02 would make attention uniform
+    "initializer_range": 0.3,  # the usual value, 0.02, would make attention uniform
 }
 
 

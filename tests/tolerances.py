@@ -1,4 +1,4 @@
-"""How far a result may lie from float64.
+"""Tolerances of results against float64.
 
 The largest error against float64 is at most twice the largest error that torch's own operation
 makes in the same dtype on the same data, plus a small absolute term for where torch is exact.
@@ -12,15 +12,15 @@ from reference import always_visited, repeat_heads, scale_for, smallest_set
 # the result's own dtype.
 SLACK = {torch.float32: 1e-6, torch.float16: 2e-5, torch.bfloat16: 2e-4}
 
-# How far a share of a sampled query may lie on CUDA from the reference with the same roundings, by
-# GPU family. All round to bfloat16 on the way to a share. sm90 also has weights within 5 %, and
-# sums in half precision. There weights below 2^-20 of the own keys' may count as 0: 128 of them are
-# the absolute term.
+# Tolerance of the share of a sampled query on CUDA against the reference with the same roundings,
+# by GPU family. All families round to bfloat16 before they compute a share. On sm90, weights are
+# also within 5 %, and sums have half precision. There, weights below 2^-20 of those of the own keys
+# may count as 0: 128 of them are the absolute term.
 SAMPLED_ROUNDING = {"sm90": "e4m3", "sm80": "limited"}
 SAMPLED_RTOL = {"sm90": 0.08, "sm80": 0.02}
 SAMPLED_ATOL = 128 * 2**-20
 
-NEVER = torch.tensor(False)  # no block is visited whatever its score, but for that of token 0
+NEVER = torch.tensor(False)  # only the block of token 0 is always visited
 
 
 def assert_within_twice(actual, torch_result, exact, what, *, least=0.0):
@@ -53,7 +53,7 @@ def assert_attends(out, lse, q, k, v, visited, exact_out, exact_lse, *, scale=No
 
 
 def sdpa_on(q, k, v, visited, *, scale=None):
-    """torch's own attention on a visited set (B, Hq, Nq, Nkv); 0 where a row visits nothing."""
+    """torch's own attention on a visited set (B, Hq, Nq, Nkv); 0 in rows that visit nothing."""
     k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visited, scale=scale)
     return out.masked_fill(~visited.any(-1, keepdim=True), 0)
@@ -66,12 +66,12 @@ def largest(x):
 def assert_smallest_set(
     mask, candidate_mass, own_mass, candidate, sink, threshold, *, always=NEVER, eps=1e-5
 ):
-    """Every row of `mask` keeps the fewest, heaviest candidates whose mass reaches `threshold`, and
-    the blocks `sink` (B, Hq) and `always` (query blocks, key blocks) besides. `eps` is what
-    rounding may move a sum or a mass."""
+    """Every row of `mask` keeps the smallest set of the heaviest candidates whose mass reaches
+    `threshold`, and also the blocks `sink` (B, Hq) and `always` (query blocks, key blocks). `eps`
+    is the largest effect of rounding on a sum or a mass."""
     is_sink = assert_takes_sink(mask, candidate, sink)
     masses = candidate_mass, own_mass
-    # What is visited anyhow shows nothing about the set: it is as float64 says there.
+    # Blocks that are always visited show nothing about the set, so they are as float64 says.
     by_mass = torch.where(always, smallest_set(*masses, threshold), mask) & candidate
     with_sink, without_sink = (
         is_smallest_set(kept, *masses, candidate, threshold, eps)
@@ -81,7 +81,7 @@ def assert_smallest_set(
 
 
 def assert_takes_sink(mask, candidate, sink):
-    """Every row keeps candidates only, the block `sink` (B, Hq) among them. Returns where it is."""
+    """Every row keeps only candidates, including the block `sink` (B, Hq). Returns its place."""
     is_sink = torch.arange(mask.shape[-1]) == sink[..., None, None]
     assert not (mask & ~candidate).any(), "a selected block is no candidate"
     assert (mask | ~(is_sink & candidate)).all(), "the block of token 0 is not selected"
@@ -91,9 +91,9 @@ def assert_takes_sink(mask, candidate, sink):
 def assert_each_reaches(
     mask, candidate_mass, candidate, sink, threshold, *, always=NEVER, eps=1e-5
 ):
-    """Every row of `mask` keeps the candidates that have `threshold` by themselves, and the blocks
-    `sink` (B, Hq) and `always` (query blocks, key blocks) besides; all of them for 1. `eps` is what
-    rounding may move a mass."""
+    """Every row of `mask` keeps the candidates that reach `threshold` by themselves, and also the
+    blocks `sink` (B, Hq) and `always` (query blocks, key blocks). With 1, it keeps all candidates.
+    `eps` is the largest effect of rounding on a mass."""
     threshold = -1.0 if threshold == 1 else threshold
     is_free = assert_takes_sink(mask, candidate, sink) | always
     assert (mask | ~candidate | (candidate_mass < threshold + eps)).all(), "a block is missing"
@@ -101,7 +101,7 @@ def assert_each_reaches(
 
 
 def assert_selects(mask, masses, candidate, sink, case, **options):
-    """As the rule of a case says, for its masses (candidates', own)."""
+    """Checks the rule of a case for its masses (of candidates, and of own blocks)."""
     always = always_visited(case.layout, case.window, case.dense_tail)
     assert (mask | ~(always & candidate)).all(), "a block of the window or the tail is missing"
     rule = candidate, sink, case.threshold
