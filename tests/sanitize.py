@@ -4,8 +4,8 @@ compute-sanitizer --tool memcheck python tests/sanitize.py
 compute-sanitizer --tool racecheck python tests/sanitize.py
 python tests/sanitize.py --coverage   # without it: fails if a kernel of the library did not run
 
-One case for each element type, head dim, score and rule of mass, as the library and PBSConfig list
-them, beside shapes that reach rare paths.
+There is one case for each element type, head dim, score and rule of mass of the library and
+PBSConfig, and cases with shapes that reach rare paths.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ops = torch.ops.pbs
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 RARE = [
-    # Several tiles of query blocks and several turns of the key stages a CTA.
+    # Several tiles of query blocks per CTA, and several turns of the key stages.
     (Case(2048, 2048, num_q_heads=32, num_kv_heads=16, batch=4, segment_size=128), BFLOAT16),
     # Two groups of heads, the second one smaller; rows of 96 elements; incomplete last blocks.
     (Case(333, 1333, num_q_heads=7, num_kv_heads=1, head_dim=96, mass="causal"), FLOAT16),
@@ -60,12 +60,13 @@ RARE = [
         ),
         BFLOAT16,
     ),
-    # So many heads and parts that their states are merged by a kernel of their own.
+    # Enough heads and parts that a separate kernel merges their states.
     (
         Case(128, 16384, num_q_heads=16, num_kv_heads=1, batch=1, block_size=128, segment_size=128),
         FLOAT16,
     ),
-    # Sampled scores with four stacks a unit: several units a CTA, the last of each head with fewer.
+    # Sampled scores with four stacks per unit: several units per CTA, the last of each head
+    # smaller.
     (
         Case(
             1500,
@@ -85,7 +86,7 @@ RARE = [
         ),
         BFLOAT16,
     ),
-    # The same with two, and samples that query heads share; then one unit a CTA.
+    # The same with two stacks, and samples that query heads share; then one unit per CTA.
     (
         Case(
             1500,
@@ -114,9 +115,9 @@ RARE = [
         ),
         FLOAT16,
     ),
-    # A stack for each of so many heads: one a unit, whose own keys two parts of a CTA share; two a
-    # unit and four, without parts. Fewer stacks have four parts. The sm80 family, with two CTAs a
-    # multiprocessor, has four a unit only with the most heads.
+    # One stack for each of these heads. One stack per unit, whose own keys two parts of a CTA
+    # share; then two and four per unit, without parts. Fewer stacks have four parts. The sm80
+    # family, with two CTAs per multiprocessor, has four stacks per unit only with the most heads.
     *(
         (
             Case(
@@ -140,8 +141,8 @@ RARE = [
 ]
 
 
-# Two calls for two sequences; a sequence in the second one has segments in pages, own ones that it
-# completes and one that it does not.
+# Two calls for two sequences. In the second call, a sequence has segments in pages, own segments
+# that it completes, and one that it does not complete.
 CHUNKS = ((300, 40), (530, 217))
 
 
@@ -209,8 +210,8 @@ def paged_cases():
 
 
 def attend_with_a_long_mask(device):
-    """So many words of it that a kernel of its own counts what query blocks select: more than 2^19
-    (order.cu). Heads of one query each reach that with the least work."""
+    """A mask of more than 2^19 words, so that a separate kernel counts the selected blocks
+    (order.cu). Heads with one query each reach that with the least work."""
     num_heads, num_keys = 4096, 131073
     q = torch.randn(1, num_heads, 1, 64, device=device, dtype=BFLOAT16)
     k = torch.randn(1, 1, num_keys, 64, device=device, dtype=BFLOAT16)
@@ -222,7 +223,7 @@ def attend_with_a_long_mask(device):
 def run(case, dtype, device):
     q, k, v = (x.to(device) for x in clustered_qkv(case, dtype, seed=0))
     found = run_stages(case, q, k, v)
-    # Entries that are no rows, and float32.
+    # Entries that are not rows, and float32.
     perm = found.perm.clone()
     perm[0, 0, 5], perm[0, 0, -1] = -3, 10**6
     if device == "cuda":  # elsewhere they raise
@@ -232,15 +233,15 @@ def run(case, dtype, device):
     ops.select_blocks(
         q.float(), k.float(), found.k_mean, found.perm, **by_means.kwargs("select_blocks")
     )
-    # The whole operator leaves out what no stage reads.
+    # The whole operator leaves out results that no stage reads.
     ops.attention(q, k, v, **case.kwargs("attention"))
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def run_paged(case, dtype, page_size, layout, device):
-    """Pages in order over both calls, then copied out of them, and with numbers that are no pages.
-    Side by side, sequences run the kernels of `run` alone."""
+    """Runs ordered pages over both calls, then copies out of pages, and numbers that are not pages.
+    Packed sequences run only the kernels of `run`."""
     lengths = [(sum(chunks),) * 2 for chunks in zip(*CHUNKS, strict=True)]
     tensors = draw(case, lengths, dtype)
     pages = pages_for(case, CHUNKS, dtype, page_size, layout=layout).clone(device)
@@ -268,7 +269,7 @@ def built_kernels():
 
 
 def demangle(names):
-    """Without the parameters, whose types a profiler writes in another way."""
+    """Demangled names without the parameters, whose types a profiler writes differently."""
     text = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     ).stdout

@@ -1,5 +1,5 @@
-"""Sequences the tests pose: settings, lengths, inputs of which rounding changes no selection, and
-prompts that come in chunks."""
+"""Test sequences: settings, lengths, inputs whose selection rounding does not change, and prompts
+in chunks."""
 
 import functools
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from pbs_attn.ops import SEQUENCE_OPERATORS
 
 
 def settings_of(config, **changed):
-    """A case without lengths, of a PBSConfig."""
+    """A case without lengths from a PBSConfig."""
     fields = {name: value for name, value in vars(config).items() if name in Case._fields}
     fields["threshold"] = config.resolved_threshold
     return Case(0, 0, batch=1)._replace(**fields | changed)
@@ -26,7 +26,7 @@ SMALL = Case(0, 0, batch=1, num_heavy=8, score="sampled", mass="block", threshol
 SHARED = SMALL._replace(
     num_q_heads=6, num_samples=5, select_per="kv_head", kv_block_size=64, segment_size=128
 )
-# What attention_paged_ takes, too. Thresholds are those of short prompts.
+# Settings that attention_paged_ takes, too. Thresholds are those of short prompts.
 IN_ORDER = {
     "small": SMALL,
     "shared": SHARED._replace(threshold=0.35),
@@ -47,7 +47,7 @@ SETTINGS = IN_ORDER | {
 # (Nq, Nkv) of sequences side by side; segments of 256 rows take longer ones.
 LENGTHS = ((0, 0), (70, 70), (33, 150), (1, 131), (0, 90), (300, 300), (1, 1))
 LONG = ((0, 90), (600, 600), (70, 831), (1, 513))
-# What each step of a plan adds to each sequence.
+# The tokens that each step of a plan adds to each sequence.
 PLANS = {
     "at once": ((301, 64, 1),),
     "segments": ((128, 256, 0), (128, 0, 128), (128, 128, 128)),
@@ -95,7 +95,7 @@ def is_settled(settings, sequences):
 
 
 def orders_clearly(settings, scores):
-    """Whether neighbours in rank that an order tells apart differ by 3e-6 of them."""
+    """Whether neighbours in rank whose order matters differ by a share of 3e-6."""
     num_sorted = scores.shape[-1] // settings.segment_size * settings.segment_size
     ranked = scores[..., :num_sorted].unflatten(-1, (-1, settings.segment_size))
     ranked = ranked.sort(-1, descending=True).values
@@ -112,7 +112,7 @@ def lengths_for(settings):
 
 @functools.cache
 def settled(name, dtype):
-    """Sequences of some settings, and what the reference makes of them."""
+    """Sequences of some settings, and the results of the reference."""
     settings = SETTINGS[name]
     lengths = lengths_for(settings)
     for seed in range(200):
@@ -124,8 +124,8 @@ def settled(name, dtype):
 
 
 def assert_sequences(out, sequences, scale=None):
-    """Of all sequences together: some have so few rows that torch's own error on them is a matter
-    of luck. `out` is (total Nq, Hq, D)."""
+    """Compares all sequences together, because some have so few rows that torch's own error on them
+    is a matter of chance. `out` is (total Nq, Hq, D)."""
     assert len(out) == sum(s.q.shape[2] for s in sequences)
     found = out.split([s.q.shape[2] for s in sequences])
     of_torch, exact = [], []
@@ -139,13 +139,13 @@ def assert_sequences(out, sequences, scale=None):
 
 
 def assert_same(found, expected):
-    """Bit for bit, dtypes too; NaN is NaN."""
+    """Equal bit for bit, with equal dtypes; NaN equals NaN."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def dense(q, k, v):
-    """Causal attention to every key, in the place of what the reference makes of a sequence."""
+    """Causal attention to every key, to replace the result of the reference for a sequence."""
     q, k, v = map(ref_seq.as_batch, (q, k, v))
     visited = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     visited = visited.expand(1, q.shape[1], -1, -1)
@@ -154,7 +154,7 @@ def dense(q, k, v):
 
 
 def in_pages(tensors, page_size, layout):
-    """The keys of all sequences, and what attention_paged takes of them beside q."""
+    """The keys of all sequences in pages, and the arguments of attention_paged except q."""
     num_heads, head_dim = tensors.k[0].shape[1:]
     lengths, dtype = list(map(len, tensors.k)), tensors.k[0].dtype
     pages = Pages(lengths, num_heads, head_dim, dtype, page_size, layout=layout)
@@ -165,8 +165,8 @@ def in_pages(tensors, page_size, layout):
 
 
 def sequence_calls(q, k, v, config):
-    """As cases.operator_calls, of the operators of sequences: two sequences, the first of which
-    has one query and 70 keys."""
+    """Like cases.operator_calls, for the operators of sequences. The first of two sequences has one
+    query and 70 keys."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     lengths = [len(q) - 1, len(k) - 70]
     cu_q, cu_k = cu_seqlens([1, lengths[0]]), cu_seqlens([70, lengths[1]])
@@ -175,7 +175,7 @@ def sequence_calls(q, k, v, config):
     )
     names = ("q", "k_cache", "v_cache", "cu_seqlens_q", "seq_lens", "block_table")
     paged = dict(zip(names, in_pages(tensors, config.segment_size, "nhd"), strict=True))
-    # Torch's own tests compare what a call has written: NaN would never be the same.
+    # torch's own tests compare the written tensors, and NaN would never be equal.
     paged |= {name: paged[name].nan_to_num(0.0) for name in names[1:3]}
     pool = paged | {"out": torch.zeros_like(q)}
     names = arguments_of("attention_paged_", False)
@@ -217,7 +217,7 @@ def steps(plan, tensors, *caches):
 
 @functools.cache
 def settled_chunks(name, plan_name, dtype):
-    """Tensors of a plan's sequences, whose chunks are settled."""
+    """Tensors of the sequences of a plan. Rounding changes no selection of their chunks."""
     settings, plan = IN_ORDER[name], PLANS[plan_name]
     lengths = [(sum(chunks),) * 2 for chunks in zip(*plan, strict=True)]
     for seed in range(200):

@@ -1,5 +1,5 @@
-"""A tiny random model of every decoder that the installed transformers has, built from nothing but
-the defaults of its configuration class."""
+"""A tiny random model of every decoder of the installed transformers, built from the defaults of
+its configuration class alone."""
 
 import inspect
 import re
@@ -11,8 +11,8 @@ WINDOW = 96
 HEAD_DIM = 64
 MAX_PARAMETERS = 70_000_000
 
-# Value in a tiny model -> the attributes of configurations that get it. What a configuration does
-# not know is left out.
+# Value in a tiny model -> the attributes of configurations that get it. Attributes that a
+# configuration does not have are left out.
 SIZES = (
     (VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
     (
@@ -76,7 +76,7 @@ MAY_BE_NONE = {
     "n_shared_experts", "n_group", "topk_group",
 }  # fmt: skip
 
-# What the defaults of a configuration do not lead to by themselves, by family.
+# Changes to the defaults of a configuration, by family.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = ROPE | {"mrope_section": [8, 12, 12]}
 HALF_SECTIONS = SECTIONS | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5}
@@ -145,7 +145,7 @@ CHANGES = {
 }
 
 # Why a family is not built. Most need more than a text, or have parts whose sizes depend on each
-# other in ways that the defaults do not tell.
+# other in ways that the defaults do not show.
 NOT_BUILT = {
     "its forward needs an image, a layout or another input": """
         Blip2ForConditionalGeneration BlipForConditionalGeneration
@@ -198,7 +198,7 @@ def families():
         *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
         *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items(),
     ]
-    # Several model types may name one class; the type that the class is called after stands for it.
+    # Several model types may name one class. The type with the name of the class represents it.
     pairs.sort(key=lambda pair: not pair[1].lower().startswith(re.sub("[-_]", "", pair[0])))
     types = {}
     for model_type, class_name in pairs:
@@ -207,8 +207,8 @@ def families():
 
 
 def build(family):
-    """The tiny model, in eval mode and float32, with weights that make attention uneven. Raises
-    what the configuration, the model or its forward of a short text raises."""
+    """The tiny model, in eval mode and float32, with weights that make attention uneven. Raises any
+    error of the configuration, of the model, or of a forward on a short text."""
     import transformers
 
     config_class = transformers.CONFIG_MAPPING[families()[family]]
@@ -232,7 +232,7 @@ def build(family):
 
 @torch.no_grad()
 def spread(parameter, generator):
-    """Random values where an initialisation would leave constants or very small numbers."""
+    """Random values in place of the constants or very small numbers of an initialization."""
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.ndim >= 2:
         parameter.copy_(noise * min(0.2, 1.5 * parameter.shape[-1] ** -0.5))
@@ -248,8 +248,8 @@ LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_t
 
 
 def tiny_layers(known):
-    """The numbers of layers, and what a configuration lists layer by layer, cut down to one layer
-    of every kind and two at least."""
+    """The numbers of layers, and the per-layer lists of a configuration, reduced to one layer of
+    every kind, and at least two layers."""
     counts = [known[name] for name in LAYER_COUNTS if isinstance(known.get(name), int)]
     num_layers = counts[0] if counts else 0
     per_layer = {
@@ -268,7 +268,8 @@ def tiny_layers(known):
 
 
 def tiny_config(config_class, changes):
-    """`config_class` with TINY's sizes, the changes, and as few layers as show every kind."""
+    """`config_class` with the sizes of TINY, the changes, and the fewest layers that show every
+    kind."""
     default = config_class()
     known = default.to_dict()
     values = {
@@ -294,7 +295,7 @@ def tiny_config(config_class, changes):
 
 
 def tiny_rope(parameters):
-    """The sections of a rotary embedding for HEAD_DIM; the rest as it is."""
+    """The sections of a rotary embedding for HEAD_DIM. Everything else is unchanged."""
     if "mrope_section" not in parameters:
         return parameters
     pairs = int(HEAD_DIM * parameters.get("partial_rotary_factor", 1.0)) // 2

@@ -78,7 +78,7 @@ def draw(problem, dtype, head_dim):
 
 def run(problem, q, k, v, perm, mask):
     k_perm, v_perm, _ = ops.permute_kv(k, v, perm.to(k.device), kv_block_size=problem.kv_block_size)
-    # What the outputs are about to be allocated from holds NaN.
+    # The memory of the next outputs holds NaN.
     poison = [torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device=q.device)]
     del poison
     words = pbs_attn.bool_to_mask(mask).to(q.device)
@@ -107,7 +107,7 @@ def test_against_float64(dtype, head_dim, problem):
 @pytest.mark.parametrize("loudest", [8.0, 60.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_maxima_that_jump_between_tiles(dtype, loudest, head_dim):
-    # Weights are taken against maxima of earlier tiles: some outgrow them by less than a row may
+    # Weights are computed against maxima of earlier tiles. Some exceed these by less than a row may
     # keep, some by more, and some leave the range of float32.
     problem = Problem(1500, 1500, 4, 2, 2, kv_block_size=64, kept=0.8)
     q, k, v, perm, mask = draw(problem, dtype, head_dim)
@@ -175,7 +175,8 @@ def test_bits_that_are_no_candidates_are_ignored():
 
 
 def test_mask_words_that_many_ctas_count():
-    """More than 2^19 of them, and every bit set in the last that has candidates, or the first."""
+    """The mask has more than 2^19 words, with every bit set in the last one that has candidates, or
+    in the first."""
     num_heads, num_keys = 4096, 131073
     q = torch.randn(1, num_heads, 1, 64, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, 1, num_keys, 64, device="cuda", dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
-"""What the build decides, refuses and says, without compiling; and what the documents install."""
+"""Decisions and messages of the build, without compiling; and the installation commands in the
+documents."""
 
 import os
 import re
@@ -14,7 +15,7 @@ TOOLS = [str(Path(shutil.which(name)).parent) for name in ("cmake", "ninja", "c+
 
 
 def configure(build_dir, *definitions, path=(), **variables):
-    """(exit status, what CMake said on one line) with these folders first on PATH."""
+    """(exit status, CMake's output on one line) with these folders first on PATH."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUTLASS_DIR")}
     environment |= {"PATH": ":".join([*map(str, path), *TOOLS, "/usr/bin", "/bin"]), **variables}
     command = ["cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja", "-Wno-dev"]
@@ -82,7 +83,7 @@ def test_what_a_build_refuses(definition, message, tmp_path):
 
 
 def commands():
-    """(file, text) of everything that may tell somebody what to install."""
+    """(file, text) of every document with installation commands."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("*.yml"), *ROOT.glob(".ci/*"), ROOT / "setup.py"]
     for folder, pattern in (
         ("docs", "*.md"),
@@ -117,7 +118,7 @@ def test_tools_need_neither_torch_nor_a_build(name):
 
 
 def test_first_command_builds_what_the_machine_can_use():
-    """The headers come before the build, which takes them if there is nvcc."""
+    """The headers are installed before the build, which uses them if there is nvcc."""
     text = (ROOT / "README.md").read_text()
     (command,) = re.findall(r"^python3 -m venv .*", text, re.MULTILINE)
     assert "torch==2.13.0 numpy " in command  # else pip reports dependencies of nvidia-cutlass

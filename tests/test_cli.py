@@ -1,5 +1,5 @@
-"""The command `pbs-attn` itself: help without torch, the version, Ctrl-C, settings, and what is
-refused before a model loads."""
+"""The command `pbs-attn` itself: help without torch, the version, Ctrl-C, settings, and errors
+before a model loads."""
 
 import argparse
 import dataclasses
@@ -114,7 +114,7 @@ def test_a_library_that_is_missing_is_told_in_one_line():
 
 
 def with_sigint():
-    """A child of a shell's background job would ignore it."""
+    """Restores SIGINT, which a child of a shell's background job would ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

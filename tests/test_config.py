@@ -1,4 +1,4 @@
-"""The presets, and that the operators' defaults are what the documents say."""
+"""The presets, and the defaults of the operators as the documents give them."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ from pbs_attn import PBSConfig
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 TUNING = "quality_tuning_smollm2_h100.csv"
-# What else than the operator's defaults a preset has.
+# The settings of a preset that differ from the operator's defaults.
 PRESETS = {
     "balanced": {},
     "fast": {"select_per": "kv_head", "threshold": 0.01},

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's lists of places name files that exist, and what is there; CHANGELOG.md has the
+"""The lists of places in CONTRIBUTING.md name files and names that exist. CHANGELOG.md has the
 version."""
 
 import re

@@ -1,4 +1,4 @@
-"""The demo on tiny random models: its figures against direct computation, and its errors."""
+"""The demo on tiny random models: its figures compared with direct computation, and its errors."""
 
 import csv
 import importlib.util
@@ -84,7 +84,7 @@ def test_perplexity_and_choices_match_direct_computation(options, reports, ids, 
     perplexity, choices = direct_tail(options["model"], ids, side.implementation, report.tail)
     assert report.tail == NUM_TOKENS // 2
     assert side.perplexity == pytest.approx(perplexity, rel=1e-4)
-    assert (side.choices == choices).float().mean() > 0.99  # near ties may turn
+    assert (side.choices == choices).float().mean() > 0.99  # near ties may change
 
 
 def test_threshold_one_is_dense(reports):
@@ -173,7 +173,7 @@ def test_csv_holds_the_figures(reports, tmp_path):
 
 
 def test_sides_run_in_turn_and_the_median_counts(options, monkeypatch, capsys):
-    """Times that are made up. The analysis has a run of its own, after them."""
+    """The times are made up. The analysis has its own run after the timed ones."""
     seconds = {"sdpa": [3.0, 9.0, 4.0], "pbs_attn": [2.0, 1.0, 8.0]}
     full_runs = []
     right = demo_model.prefill
@@ -210,7 +210,7 @@ def test_without_new_tokens_there_is_no_continuation(options):
 
 
 def test_nothing_but_progress_is_said(options, tmp_path):
-    """As a user sees it: no warning of transformers or torch between the bars."""
+    """The output as a user sees it: no warning of transformers or torch between the bars."""
     command = [sys.executable, "-m", "pbs_attn", "demo", "--segment-size", "128"]
     for name in ("model", "text", "tokens", "device"):
         command += [f"--{name}", str(options[name])]

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, code runs, and tables say what their CSV does."""
+"""The documents: links resolve, code runs, and tables agree with their CSVs."""
 
 import itertools
 import re
@@ -60,7 +60,7 @@ APART = ("README.md", "recipes.md")
 
 @named([path for path in DOCUMENTS if code_blocks(path) and path.name not in APART])
 def test_code_runs(path, tmp_path, monkeypatch):
-    """The blocks of a document in order, as one program in a folder of its own."""
+    """Runs the blocks of a document in order, as one program in its own folder."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,8 @@ def test_code_runs(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("nth", range(len(code_blocks(README))))
 def test_each_block_of_the_readme_runs_as_pasted(nth, tmp_path, monkeypatch):
-    """Alone, in a new interpreter's namespace. A model that it names lies where it says."""
+    """Runs each block alone, in a new namespace. The model that it names is at the path that it
+    gives."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     block = code_blocks(README)[nth]
@@ -108,7 +109,7 @@ THRESHOLDS = {
 
 
 def verb_for_more(mass):
-    """What to do to `threshold` in order to visit more."""
+    """The verb that describes how to change `threshold` to visit more."""
     q, k, v = (x.float() for x in heavy_hitters(2048, 4, 2, "cpu", 64))
     densities = []
     for threshold in THRESHOLDS[mass]:
@@ -124,7 +125,7 @@ def verb_for_more(mass):
 
 @pytest.mark.parametrize("mass", THRESHOLDS)
 def test_advice_on_the_threshold_has_the_right_direction(mass):
-    """By the sentences of the documents and of the command line that name this mass."""
+    """Checks the sentences of the documents and of the command line that name this mass."""
     more = verb_for_more(mass)
     less = {"raise": "lower", "lower": "raise"}[more]
     rows = dict(row for _, rows in tables_in(ROOT / "docs" / "troubleshooting.md") for row in rows)
@@ -148,7 +149,7 @@ def demo_help():
 
 
 def test_demo_table():
-    """What is shown of the demo's output is in its CSV."""
+    """The figures of the demo's output are those of its CSV."""
     dense, pbs = read("demo_smollm2.csv")
     text = (ROOT / "docs" / "first-steps.md").read_text()
     for label, column, factor in (

@@ -1,5 +1,5 @@
-"""docs/compatibility.md calls tested what a committed row was measured on, and lists GPUs that the
-library has kernels for. CITATION.cff has the version."""
+"""docs/compatibility.md calls a configuration tested only if a committed row was measured on it,
+and lists the GPUs that the library has kernels for. CITATION.cff has the version."""
 
 import re
 

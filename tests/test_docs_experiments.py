@@ -1,4 +1,4 @@
-"""docs/experiments.md says what its CSVs do."""
+"""The figures of docs/experiments.md are those of its CSVs."""
 
 from doc_tables import (
     HELD_OUT,
@@ -34,7 +34,7 @@ def test_a_summary_loses_repeats():
 
 
 def test_preset_table():
-    """Those of 0.2.0."""
+    """The presets of 0.2.0."""
     presets = {
         "8 samples, threshold 0.008 (0.2.0's `fast`)": "PBSConfig.fast()",
         "16 samples (0.2.0's default)": "PBSConfig()",
@@ -46,7 +46,8 @@ def test_preset_table():
 
 
 def test_threshold_tables():
-    """One a model in the order of these files, each with both settings side by side."""
+    """There is one table per model, in the order of these files, with both settings side by
+    side."""
     path = PAGE
     tables = [rows for names, rows in tables_in(path) if names[0] == "threshold"]
     files = [f"quality_{name}_h200.csv" for name in ("qwen_32768", "qwen_16384", "smollm2")]
@@ -72,8 +73,8 @@ def test_threshold_tables():
 
 
 def assert_reaches(said, density, curve):
-    """A least density; or the least or the last one that was measured, where that was enough or was
-    not."""
+    """Checks a lowest density. "At most" means that the sparsest measurement reaches the target,
+    and "above" that the densest does not."""
     if density is None:
         above = float(said.removeprefix("above "))
         assert above <= curve[-1][0] < above + 0.01, said
@@ -159,7 +160,7 @@ def test_number_of_samples_for_a_larger_model():
         assert says(said["ms"], reached["ms, loss .01"])
 
 
-# What recall_*.csv call the settings of rows that do not have their names.
+# The settings in recall_*.csv, by the names of rows that differ from them.
 RECALLED = {
     "16 samples": "PBSConfig()",
     "16 samples, one order per query head, 64 heavy keys": (
@@ -326,7 +327,7 @@ def test_heads_that_permutation_harms():
 
 
 def test_heads_of_a_larger_model():
-    """Those that need a higher density for 0.95 of their mass in permuted order."""
+    """Counts the heads that need a higher density for 0.95 of their mass in permuted order."""
     points = {}
     for row in read("heads_qwen_8192_cpu.csv"):
         place = row["layer"], int(row["head"])

@@ -1,4 +1,4 @@
-"""The tables that measured_tables.py makes stand on their pages as it makes them."""
+"""The pages have the tables that measured_tables.py generates."""
 
 import statistics
 
@@ -53,7 +53,7 @@ def test_a_table_is_written_in_place_of_the_old_one(tmp_path):
 
 
 def points_of(run):
-    """By letter, the points above dense of each length and their mean."""
+    """The points above dense at each length and their mean, by letter."""
     found = {}
     for (letter, *_), rows in prototypes(run).items():
         groups = {}
@@ -65,7 +65,7 @@ def points_of(run):
 
 
 def test_figures_of_prototypes():
-    """Where they are below dense, the sentence says so and the figure has no sign."""
+    """If points are below dense, the sentence says so and the figure has no sign."""
     three, five = points_of("a"), points_of("b")
     words = "Without them (A), the score is # points below dense. With them (B), it is # points "
     words += "below at the same threshold, and # below at 32768 tokens"
@@ -89,7 +89,7 @@ def test_dense_scores_of_prototypes():
 
 
 def scores_of(preset, **place):
-    """Of the held-out prompts: of a length, of tasks, or of both."""
+    """Scores of the held-out prompts of some lengths, tasks, or both."""
     rows = [
         row
         for row in read("ruler_qwen_h200.csv")
@@ -185,7 +185,7 @@ def test_figures_of_time():
 
 
 def test_figures_of_serving():
-    """Those of sentences, which are of one GPU."""
+    """Figures in sentences, which are all for one GPU."""
     rows = read(SERVED[0])
     assert {(row["tp"], row["vllm"], row["inductor"]) for row in rows} == {("1", "0.26.0", "no")}
     assert all("H100" in row["device"] for row in rows)
@@ -221,7 +221,8 @@ def test_figures_of_serving():
 
 
 def test_figures_of_tuning():
-    """Standard errors in parentheses are of prompts that no CSV has, but for held-out ones."""
+    """Standard errors in parentheses come from prompts that no CSV has, except for the held-out
+    ones."""
     rows = read("ruler_tuning_qwen_h200.csv")
     dense = [float(row["score"]) for row in rows if row["selection"] == "dense"]
     scores = [statistics.fmean(dense[first : first + 3]) for first in (0, 3, 6)]

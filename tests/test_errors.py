@@ -1,4 +1,4 @@
-"""Every misuse has a defined answer: an exception in the user's words, or a correct result."""
+"""Every misuse has a defined result: an exception in the user's words, or a correct output."""
 
 import contextlib
 import mmap
@@ -58,7 +58,7 @@ def rejects_in_every_mode(message, call, **operands):
 )
 @every_operator
 def test_dtype(stage, dtype):
-    # The stable ABI of torch 2.10 has no name for the last one.
+    # The stable ABI of torch 2.10 has no name for the last dtype.
     said = "another dtype" if dtype == "float8_e8m0fnu" else dtype
     tensors = stage_calls()[stage]
     first = next(iter(tensors))
@@ -95,7 +95,7 @@ def test_tensors_that_are_not_dense(stage, kind):
 
 @every_operator
 def test_none_for_a_tensor(stage):
-    # Autocast leaves these as they are; pages of float32 it would refuse first.
+    # Autocast does not change these. It would refuse pages of float32 first.
     tensors = stage_calls(torch.bfloat16)[stage]
     optional = {"perm", "k_perm"} if stage == "select_blocks" else set()
     for name in tensors.keys() - optional:
@@ -307,7 +307,7 @@ def test_nan_input_stays_visible():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_later_values_that_are_not_finite_leave_earlier_rows_alone(bad):
-    """Where the own segment counts, its block visits everything, as dense would."""
+    """If the own segment counts, its block visits everything, as dense attention would."""
     q, k, v = qkv()
     own = slice(256, 290)
     want, dense = (
@@ -366,7 +366,8 @@ def test_autocast_brings_operands_to_one_dtype():
 
 
 def far_apart(tensor, dim):
-    """The same values, neighbours in `dim` 2^31 + 8 elements apart: most of it is never touched."""
+    """The same values with a stride of 2^31 + 8 elements in `dim`. Most of the memory is never
+    touched."""
     strides = list(tensor.stride())
     strides[dim] = 2**31 + 8
     size = (sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1) * 2

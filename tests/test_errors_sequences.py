@@ -16,14 +16,16 @@ IN_ORDER = "attention_paged_"
 
 @pytest.fixture
 def calls():
-    """Tensors by name of a call of each: sequences of 1 of 70 and 299 of 299 rows, in 3 pages."""
+    """Tensors by name of one call of each operator: sequences of 1 query and 70 keys, and of 299
+    and 299, in 3 pages."""
     q = torch.randn(1, 4, 300, 64)
     k, v = torch.randn(2, 1, 2, 369, 64)
     return {op: tensors for op, (tensors, _) in sequence_calls(q, k, v, PBSConfig()).items()}
 
 
 def refuses(message, calls, ops=SEQUENCE_OPERATORS, settings=None, **changes):
-    """Every operator that takes the changed tensors, which are functions of what they were."""
+    """Checks that every operator with these arguments refuses the changed tensors, which are
+    functions of the original ones."""
     took_part = [op for op in ops if changes.keys() <= calls[op].keys()]
     assert took_part
     for op in took_part:
@@ -178,7 +180,7 @@ def test_block_table(calls):
     for bad in (-1, num_pages, 2**31 - 1):
         message = f"block_table must hold pages from 0 to {num_pages - 1}, got {bad}"
         refuses(message, calls, block_table=replaced((1, 1), bad))
-    # Nobody reads the others.
+    # The others are not read.
     assert table[0, 1] < 0 or table[0, 1] >= num_pages
 
 
@@ -257,7 +259,7 @@ def test_keys_and_values_of_the_queries(calls):
 
 
 def test_keys_of_the_queries_that_lie_in_the_pages(calls):
-    """Pages are put in order while they are still read."""
+    """Pages are sorted while they are still read."""
     operands = calls["attention_paged_"]
     num_queries = len(operands["q"])
     k, v = (operands[name].flatten(0, 1)[:num_queries] for name in ("k_cache", "v_cache"))

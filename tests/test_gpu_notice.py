@@ -1,4 +1,4 @@
-"""What is said where a GPU is left unused, on machines of every kind."""
+"""The notice about an unused GPU, on machines of every kind."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes a machine with these GPUs, and a library of these families."""
+    """Imitates a machine with these GPUs, and a library with these families."""
 
     def make(
         *gpus,
@@ -200,7 +200,7 @@ int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
 
 @pytest.mark.parametrize("init, expected", [(0, [AMPERE, HOPPER]), (9, [])])
 def test_capabilities_come_from_the_driver(init, expected, tmp_path):
-    """A driver's library of two GPUs, and one whose driver is not loaded."""
+    """Imitates the library of a driver with two GPUs, and one whose driver is not loaded."""
     make_driver(tmp_path, "libnvidia-ml.so.1", NVML, f"-DINIT={init}")
     assert with_driver(tmp_path, "_library._gpu_capabilities()") == f"{expected}"
 
@@ -212,7 +212,8 @@ def make_driver(folder, name, code, *options):
 
 
 def with_driver(folder, expression):
-    """What the expression is in a process that finds the driver's libraries in the folder."""
+    """The value of the expression in a process that finds the libraries of the driver in the
+    folder."""
     code = f"from pbs_attn import _library; print({expression})"
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
     command = [sys.executable, "-c", code]

@@ -1,5 +1,5 @@
-"""Who imports whom, by the sources: the core needs nothing of what is built on it, and no package
-or module needs itself."""
+"""Imports in the sources: the core imports nothing that is built on it, and there are no import
+cycles."""
 
 import ast
 from pathlib import Path
@@ -21,7 +21,7 @@ FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(tree, name, is_package, known):
-    """The modules of `known` that a module's code names in imports, those in functions included."""
+    """The modules of `known` that a module imports, including imports in functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def reached_from(name, graph):
 
 
 def cycles(graph):
-    """The nodes that reach themselves."""
+    """The nodes that are part of a cycle."""
     return sorted(name for name in graph if name in reached_from(name, graph))
 
 
@@ -104,5 +104,5 @@ def test_packages_have_no_cycle():
 
 
 def test_plots_need_no_bench():
-    """A bench draws its rows; plots read them, from files as well."""
+    """A bench draws its rows. Plots also read them from files."""
     assert not [name for name in reached_from("pbs_attn.plot", GRAPH) if ".bench" in name]

@@ -1,4 +1,4 @@
-"""The header-only C++ parts, through a pybind11 module built for the tests alone."""
+"""The header-only C++ parts, through a pybind11 module that is built only for the tests."""
 
 import math
 import subprocess
@@ -61,7 +61,7 @@ def test_query_block_partitions_what_is_visible(
     rows = range(idx * block_size, min((idx + 1) * block_size, num_q))
     assert (block.first_row, block.num_rows) == (rows.start, len(rows))
     assert block.first_position == num_earlier + rows.start
-    # Candidates end where the own range begins, at a segment boundary: nothing twice, no gap.
+    # Candidates end where the own range begins, at a segment boundary: no overlap and no gap.
     assert block.num_candidates * kv_block_size == block.own_begin
     assert block.own_begin % segment_size == 0
     if is_causal:
@@ -112,11 +112,11 @@ def test_key_tiles_show_every_row_what_it_visits(
             seen += range(begin, begin + visible(i, row))
         end = block.first_position + row + 1 if is_causal else num_kv
         assert sorted(seen) == list(range(block.own_begin, end))
-        # Selected blocks: all of them, and a tile that they do not fill comes first.
+        # All selected blocks are there, and a tile that they do not fill comes first.
         sizes = [visible(i, row) for i in selected]
         assert sum(sizes) == num_selected * kv_block_size
         assert all(size == tile_keys for size in sizes[1:])
-        # What stands behind the masked tiles needs no mask.
+        # The tiles after the masked ones need no mask.
         assert all(visible(i, row) == tile_keys for i in range(tiles.num_masked, tiles.total))
     if tiles.total > tiles.num_own:
         assert visible(tiles.num_own, 0) == tiles.first_selected_size
@@ -136,8 +136,8 @@ def test_tiles_are_packed_from_selected_blocks(native, num_selected, kv_block_si
     first_chunks = tiles.first_selected_size // chunk_rows
     packed = native.pack(rows, first_chunks, tile_keys // chunk_rows, chunk_rows)
     assert len(packed) == tiles.total - tiles.num_own
-    # Every chunk once; places of the first tile that stay empty are behind those that count, and
-    # before the first row.
+    # Every chunk comes once. Empty places of the first tile come after the used ones, and before
+    # the first row.
     assert all(row == -chunk_rows for row in packed[0][first_chunks:])
     visited = packed[0][:first_chunks] + [row for tile in packed[1:] for row in tile]
     assert sorted(visited) == rows
@@ -253,7 +253,8 @@ def test_score_plan_deals_out_everything(
     assert plan.num_stages * native.score_stage_rows(is_first_pass) >= 256
     if is_first_pass:
         assert plan.num_stages % 2 == 0
-        # Behind queries, keys and barriers: a state of 16 bytes for each thread and block it meets.
+        # After queries, keys and barriers: a state of 16 bytes for each thread and each of its
+        # blocks.
         tile = 256 * head_dim
         rest = used - (plan.heads_per_group + plan.num_stages) * tile
         in_last = heads_per_kv - (plan.num_groups - 1) * plan.heads_per_group
@@ -281,7 +282,7 @@ def test_score_parts_hold_all_keys(native, num_keys, num_walks, num_sms):
     parts = native.score_parts(num_keys, num_walks, num_sms)
     assert parts.keys_per_part > 0 and parts.keys_per_part % 128 == 0
     assert 0 <= parts.keys_per_part * parts.num_parts - num_keys < parts.keys_per_part
-    # No more CTAs than four waves, unless the walks alone, of at most 2^30 keys each, are more.
+    # At most four waves of CTAs, unless there are more walks, of at most 2^30 keys each.
     fewest = num_walks * -(-max(num_keys, 1) // 2**30)
     assert num_walks * parts.num_parts <= max(fewest, 4 * native.score_ctas_per_sm * num_sms)
 
@@ -298,7 +299,7 @@ def test_score_ring_fits_twice_in_small_shared_memory(native, head_dim):
     assert 128 % stage_rows == 0
     assert num_stages >= 3  # one in work, two on their way
     assert num_bytes == num_stages * stage_rows * (2 * head_dim + 4)
-    # A multiprocessor of compute capability 8.6 has 100 KB, and keeps 1 KB for itself a CTA.
+    # A multiprocessor of compute capability 8.6 has 100 KB, and reserves 1 KB per CTA.
     assert native.score_ctas_per_sm * (num_bytes + 1024) <= 100 * 1024
 
 
@@ -346,7 +347,7 @@ def test_select_tiles_keep_every_cta_busy(native, num_tokens, rows):
     assert tiles.num_slots >= 3  # 96 KiB
 
 
-# Of a multiprocessor: compute capability 8.6, 8.9 and 12.0; 8.0; 10.0.
+# Per multiprocessor: compute capability 8.6, 8.9 and 12.0; 8.0; 10.0.
 SHARED_BYTES_SM80 = [100 * 1024, 164 * 1024, 228 * 1024]
 
 
@@ -405,7 +406,7 @@ def test_select_tiles_fit_sm80(
     ],
 )
 def test_select_tiles_sm80_by_length(native, num_tokens, shared_bytes, rows, num_ctas):
-    """Of 32 heads on 132 multiprocessors, which have room for so many CTAs."""
+    """For 32 heads on 132 multiprocessors, which have room for this many CTAs."""
     sizes = (32, num_tokens, 128, False, 128, 128, 256)
     tiles, _ = native.select_tiles_sm80(*sizes, 132, shared_bytes)
     assert tiles.rows == rows
@@ -506,7 +507,8 @@ def test_many_stacks_make_units_of_many(native, case):
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases())
 def test_few_stacks_share_their_own_keys_among_more_warps(native, case):
-    """As many parts as leave room for all stacks at once, with four CTAs a multiprocessor."""
+    """There are as many parts as leave room for all stacks at once, with four CTAs per
+    multiprocessor."""
     plan = native.sampled_plan(*case)
     num_stacks = plan.stacks_per_perm * plan.num_perm_heads
     fits = [parts for parts in (2, 4) if parts * num_stacks <= 4 * case.num_sms]
@@ -528,7 +530,7 @@ def test_few_stacks_share_their_own_keys_among_more_warps(native, case):
     ],
 )
 def test_sampled_plan_by_number_of_stacks(native, num_stacks, key_parts, stacks_per_unit, head_dim):
-    """On 132 multiprocessors. One query block a head is one stack."""
+    """On 132 multiprocessors. One query block per head is one stack."""
     heads = (num_stacks,) * 3
     case = SampledCase(1, *heads, 64, 600, head_dim, 64, 32, 256, True, 16, False, 132)
     plan = native.sampled_plan(*case)
@@ -601,7 +603,8 @@ def test_sampled_units_hold_every_query_block_once(native, case):
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases(), random=st.randoms())
 def test_sampled_units_are_drawn_once(native, case, random):
-    """As SampledLoader draws them: each CTA first its own, then what the counter says."""
+    """As SampledLoader draws them: each CTA first takes its own unit, and then those from the
+    counter."""
     plan = native.sampled_plan(*case)
     num_units = plan.units_per_perm * plan.num_perm_heads
     assert 0 < plan.num_ctas <= min(case.num_sms, num_units)
@@ -632,15 +635,15 @@ def test_sampled_tables_hold_what_units_see(native, case):
     assert seen == sorted(seen)
     assert native.sampled_keys == rounding.TILE_KEYS
     assert max(seen) <= plan.num_tiles * native.sampled_keys < max(seen) + native.sampled_keys
-    # Candidates end with a sum of weights, so that none is of candidates and other keys.
+    # Candidates end with a sum of weights, so that no sum mixes candidates and other keys.
     assert not any(end % native.sum_keys for end in seen)
 
 
 @settings(deadline=None, max_examples=200)
 @given(case=sampled_cases())
 def test_sampled_plan_of_sm80(native, case):
-    """Two CTAs a multiprocessor, whose warps hold the queries of at most four stacks in registers;
-    one of two stacks with 256 columns. Operands are not copied."""
+    """Two CTAs per multiprocessor, whose warps hold the queries of at most four stacks in
+    registers. With 256 columns, one CTA holds two stacks. Operands are not copied."""
     is_wide = case.head_dim > 128
     plan = native.sampled_plan_sm80(*case)
     at_once = case.num_sms * (1 if is_wide else 2)

@@ -1,4 +1,4 @@
-"""What the source distribution and the wheel are, what the library needs, and where it is found."""
+"""The source distribution and the wheel, the dependencies of the library, and where it is found."""
 
 import ast
 import os
@@ -23,13 +23,13 @@ LIBRARY = Path(pbs_attn.__file__).with_name("libpbs.so")
 
 
 def attempt(*command, cwd=ROOT, **variables):
-    """Without the PYTHONPATH of this process."""
+    """Runs a command without the PYTHONPATH of this process."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def run(*command, **options):
-    """Output of a command that has to succeed."""
+    """The output of a command that must succeed."""
     result = attempt(*command, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -46,8 +46,8 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory):
-    """Built from the source distribution, so that the one build shows that both are complete;
-    unpacked inside a repository of something else."""
+    """A wheel built from the source distribution, so that one build shows that both are complete.
+    The sources are unpacked inside another repository."""
     folder, other = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("other")
     run("git", "init", "-q", cwd=other)
     author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -178,7 +178,8 @@ def test_library_keeps_no_path_of_its_build(installed_folder):
 
 
 def test_portable_library_asks_for_nothing_new(installed_folder):
-    """That is, for what glibc 2.28 and libstdc++ of GCC 8 have, which manylinux_2_28 stands for."""
+    """It needs only glibc 2.28 and the libstdc++ of GCC 8, which is the meaning of
+    manylinux_2_28."""
     compiler = pbs_attn.build_info()["compiler"]
     number = re.match(r"\d+", compiler)  # clang begins with a word
     if number is None or int(number[0]) > 12:
@@ -201,7 +202,7 @@ def test_portable_library_names_no_folder_of_its_build(installed_folder, sdist):
 
 
 def test_portable_library_says_what_is_wrong(installed, tmp_path):
-    """An exception of the library passes through torch with all of its words."""
+    """An exception of the library passes through torch with its whole message."""
     code = """
 import torch, pbs_attn
 q = torch.randn(1, 1, 300, 65)

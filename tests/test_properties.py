@@ -1,4 +1,4 @@
-"""What holds for every input, tried by hypothesis on the CPU ops."""
+"""Properties that hold for every input, tested by hypothesis on the CPU ops."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ def attend_with(case, q, k, v, perm, words):
 
 
 def assert_same(first, second):
-    """Bit for bit, shapes and dtypes too."""
+    """Equal bit for bit, with equal shapes and dtypes."""
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -138,7 +138,7 @@ def test_selection_follows_its_rule(case, seed):
 @few(case=cases(), seed=seeds, higher=st.floats(0.05, 0.999))
 def test_a_higher_threshold_only_adds_blocks(case, seed, higher):
     q, k, v = clustered_qkv(case, torch.float32, seed)
-    # Of a sum; what a single block has to reach takes blocks away.
+    # For thresholds on a sum. A higher threshold for single blocks removes blocks.
     thresholds = sorted(
         [case.threshold, Case.threshold_for(case.mass, higher)], reverse=case.mass == "block"
     )
@@ -163,7 +163,7 @@ def test_threshold_1_is_dense_attention(case, seed, dtype):
 
 @few(case=cases(), seed=seeds, dtype=dtypes)
 def test_permuting_changes_nothing_when_every_block_is_visited(case, seed, dtype):
-    """Lemma 3.1, with permutations that have nothing to do with importance."""
+    """Lemma 3.1, with permutations that are unrelated to importance."""
     q, k, v = clustered_qkv(case, dtype, seed)
     every = ref.pack_mask(random_mask(case, seed, density=2))
     visited = ref.visited_keys(random_perms(case, seed), random_mask(case, 0, 2), case.layout)
@@ -192,7 +192,7 @@ def test_order_inside_a_block_changes_nothing(case, seed, dtype):
 
 @some(case=cases(), seed=seeds, dtype=dtypes, strides=st.permutations(STRIDES))
 def test_strides_change_no_bit(case, seed, dtype, strides):
-    """Each tensor with strides of its own."""
+    """Each tensor has its own strides."""
     q, k, v = clustered_qkv(case, dtype, seed)
     plain = run_stages(case, q, k, v)
     q, k, v = (with_strides(x, kind) for x, kind in zip((q, k, v), strides, strict=True))
@@ -246,8 +246,9 @@ def test_the_number_of_threads_changes_no_bit(case, seed, dtype):
 
 @some(case=cases(is_causal=True), seed=seeds, dtype=dtypes, data=st.data())
 def test_a_later_token_never_influences_an_earlier_row(case, seed, dtype, data):
-    """With permutation and mask fixed: rows before token t keep every bit when K and V change from
-    t on. (The selection itself looks at the last queries, so it is no part of this.)"""
+    """With a fixed permutation and mask, rows before token t keep every bit when K and V change
+    from t on. (The selection itself depends on the last queries, so it is not part of this
+    test.)"""
     first_position = case.num_keys - case.num_queries
     changed = data.draw(st.integers(first_position, case.num_keys - 1), label="first changed token")
     q, k, v = clustered_qkv(case, dtype, seed)

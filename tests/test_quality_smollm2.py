@@ -1,4 +1,4 @@
-"""What PBS costs SmolLM2-135M at 2048 tokens, so that a change that harms quality turns red."""
+"""The quality of PBS on SmolLM2-135M at 2048 tokens, so that a harmful change fails."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SWEEPS = {"block": (0.02,), "causal": (0.9,), "earlier": (0.9,)}
-# By settings and probe: density, loss above dense, agreement, as measured at these thresholds.
+# By settings and probe: measured density, loss above dense and agreement at these thresholds.
 MEASURED = {
     ("paper", "text"): (0.665, 0.038, 0.934),
     ("paper", "copy"): (0.673, 1.136, 0.725),
@@ -26,8 +26,9 @@ MEASURED = {
 
 
 def test_quality_is_kept(monkeypatch):
-    """A tenth more loss, or a hundredth more of density or disagreement, is too much: rounding of
-    another processor moves them by far less, a wrong order or a wrong score by far more."""
+    """A loss that is 10 % and 0.005 higher fails, and so does a density or disagreement that is
+    0.01 higher. Rounding on another processor changes them by far less, and a wrong order or score
+    by far more."""
     monkeypatch.setattr(quality, "SWEPT", {"pbs": quality.SWEPT["pbs"]})
     monkeypatch.setattr(quality, "SWEEPS", SWEEPS)
     options = quality.Options(

@@ -1,5 +1,5 @@
-"""README.md is short, and its sentences say what the CSVs do. Its tables are held by
-test_docs_tables.py, its code and links by test_docs.py."""
+"""README.md is short, and its sentences agree with the CSVs. test_docs_tables.py checks its tables,
+and test_docs.py its code and links."""
 
 import statistics
 

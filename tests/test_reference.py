@@ -1,4 +1,4 @@
-"""The reference against naive loops, numbers worked out by hand, and what the paper proves."""
+"""The reference against naive loops, numbers computed by hand, and lemmas of the paper."""
 
 import itertools
 import math
@@ -97,7 +97,7 @@ def test_permute_kv_is_the_block_diagonal_matrix_of_eq_6():
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_visited_keys_naively(lengths, is_causal):
-    """Each key of each row decided alone, from the rule in words."""
+    """Decides each key of each row alone, from the rule in words."""
     num_queries, num_keys = lengths
     layout = ref.Layout(num_queries, num_keys, 2, 2, 4, is_causal)
     perm = random_perm(2, 2, num_keys, 4)
@@ -126,7 +126,7 @@ def test_block_roles_of_an_unaligned_chunk():
         [True, True, True, True, False, False, False],
         [True, True, True, True, False, False, False],
     ]
-    # Positions 7 and 8 lie in two segments; both belong to the one that 7 stands in.
+    # Positions 7 and 8 are in two segments. Both belong to the segment of 7.
     assert own.tolist() == [
         [False, False, True, True, True, False, False],
         [False, False, False, False, True, True, False],
@@ -290,8 +290,8 @@ def test_e4m3_by_hand():
 
 
 def test_tiles_of_candidates_have_their_own_units():
-    """Of 200 keys 160 are candidates. Each tile is rounded by its largest, the second one without
-    the keys behind the candidates."""
+    """Of 200 keys, 160 are candidates. Each tile is rounded by its largest element, and the second
+    tile ignores the keys after the candidates."""
     k_perm = torch.full((1, 1, 200, 2), 1.1)
     k_perm[0, 0, 3, 0], k_perm[0, 0, 130, 1], k_perm[0, 0, 170, 0] = -15.0, 30.0, 1000.0
     found = candidates_to_e4m3(k_perm, 160)
@@ -327,7 +327,7 @@ def test_rounded_mass_by_hand():
 
 
 def test_rounded_mass_is_limited_above_the_own_keys():
-    """One candidate block far above the own keys, another one much further."""
+    """One candidate block is far above the own keys, and another is much further above."""
     q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 65, 1)
     k[0, 0, :32], k[0, 0, 32:64] = 100.0, 200.0
     layout = ref.Layout(1, 65, 32, 32, 64, True)

@@ -1,4 +1,4 @@
-"""The release: what makes a library portable, what is checked of a wheel, and the workflow."""
+"""The release: portable libraries, checks of a wheel, and the workflow."""
 
 import re
 import subprocess
@@ -34,7 +34,8 @@ def build(folder, *options, code="int pbs_f() { return 0; }", name="libpbs.so"):
 
 
 def test_functions_that_moved_keep_their_old_version():
-    """Others have the same meaning under one version alone, or had another one before."""
+    """Other functions have the same meaning only under one version, or had another meaning
+    before."""
     assert glibc_stubs.moved_functions(LIBC) == {"dlopen": "2.2.5", "dlmopen": "2.3.4"}
 
 
@@ -55,14 +56,15 @@ def test_stubs_bind_to_old_versions(tmp_path, capsys):
     needed = check_wheel.printed("readelf", "-d", old)
     assert "[libdl.so.2]" in needed and "[libpthread.so.0]" in needed
     assert "librt" not in needed
-    # The system's own libraries of those names serve it.
+    # The system's own libraries of these names satisfy it.
     opened = f"import ctypes; print(ctypes.CDLL('{old}').pbs_open())"
     assert check_wheel.printed(sys.executable, "-c", opened) == "0\n"
 
 
 @pytest.fixture
 def make_wheel(tmp_path):
-    """Makes a wheel, right but for these changes: options of the linker, code, files by name."""
+    """Makes a wheel that is correct except for these changes: options of the linker, code, files by
+    name."""
     build(tmp_path, "-Wl,-soname,libtorch_cpu.so", code="int t;", name="libtorch_cpu.so")
 
     def make(*options, code="extern int t; int pbs_f() { return t; }", name=None, files=None):
@@ -151,7 +153,7 @@ def test_workflow_calls_the_script():
 
 
 def test_pictures_of_the_readme_show_everywhere():
-    """The page of a package has no files beside it."""
+    """The page of a package cannot show files of the repository."""
     project = (ROOT / "pyproject.toml").read_text()
     (repository,) = re.findall(r'^Repository = "(.*)"$', project, re.MULTILINE)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
