@@ -11,7 +11,7 @@ from test_stages_gpu import HALVES, assert_sampled, assert_selection, select_on_
 
 pytestmark = pytest.mark.gpu
 LOG2E = math.log2(math.e)
-# Of logits of 40 powers of two: half precision rounds them to 1/32 here.
+# Tolerance for logits of 40 powers of two, which half precision rounds to 1/32.
 LEANING_RTOL = 0.15
 ops = torch.ops.pbs
 
@@ -76,8 +76,9 @@ def test_sampled_score_follows_its_rule(
 def test_sampled_score_of_several_units_a_cta(
     head_dim, stacks_per_unit, batch, num_q_heads, num_kv_heads, num_queries
 ):
-    """With every number of stacks (include/pbs/sampled_plan.h): more than 32 samples of a
-    query block are one. The reference takes time by samples, and half a stack has none."""
+    """With every number of stacks (include/pbs/sampled_plan.h). More than 32 samples of a query
+    block are one stack. The time of the reference grows with the samples, and empty rows of a stack
+    cost it nothing."""
     num_stacks = batch * num_q_heads * -(-num_queries // 64)
     skip_unless_planned(num_stacks, stacks_per_unit, least_units=1.9)
     case = SAMPLED._replace(
@@ -93,8 +94,8 @@ def test_sampled_score_of_several_units_a_cta(
 
 
 def skip_unless_planned(num_stacks, stacks_per_unit, least_units):
-    """Unless the sm90 plan makes units of so many stacks, and of those so many for each CTA. Other
-    families take the same sizes, whatever they make of them."""
+    """Skips unless the sm90 plan has this number of stacks per unit and of units per CTA. Other
+    families run with the same sizes, whatever their plans are."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     planned = 1 if num_stacks < 2 * num_sms else 2 if num_stacks < 6 * num_sms else 4
     if planned != stacks_per_unit or num_stacks < least_units * stacks_per_unit * num_sms:
@@ -104,7 +105,7 @@ def skip_unless_planned(num_stacks, stacks_per_unit, least_units):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, 1600), (96, 1600), (128, 1600), (256, 900)])
 def test_sampled_score_of_very_many_heads(head_dim, heads, dtype):
-    """With so many stacks that the sm80 family makes units of the most it has."""
+    """There are enough stacks that the sm80 family makes units of its largest number."""
     case = SAMPLED._replace(
         num_queries=40,
         num_keys=300,
@@ -121,8 +122,9 @@ def test_sampled_score_of_very_many_heads(head_dim, heads, dtype):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("key_parts", [4, 2, 1])
 def test_sampled_score_by_key_parts(key_parts, head_dim, dtype):
-    """About the most stacks that still share the keys of their own segments among so many parts, or
-    a few more than share any. Each query head makes as many rows as a stack has."""
+    """With about the largest number of stacks that still divide the keys of their own segments into
+    this many parts, or with a few more than are divided. Each query head has as many rows as a
+    stack."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     num_kv_heads = {4: num_sms // 4, 2: num_sms // 2, 1: num_sms // 2 + 1}[key_parts]
     case = SAMPLED._replace(
@@ -186,22 +188,22 @@ def test_sampled_score_of_nothing(sizes):
 @pytest.mark.parametrize("last", [500, 900])
 @pytest.mark.parametrize("factor", [1.0, 300.0, 3000.0])
 def test_sampled_score_of_growing_logits(factor, last):
-    """Logits that grow up to key `last` by hundreds of powers of two. Up to 500, the later query
-    blocks find their own segment far below the candidates: those count as if they were 80 powers
-    of two above it, and are visited."""
+    """Logits grow up to key `last` by hundreds of powers of two. Up to 500, the later query blocks
+    find their own segment far below the candidates. These count as if they were 80 powers of two
+    above it, and are visited."""
     case = SAMPLED._replace(num_queries=1024, num_keys=1024, block_size=128)
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=3)
     ramp = torch.arange(1024) / 1024 - (torch.arange(1024) > last).float()
     k[..., 0], q[..., 0] = ramp.bfloat16(), factor
-    # Where logits are hundreds, the rounding of a sum of products is a good part of a weight.
+    # If logits are in the hundreds, the rounding of a sum of products changes a weight noticeably.
     mask, masses = assert_sampled(case, q, k, rtol=None if factor == 1 else 0.5)
     if factor == 3000 and last == 500:
         assert (masses[:, :, -1, 8:15] > 0.04).all()
         assert mask[:, :, -1, 8:15].all()
 
 
-# Levels of tiles, in powers of two: what their keys weigh beside an own key, for one query head
-# after the other. Weights of 2^11 times what a row has room for make it move its offset.
+# Levels of tiles, in powers of two: the weight of their keys relative to an own key, for one query
+# head after the other. Weights of 2^11 times the range of a row make it move its offset.
 LEVELS = [
     [13, 13, 13, 13, 27, 27, 27, 27, 41, 41, 41, 41],
     [6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39],
@@ -210,12 +212,12 @@ LEVELS = [
 ]
 
 
-LEANING_SLOPE = 8.0  # log2(e) times it, in powers of two for each unit of a key
+LEANING_SLOPE = 8.0  # log2(e) times the scale, in powers of two for each unit of a key
 
 
 def leaning_qk(case, dtype, levels=LEVELS):
-    """Queries of head h lean towards a direction of their own, which keys follow by `levels`; keys
-    behind the last tile do not."""
+    """Queries of each head have their own direction. Keys have a component in it, given by
+    `levels`, except for the keys after the last tile."""
     q, k, _ = clustered_qkv(case, dtype, seed=7)
     q[..., : len(levels)] = k[..., : len(levels)] = 0
     for nth, of_head in enumerate(levels):
@@ -229,8 +231,8 @@ def leaning_qk(case, dtype, levels=LEVELS):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("is_causal", "num_own"), [(True, 40), (False, 40), (False, 0)], ids=str)
 def test_sampled_score_where_the_own_segment_is_light(is_causal, num_own, head_dim, dtype):
-    """Far keys weigh up to 2^41 times as much, in several tiles one after the other. Without own
-    keys, rows compare with the first candidates."""
+    """Distant keys weigh up to 2^41 times as much, in several tiles one after the other. Without
+    own keys, rows compare with the first candidates."""
     case = SAMPLED._replace(
         num_queries=40,
         num_keys=12 * 128 + num_own,
@@ -243,7 +245,7 @@ def test_sampled_score_where_the_own_segment_is_light(is_causal, num_own, head_d
 
 
 def test_sampled_score_where_many_own_segments_are_light():
-    """The same with four stacks a unit."""
+    """The same with four stacks per unit."""
     case = SAMPLED._replace(
         num_queries=20 * 64,
         num_keys=12 * 128 + 40,
@@ -259,8 +261,8 @@ def test_sampled_score_where_many_own_segments_are_light():
 
 @pytest.mark.parametrize("is_heaviest_first", [True, False])
 def test_sampled_score_above_the_limit(is_heaviest_first):
-    """A far key of 2^200 times the own segment's weight and one of 2^98 count alike, whichever
-    comes first. One warpgroup has both, however many share the stack."""
+    """A distant key of 2^200 times the weight of the own segment and one of 2^98 times count the
+    same, whichever comes first. One warpgroup has both, however many share the stack."""
     case = SAMPLED._replace(
         num_queries=40,
         num_keys=12 * 128 + 40,
@@ -282,7 +284,7 @@ def test_sampled_score_above_the_limit(is_heaviest_first):
 def assert_leaning(case, dtype):
     mask, _ = assert_sampled(case, *leaning_qk(case, dtype), rtol=LEANING_RTOL)
     candidate, _ = ref.block_roles(case.layout)
-    for nth in range(len(LEVELS)):  # each of them tells heavy blocks from light ones
+    for nth in range(len(LEVELS)):  # each of them separates heavy blocks from light ones
         chosen = mask[:, nth :: len(LEVELS)]
         assert chosen.sum(-1).min() > 1
         assert not (chosen | ~candidate).all(-1).any()
@@ -291,7 +293,8 @@ def assert_leaning(case, dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("q_factor", "k_factor"), [(1e-6, 1e-6), (1e-4, 1e4), (1e4, 1e-4)])
 def test_sampled_score_of_extreme_values(q_factor, k_factor, dtype):
-    """Up to what float16 can hold, and far below 1: each tile and each row has its own scale."""
+    """Values reach the range of float16, and are far below 1 elsewhere: each tile and each row has
+    its own scale."""
     q, k, _ = clustered_qkv(SAMPLED, torch.float32, seed=2)
     q, k = ((x * factor).clamp(-60000, 60000) for x, factor in [(q, q_factor), (k, k_factor)])
     largest = max(q.abs().max(), k.abs().max())
@@ -302,7 +305,7 @@ def test_sampled_score_of_extreme_values(q_factor, k_factor, dtype):
 @pytest.mark.parametrize("what", ["q", "a query", "k", "a tile"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sampled_score_of_zeros(is_causal, what):
-    """All keys weigh the same, in tiles that a row sees a part of, too."""
+    """All keys weigh the same, also in tiles of which a row sees a part."""
     case = SAMPLED._replace(segment_size=64, num_samples=4, is_causal=is_causal, threshold=0.05)
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=4)
     zeroed = {"q": q, "a query": q[:, 1, 15::64], "k": k, "a tile": k[:, :, 512:768]}
@@ -316,7 +319,7 @@ VALUES = [torch.nan, torch.inf, -torch.inf]
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("row", [3, 31, 63])
 def test_a_sampled_query_that_is_no_number_visits_everything(row, value):
-    """Whichever of the samples it is; the other heads and blocks do as ever."""
+    """This holds for each of the samples. The other heads and blocks are not affected."""
     case = SAMPLED._replace(num_queries=1024, num_keys=1024, threshold=0.4)
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=5)
     clean = select_on_gpu(case, q, k)
@@ -333,7 +336,7 @@ def test_a_sampled_query_that_is_no_number_visits_everything(row, value):
 @pytest.mark.parametrize("key", [300, 256, 511])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_a_key_that_is_no_number_makes_rows_visit_everything(is_causal, key, value):
-    """All that see its tile; those of the other KV head do as ever."""
+    """It affects all rows that see its tile, and no rows of the other KV head."""
     case = SAMPLED._replace(
         num_queries=1100, num_keys=1100, threshold=0.4, is_causal=is_causal, num_samples=32
     )

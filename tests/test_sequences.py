@@ -1,5 +1,5 @@
-"""Attention of sequences side by side, and in pages that stay as they are, on the CPU: against the
-float64 reference, and against `attention` of each sequence."""
+"""Attention of packed sequences, and of sequences in pages that do not change, on the CPU: against
+the float64 reference, and against `attention` of each sequence."""
 
 import pytest
 import reference_sequences as ref_seq
@@ -85,7 +85,7 @@ def test_paged_is_varlen(name, page_size, layout):
 
 @pytest.mark.parametrize("lengths", [(), ((0, 0),), ((0, 0), (0, 5)), ((1, 1),)], ids=str)
 def test_few_sequences(lengths):
-    """None at all, and none with queries."""
+    """Calls with no sequences, and with no queries."""
     tensors = draw(SMALL, [(0, 0), *lengths], torch.float32)
     tensors = Ragged(*(x[1:] for x in tensors))
     nothing = torch.empty(0, 4, 64), torch.empty(0, 2, 64), torch.empty(0, 2, 64)
@@ -105,7 +105,8 @@ def test_few_sequences(lengths):
 
 
 def test_memory_order_of_the_output():
-    """That of q, where q has no gaps; values of a projection of q, k and v together."""
+    """The output has the memory order of q if q has no gaps. q, k and v also come from one
+    projection."""
     rows = torch.randn(200, 4 + 2 + 2, 64)
     q, k, v = rows.split([4, 2, 2], 1)
     cu = cu_seqlens([120, 80])
@@ -130,7 +131,7 @@ def test_lengths_of_both_dtypes(dtype):
 
 @pytest.mark.parametrize("preset", ["fast", "balanced"])
 def test_python_functions(preset):
-    """They pass every argument on, with the settings of a config."""
+    """They pass on every argument, and the settings of a config."""
     config = getattr(PBSConfig, preset)()
     tensors = draw(SMALL, [(300, 600), (290, 290)], torch.float32)
     operands = in_pages(tensors, 256, "nhd")

@@ -38,7 +38,8 @@ every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 
 
 def to_device(*tensors):
-    """As a serving engine has them: what the host reads, which has one dimension, on the CPU."""
+    """Moves tensors as a serving engine has them: those that the host reads, which have one
+    dimension, stay on the CPU."""
     return [x if x.dim() == 1 else with_strides_of(x, x.to(DEVICE)) for x in tensors]
 
 
@@ -143,7 +144,7 @@ def by_stages(case, q, k, v):
     ],
 )
 def test_chunks_are_the_stages_on_gathered_pages(name, plan, page_size, layout, dtype):
-    """What selects and what sorts sees the same numbers, so that pages are the same bit for bit."""
+    """Selection and sorting see the same numbers, so pages are equal bit for bit."""
     case = IN_ORDER[name]
     lengths = [(sum(chunks),) * 2 for chunks in zip(*PLANS[plan], strict=True)]
     tensors = draw(case, lengths, dtype)
@@ -166,7 +167,8 @@ def test_chunks_are_the_stages_on_gathered_pages(name, plan, page_size, layout, 
 
 
 def test_long_chunks_of_many_sequences():
-    """So many keys that every kernel has several tiles a CTA, and pages far apart."""
+    """There are enough keys that every kernel has several tiles per CTA, and pages are far
+    apart."""
     case = Case(
         0, 0, batch=1, num_q_heads=4, num_kv_heads=2, head_dim=128, block_size=128,
         kv_block_size=32, segment_size=256, num_heavy=32, score="sampled", mass="block",
@@ -180,14 +182,14 @@ def test_long_chunks_of_many_sequences():
 
 
 def small_calls(dtype=torch.bfloat16):
-    """Arguments of all three, on the device; pages for each call come from a function."""
+    """Arguments of all three operators, on the device. A function makes the pages for each call."""
     tensors = draw(SMALL, lengths_for(SMALL), dtype)
     q, k_cache, v_cache, *lengths = to_device(*in_pages(tensors, 256, "nhd"))
     return packed(tensors), (q, k_cache, v_cache), lengths
 
 
 def run_all(varlen, paged, lengths):
-    """What all three give; the pages that change are copies."""
+    """The results of all three operators. The pages that change are copies."""
     q, *caches = paged
     ordered = [x.clone() for x in caches]
     out = torch.full_like(q, torch.nan)
@@ -213,7 +215,7 @@ def test_the_same_over_runs_and_streams():
 
 
 def test_captured_in_a_graph():
-    """Lengths are those of the capture; the page numbers are read when the graph runs."""
+    """Lengths are fixed at the capture. The page numbers are read when the graph runs."""
     varlen, paged, lengths = small_calls()
     want = run_all(varlen, paged, lengths)
     torch.cuda.synchronize()
@@ -246,7 +248,7 @@ def test_nothing_waits_for_the_gpu():
 
 
 def test_pages_take_the_memory_that_the_docs_say():
-    """docs/ops.md, Memory: beside what attention takes, copies of the keys and values."""
+    """docs/ops.md, Memory: the memory of attention, and copies of the keys and values."""
     num_keys, num_heads, head_dim = 20000, 2, 128
     q, k, v = (
         torch.randn(num_keys, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
@@ -272,12 +274,12 @@ def test_pages_take_the_memory_that_the_docs_say():
     assert peaks["varlen"] < peaks["paged"] <= peaks["varlen"] + documented
 
 
-# What a GPU takes and what it does not
+# Valid and invalid arguments on a GPU
 
 
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**31 - 1])
 def test_bad_pages_are_visible_and_harmless(bad):
-    """In a table on the GPU, where a kernel cannot raise."""
+    """The table is on the GPU, where a kernel cannot raise an error."""
     tensors = draw(SMALL, ((300, 300), (200, 290), (1, 600)), torch.bfloat16)
     q, k_cache, v_cache, cu, lengths, table = to_device(*in_pages(tensors, 256, "nhd"))
     options = options_of(SMALL)
@@ -300,7 +302,7 @@ def test_bad_pages_are_visible_and_harmless(bad):
 
 
 def test_lengths_on_the_gpu():
-    """The Python functions copy them; the operators, which never wait, refuse them."""
+    """The Python functions copy them. The operators, which never wait, refuse them."""
     varlen, paged, (cu, lengths, table) = small_calls()
     where = cu.to(DEVICE), lengths.to(DEVICE), table
     on_gpu = [x.to(DEVICE) for x in varlen]

@@ -1,5 +1,4 @@
-"""Pages that attention_paged_ puts in order, on the CPU: what comes out, and what becomes of
-them."""
+"""Pages that attention_paged_ sorts, on the CPU: the outputs, and the pages afterwards."""
 
 import itertools
 
@@ -34,7 +33,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 
 def run_in_order(pages, step, options):
-    """What attention_paged_ writes to an output that held NaN."""
+    """The result of attention_paged_ in an output that held NaN."""
     q = step.q.to(pages.k.device)
     out = torch.full_like(q, torch.nan)
     lengths = step.cu_seqlens_q, step.seq_lens, pages.block_table
@@ -51,7 +50,7 @@ def run_in_order(pages, step, options):
     ],
 )
 def test_in_order_against_float64(name, plan, dtype):
-    """The output of every call, and every bit of the pages after it."""
+    """Checks the output of every call, and every bit of the pages after it."""
     options = options_of(IN_ORDER[name])
     tensors = settled_chunks(name, plan, dtype)
     pages = pages_for(IN_ORDER[name], PLANS[plan], dtype, 256, layout="hnd")
@@ -67,8 +66,8 @@ def test_in_order_against_float64(name, plan, dtype):
 
 
 def assert_chunks_are_dense(case, plan, dtype, page_size, layout, *, seed=0, device="cpu"):
-    """At threshold 1. After each call complete segments hold their keys in another order, and
-    everything else in the caches is as it was."""
+    """Checks chunks at threshold 1. After each call, complete segments hold their keys in another
+    order, and everything else in the caches is unchanged."""
     options = options_of(case._replace(threshold=1.0))
     lengths = [(sum(chunks),) * 2 for chunks in zip(*plan, strict=True)]
     tensors = draw(case, lengths, dtype, seed)
@@ -90,8 +89,8 @@ def assert_chunks_are_dense(case, plan, dtype, page_size, layout, *, seed=0, dev
 
 
 def assert_ordered(case, before, pages, sequence, first, last):
-    """Segments that a chunk completed are permuted, K and V alike. Copies them to `before`, which
-    then differs from `pages` nowhere."""
+    """Segments that a chunk completed are permuted, K and V in the same way. Copies them to
+    `before`, which is then equal to `pages`."""
     size = case.segment_size
     for begin in range(first // size * size, last // size * size, size):
         old, new = (x.read(sequence, begin, begin + size) for x in (before, pages))
@@ -102,7 +101,8 @@ def assert_ordered(case, before, pages, sequence, first, last):
 
 
 def assert_permuted(old, new):
-    """Rows (tokens, heads, head_dim) of keys and values: per head in another order, in pairs."""
+    """Rows (tokens, heads, head_dim) of keys and values have another order per head, and stay
+    paired."""
     for head in range(old[0].shape[1]):
         pairs = (sorted(torch.cat([x[:, head] for x in kv], -1).tolist()) for kv in (old, new))
         assert next(pairs) == next(pairs)
@@ -127,7 +127,7 @@ def plans(draw):
     return draw(calls.filter(lambda plan: any(map(any, plan))))
 
 
-# Of enough random inputs some lie just outside of any tolerance: always the same ones are drawn.
+# With enough random inputs, some exceed any tolerance, so the inputs are always the same.
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     plan=plans(),
@@ -147,7 +147,8 @@ def test_chunks_of_any_plan(plan, seed, dtype, page_size, layout, num_heavy, num
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("plan", ["at once", "segments", "inside segments"])
 def test_keys_and_values_may_be_given(plan, layout, dtype):
-    """Bit for bit what the pages give; chunks that begin inside a segment read the pages."""
+    """The results equal those from the pages bit for bit. Chunks that begin inside a segment read
+    the pages."""
     case, options = IN_ORDER["small"], options_of(IN_ORDER["small"])
     lengths = [(sum(chunks),) * 2 for chunks in zip(*PLANS[plan], strict=True)]
     tensors = draw(case, lengths, dtype)
@@ -180,7 +181,7 @@ def test_keys_that_are_given_are_read():
 
 
 def test_the_order_is_that_of_importance():
-    """A key that all queries look for comes right behind token 0, whose value it does not have."""
+    """A key that all queries look for comes directly after token 0, and keeps its own value."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(128, heads, 64, generator=generator) for heads in (4, 2, 2))
     for head in range(2):
@@ -198,7 +199,7 @@ def test_the_order_is_that_of_importance():
 
 @every_dtype
 def test_decoding_over_ordered_pages(dtype):
-    """Dense attention to what the pages hold, by torch, as to the keys in their own order."""
+    """torch's dense attention over the pages equals that over the keys in their original order."""
     plan = PLANS["inside segments"]
     tensors = settled_chunks("small", "inside segments", dtype)
     pages = pages_for(SMALL, plan, dtype, 128)
@@ -214,7 +215,7 @@ def test_decoding_over_ordered_pages(dtype):
 
 
 def test_sequences_that_share_pages():
-    """The pages of a prefix that one sequence has completed serve another one as they stand."""
+    """The pages of a prefix that one sequence has completed serve another one without change."""
     options = options_of(SMALL)
     (q, k, v) = draw(SMALL, [(300, 300), (290, 290)], torch.float32)
     k[1][:128], v[1][:128] = k[0][:128], v[0][:128]
@@ -234,7 +235,7 @@ def test_sequences_that_share_pages():
     ops.attention_paged_(queries, pages.k, pages.v, out, *rows, pages.table, **options)
     assert_same(pages.read(1, 0, 128), before.read(0, 0, 128))
 
-    # The second sequence with pages of its own.
+    # The second sequence has its own pages.
     alone.table = own_table
     alone.write(1, 0, *before.read(0, 0, 128))
     found = torch.full_like(queries[172:], torch.nan)
@@ -260,7 +261,7 @@ def test_rows_between_those_of_the_output_stay():
 
 
 def test_a_chunk_in_order_is_attention_where_it_is_the_whole_prompt():
-    """Where token 0 is the most important of its segment anyway: bit for bit."""
+    """The results are equal bit for bit if token 0 is the most important key of its segment."""
     tensors = draw(SMALL, [(300, 300)], torch.bfloat16)
     k = tensors.k[0]
     k[0] = 4 * F.normalize(tensors.q[0][-32:].float().mean((0, 1)), dim=0).to(k) * 8

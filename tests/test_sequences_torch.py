@@ -37,7 +37,7 @@ def copies(tensors):
 
 
 def result_of(call, op, tensors, **settings):
-    """What comes back, or what was written."""
+    """The returned or written tensors."""
     found = call(*tensors.values(), **settings)
     if op != IN_ORDER:
         return [found]
@@ -58,7 +58,7 @@ def test_opcheck(op, config):
 
 @every_operator
 def test_fake_kernels(op):
-    """Shapes alone, whether or not the lengths are real, and with the defaults of the schema."""
+    """Shapes are right with real and with fake lengths, and with the defaults of the schema."""
     tensors, _ = calls(PBSConfig())[op]
     for on_meta in (
         {name: tensor.to("meta") for name, tensor in tensors.items()},
@@ -74,7 +74,8 @@ def test_fake_kernels(op):
 
 @every_operator
 def test_written_tensors_count_a_version(op):
-    """So that a backward that has saved one raises, as after an in-place operation of torch."""
+    """A backward that has saved a written tensor raises, as after an in-place operation of
+    torch."""
     tensors, settings = calls()[op]
     before = {name: tensor._version for name, tensor in tensors.items()}
     getattr(PBS, op)(**tensors, **settings)
@@ -171,7 +172,7 @@ def test_jit_script_save_and_load():
 
 
 def test_autocast_casts_tokens_but_no_pages():
-    """Pages are a cache, not an operand of one call: they and `out` keep their dtype."""
+    """Pages are a cache, not an operand of one call, so they and `out` keep their dtype."""
     many, few = calls(), calls(dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for op in SEQUENCE_OPERATORS:
@@ -197,7 +198,7 @@ def test_inference_mode_and_no_grad(op):
             assert_same(result_of(getattr(PBS, op), op, given, **settings), want)
     with torch.inference_mode():
         given = copies(tensors)
-    # Tensors that keep no version, outside of the mode that made them.
+    # Tensors without a version counter, outside of the mode that made them.
     assert_same(result_of(getattr(PBS, op), op, given, **settings), want)
 
 

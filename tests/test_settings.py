@@ -1,6 +1,7 @@
-"""The settings are written out in the operators' schemas, in PBSConfig and in the reference, said
-to the user in the command line and the documents, and derived everywhere else. Here each of these
-places is held against the schemas: whatever a new setting lacks has a test that names it."""
+"""The settings are written out in the schemas of the operators, in PBSConfig and in the reference.
+The command line and the documents describe them to the user, and all other code derives them. These
+tests compare each of these places with the schemas: if a new setting is missing in a place, a test
+names it."""
 
 import argparse
 import dataclasses
@@ -25,7 +26,7 @@ from pbs_attn.config import CHOICES, RESOLVED, THRESHOLDS
 from pbs_attn.ops import HEAD_DIMS, OPERATORS, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-# What belongs to a call and is no setting, with its default.
+# Arguments of a call that are not settings, with their defaults.
 CALL = {"is_causal": True, "scale": None}
 SETTINGS = [name for name in arguments_of("attention", True) if name not in CALL]
 FIELDS = {field.name: field for field in dataclasses.fields(PBSConfig)}
@@ -48,7 +49,7 @@ def test_stages_take_settings_of_the_whole_operator(op):
 
 
 def defaults_of(op):
-    """Of all keyword arguments: one that has none is missing."""
+    """The defaults of all keyword arguments. An argument without a default is left out."""
     arguments = getattr(torch.ops.pbs, op).default._schema.arguments
     return {a.name: a.default_value for a in arguments if a.kwarg_only and a.has_default_value()}
 
@@ -70,7 +71,8 @@ def test_defaults_of_the_stages_are_the_papers(op):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_operators_take_what_the_config_gives_them(op, preset):
-    """All but what belongs to a call, None included where a field is None."""
+    """The config gives all arguments except those of a call, including None for fields that are
+    None."""
     config = dataclasses.replace(PRESETS[preset], threshold=None, kv_block_size=None)
     tensors, kwargs = operator_calls(*qkv(), config)[op]
     assert set(kwargs) == set(arguments_of(op, True)) - CALL.keys()
@@ -94,8 +96,9 @@ def test_of_an_operator_that_there_is_not():
 
 
 def refusal(**kwargs):
-    """What the operator says to these words; None where it takes them."""
-    q = torch.zeros(1, 2, 64, 64)  # two query heads of a KV head: an order for each is another
+    """The error of the operator for these values; None if it accepts them."""
+    q = torch.zeros(1, 2, 64, 64)  # two query heads per KV head, so that an order for each differs
+    # from a shared one
     try:
         torch.ops.pbs.attention(q, q[:, :1], q[:, :1], **kwargs)
     except RuntimeError as error:
@@ -132,7 +135,7 @@ def test_every_mass_has_a_threshold():
 
 @pytest.mark.parametrize("mass", CHOICES["mass"])
 def test_thresholds_have_a_default_by_mass(mass):
-    """The operator's are the config's, and they tell."""
+    """The operator has the same defaults as the config, and they make a difference."""
     q = torch.randn(1, 1, 8000, 64, generator=torch.manual_seed(0)) / 2
     score = "sampled" if mass == "block" else "mean"
     config = PBSConfig(score=score, mass=mass)
@@ -184,7 +187,7 @@ def test_drawn_cases_vary_every_setting():
     assert_all_vary(drawn)
 
 
-# What the user reads
+# Documents for the user
 
 
 @pytest.mark.parametrize("is_swept", [False, True])

@@ -1,5 +1,5 @@
-"""mkdocs builds docs/ without a warning, finds broken links, and the result loads nothing from
-elsewhere."""
+"""mkdocs builds docs/ without a warning and finds broken links, and the site loads nothing from
+other hosts."""
 
 import ast
 import os
@@ -43,7 +43,8 @@ def test_every_page_is_built(site):
 
 
 def test_the_reference_has_every_public_name(site):
-    """And every field of the settings. Read from the sources: nothing is imported here."""
+    """It also has every field of the settings. The names are read from the sources, without
+    imports."""
     page = (site / "api.html").read_text()
     package = ast.parse((ROOT / "pbs_attn" / "__init__.py").read_text())
     (names,) = [ast.literal_eval(x.value) for x in package.body if is_assigned(x, "__all__")]
@@ -76,7 +77,7 @@ def test_a_link_to_the_repository_where_it_is_known(tmp_path, monkeypatch):
 
 
 def external(path):
-    """What a page or a style sheet loads from another host."""
+    """The resources that a page or a style sheet loads from another host."""
     text, found = path.read_text(), []
     if path.suffix == ".css":
         found = re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text)

@@ -1,8 +1,8 @@
 """Each CPU op against the float64 reference, stage by stage, then all five in one call.
 
-Every op is fed what the reference gave for the stage before, rounded to the dtype the op expects.
-The inputs are drawn until no sort across a block border and no selection hangs on less than
-rounding, so that integer results must be equal.
+Every op gets the result of the reference for the previous stage, rounded to the dtype that the op
+expects. Inputs are drawn until rounding can change no sort across a block border and no selection,
+so that integer results must be equal.
 """
 
 import functools
@@ -51,7 +51,7 @@ CASES = [
     Case(90, 1300, batch=1, num_q_heads=2, num_kv_heads=1, num_heavy=24, segment_size=128),
     Case(260, 260, threshold=1.0, mass="causal", kv_block_size=64),
 ]
-# Visited whatever their score, beside mean scores.
+# Blocks that are always visited, with mean scores.
 ALWAYS = [
     Case(331, 331, window=1, strides="slice"),
     Case(300, 300, window=128, dense_tail=33, mass="causal", threshold=0.6, num_heavy=8),
@@ -95,7 +95,8 @@ every_case = pytest.mark.parametrize(
 
 
 class Stages(NamedTuple):
-    """What the reference gives, each stage from the op's rounding of the one before."""
+    """The results of the reference. Each stage starts from the rounded result of the previous
+    one."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -129,7 +130,7 @@ def draw_stages(case, dtype, seed):
 
 
 def sorts_clearly(case, scores):
-    """Whether neighbours in rank that land in different key blocks (or parts) differ by 1e-6."""
+    """Whether neighbours in rank in different key blocks (or parts) differ by 1e-6."""
     num_sorted = case.num_keys // case.segment_size * case.segment_size
     ranked = scores[..., :num_sorted].unflatten(-1, (-1, case.segment_size))
     ranked = ranked.sort(-1, descending=True).values
@@ -141,7 +142,7 @@ def sorts_clearly(case, scores):
 
 
 def leave_ones_behind(*tensors):
-    """Frees memory full of 0xFF (NaN, or -1) of the sizes an op is about to allocate."""
+    """Frees memory full of 0xFF (NaN, or -1) in the sizes that an op will allocate."""
     for x in tensors:
         torch.full((x.numel() * x.element_size(),), 0xFF, dtype=torch.uint8)
 
@@ -154,7 +155,7 @@ def test_score_keys(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_score_keys_with_sharp_softmax(dtype):
-    """Logits far beyond what exp can take without the maximum over all keys."""
+    """Logits are far beyond the range of exp without the maximum over all keys."""
     case = Case(700, 700, segment_size=128)
     q, k, _ = clustered_qkv(case, dtype, seed=0)
     assert_scores(case, q * 1000, k)
@@ -225,7 +226,8 @@ def test_select_blocks(case, dtype):
 @pytest.mark.parametrize("mass", ["earlier", "causal"])
 @pytest.mark.parametrize("threshold", [0.12, 0.5, 0.55, 0.76, 1.0])
 def test_select_blocks_breaks_ties_by_index(threshold, mass):
-    """Equal keys, so all blocks have the same mass, exactly; perm=None: token 0 is in block 0."""
+    """Keys are equal, so all blocks have exactly the same mass. With perm=None, token 0 is in block
+    0."""
     q, k = torch.ones(1, 2, 320, 64), torch.full((1, 2, 320, 64), 0.5)
     k_mean = torch.full((1, 2, 10, 64), 0.5)
     sizes = {"block_size": 32, "segment_size": 64, "threshold": threshold, "mass": mass}
@@ -242,7 +244,8 @@ def test_select_blocks_breaks_ties_by_index(threshold, mass):
 
 
 def test_select_blocks_at_threshold_1_keeps_blocks_without_mass():
-    """One block holds all the mass float32 can show; below 1 it is enough, with that of token 0."""
+    """One block holds all mass that float32 can represent. Below threshold 1, it is enough,
+    together with the block of token 0."""
     q, k, k_mean = torch.ones(1, 1, 256, 64), torch.zeros(1, 1, 256, 64), torch.zeros(1, 1, 8, 64)
     k_mean[:, :, 3] = 50
     sizes = {"block_size": 32, "segment_size": 64}
@@ -253,7 +256,7 @@ def test_select_blocks_at_threshold_1_keeps_blocks_without_mass():
 
 @pytest.mark.parametrize("row", [31, 40, 63])
 def test_a_sample_of_nan_selects_everything(row):
-    """Whichever of the samples it is: the first, one between, the last."""
+    """This holds for each of the samples: the first, one in the middle, and the last."""
     q, k = torch.randn(2, 1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
     q[0, 0, 192 + row] = torch.nan
     sizes = {"block_size": 64, "segment_size": 64, "num_samples": 64, "threshold": 0.5}
@@ -265,8 +268,8 @@ def test_a_sample_of_nan_selects_everything(row):
 
 @pytest.mark.parametrize("num_keys", [384, 300])
 def test_select_blocks_means_over_the_rows_that_exist(num_keys):
-    """The own block of the queries from 256 on weighs by all rows it has: those after the queries
-    too (384 keys), and no padding (300 keys)."""
+    """The mean of the own block of queries from 256 on is over all its rows, including those after
+    the queries (384 keys), and over no padding (300 keys)."""
     q = torch.ones(1, 1, num_keys, 64)
     k = torch.zeros(1, 1, num_keys, 64)
     k[:, :, 288:] = 0.5 * 128 / 96
@@ -300,7 +303,7 @@ def test_attend(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [30.0, 1000.0])
 def test_attend_with_sharp_softmax(factor, dtype):
-    """Logits far beyond what exp can take without the running maximum."""
+    """Logits are far beyond the range of exp without the running maximum."""
     case = Case(200, 200)
     q, k, v, _, perm, k_perm, v_perm, _, mask = stages_of(case, dtype)
     q = q * factor
@@ -327,7 +330,7 @@ def test_attend_rounds_to_nearest_even(size, dtype):
 
 @every_case
 def test_attention(case, dtype):
-    """All five in one call: the same keys are visited, and the output on them is right."""
+    """One call of all five stages visits the same keys, and its output on them is right."""
     stages = stages_of(case, dtype)
     q, k, v = stages[:3]
     exact = ref.attention(q, k, v, **case.kwargs("attention"))

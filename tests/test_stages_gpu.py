@@ -34,7 +34,8 @@ some = settings(max_examples=40, derandomize=True, deadline=None)
 
 
 def random_case(seed):
-    """From one seed: option by option, hypothesis would try few cases and many near copies."""
+    """Draws a case from one seed. If hypothesis drew each option, it would try few cases and many
+    similar ones."""
     rng = random.Random(seed)
     block_size = rng.choice([32, 64, 128])
     kv_block_size = rng.choice([None, 32, 64, 128])
@@ -74,7 +75,7 @@ random_cases = seeds.map(random_case)
 
 
 def to_gpu(case, *tensors):
-    """Copies with the strides of the case, which `cuda` alone does not give a slice."""
+    """Copies with the strides of the case, because `cuda` does not keep those of a slice."""
     return [with_strides(x.cuda(), case.strides) for x in tensors]
 
 
@@ -89,7 +90,7 @@ def cases_of(dtypes):
 
 
 def poison(*tensors):
-    """Frees GPU memory full of NaN (or -1) of the sizes an op is about to allocate."""
+    """Frees GPU memory full of NaN (or -1) in the sizes that an op will allocate."""
     for x in tensors:
         torch.full((x.numel() * x.element_size(),), 0xFF, dtype=torch.uint8, device="cuda")
 
@@ -129,15 +130,16 @@ def test_score_keys_of_several_chunks(head_dim, dtype):
     case = Case(700, 2900, head_dim=head_dim, block_size=128, segment_size=256, batch=1)
     q, k, _ = clustered_qkv(case, dtype, seed=0)
     assert_scores(case, q, k)
-    # Logits far beyond what exp can take without the maximum over all keys, and whose last float32
-    # bits already count: against torch's product in the same dtype.
+    # Logits are far beyond the range of exp without the maximum over all keys, and even their last
+    # float32 bits matter. The comparison is therefore with torch's product in the same dtype.
     assert_scores(case, q * 30, k, logits_dtype=dtype)
 
 
 @pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("group", [1, 2, 4, 7])
 def test_score_keys_of_long_parts(group, head_dim):
-    """So many key heads that a CTA has much of one, and its keys pass all stages more than once."""
+    """There are enough key heads that a CTA has a large part of one, and its keys pass all stages
+    more than once."""
     heads = {"num_q_heads": 70 * group, "num_kv_heads": 70}
     case = Case(64, 1100, **heads, head_dim=head_dim, batch=1, block_size=64, segment_size=128)
     q, k, _ = clustered_qkv(case, torch.bfloat16, seed=0)
@@ -248,8 +250,8 @@ def test_select_blocks_of_long_rows_takes_the_smallest_set(
 
 
 def select_on_gpu(case, q, k, perm=None, **changed):
-    """Calls sampled scores twice and returns what both gave, mask and counts; without a
-    permutation, on the keys as they are."""
+    """Calls sampled scores twice, checks that masks and counts are equal, and returns the mask.
+    Without a permutation, the keys are in their original order."""
     k_perm = None
     num_heads = case.num_kv_heads if perm is None else perm.shape[1]
     num_blocks = -(-case.num_keys // case.kv_block)
@@ -273,14 +275,14 @@ def select_on_gpu(case, q, k, perm=None, **changed):
 
 
 def family():
-    """The kernels that calls take here."""
+    """The family of the kernels that calls use here."""
     return gpu_family(torch.cuda.get_device_capability())
 
 
 def assert_sampled(case, q, k, perm=None, *, rtol=None):
-    """Sampled scores on CUDA against the reference with its roundings. Blocks that are visited
-    whatever their score, and those that are no candidates, are exact. `rtol` is that of sm90, where
-    logits are so large that its roundings matter."""
+    """Sampled scores on CUDA against the reference with the same roundings. Blocks that are always
+    visited, and those that are not candidates, are exact. `rtol` is that of sm90, if logits are so
+    large that its roundings matter."""
     kernels = family()
     if rtol is None or kernels != "sm90":
         rtol = SAMPLED_RTOL[kernels]
@@ -328,7 +330,7 @@ def test_select_blocks_of_random_shapes_follows_its_rule(case, seed, dtype):
 @pytest.mark.parametrize("mass", ["earlier", "causal"])
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_select_blocks_of_many_tiles_takes_the_smallest_set(head_dim, mass, dtype):
-    """So many query blocks that a CTA works on several tiles of them, one loaded ahead."""
+    """There are enough query blocks that a CTA works on several tiles of them, one loaded ahead."""
     case = Case(4000, 4000, num_q_heads=8, head_dim=head_dim, mass=mass, permute_per="query_head")
     assert_selection(case, 0, dtype)
 
@@ -343,7 +345,8 @@ def test_nan_visits_everything():
 
 
 def assert_attention(case, q, k, v):
-    """All five in one call visit what they visit one by one, and the output on it is right."""
+    """One call of all five stages visits the same keys as separate calls, and its output on them is
+    right."""
     q, k, v = to_gpu(case, q, k, v)
     by_stage = run_stages(case, q, k, v)
     mask = ref.unpack_mask(by_stage.block_mask.cpu(), by_stage.k_mean.shape[2])
@@ -390,7 +393,7 @@ def test_attention_over_runs_streams_and_graphs():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_other_device():
-    """Tensors of a GPU that is not the current one."""
+    """Tensors are on a GPU that is not the current one."""
     case = Case(700, 700, head_dim=128, block_size=128, segment_size=256)
     tensors = [x.cuda(0) for x in clustered_qkv(case, torch.bfloat16, seed=0)]
     on_other = [x.to("cuda:1") for x in tensors]
@@ -436,12 +439,12 @@ def test_extra_memory_is_what_the_docs_say(score, mass, permute_per):
     ops.attention(q, k, k, **options)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    # What was asked for: the allocator hands out up to a MiB more a tensor.
+    # The requested memory: the allocator gives up to a MiB more per tensor.
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     out = ops.attention(q, k, k, **options)
     torch.cuda.synchronize()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
-    # The output comes last: where an earlier stage has the peak, it is not part of it.
+    # The output is allocated last. If an earlier stage has the peak, the output is not part of it.
     assert peak - before - out.numel() * out.element_size() <= documented
     assert peak - before > documented / 2
 

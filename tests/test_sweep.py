@@ -19,9 +19,10 @@ from pbs_attn import PBSConfig  # noqa: E402
 EXACT = PBSConfig(block_size=64, segment_size=128, threshold=1.0)
 SPARSE = PBSConfig(block_size=64, segment_size=128, threshold=0.5, window=0, dense_tail=0)
 NUM_TOKENS = 301  # two segments and an incomplete one
-CHUNKS = [170, 100, 30, 1]  # two that take the op, one shorter than a block, a decode step
+CHUNKS = [170, 100, 30, 1]  # two chunks that take the op, one shorter than a block, and a decode
+# step
 PADDING = 77
-ATOL = 3e-4  # in standard deviations of the logits, float32: another order of summation
+ATOL = 3e-4  # in standard deviations of the float32 logits, for another order of summation
 
 DEFAULT = [
     *(
@@ -46,7 +47,8 @@ def registered():
 
 @pytest.fixture
 def model(family):
-    """The family's tiny model; absent and unbuildable ones skip with the reason."""
+    """The tiny model of the family. If it does not exist or cannot be built, the test is skipped
+    with the reason."""
     if family not in FAMILIES:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     built = model_or_reason(family)
@@ -93,7 +95,8 @@ def padded(model, hidden):
 
 
 def chunked(model):
-    """The cache is the one that the model makes: a DynamicCache or, for a hybrid, its own."""
+    """The cache is the one that the model makes: a DynamicCache, or the own class of a hybrid
+    model."""
     cache, logits = None, []
     for part in tokens().split(CHUNKS, dim=1):
         outputs = forward(model, part, past_key_values=cache, use_cache=True)
@@ -123,8 +126,8 @@ def logits(form, model, implementation):
 
 
 def reference(form, model):
-    """The logits of the model's own eager attention, or a skip where the model itself refuses the
-    form. A model that was built takes the plain one."""
+    """The logits of the model's own eager attention. Skips if the model itself refuses this form of
+    input. Every built model takes the plain form."""
     try:
         expected = logits(form, model, "eager")
     except Exception as error:
@@ -159,7 +162,7 @@ def check(form, model, op_modules, record_property):
 
 
 def check_explanation(model, ran_op, ran, refusal):
-    """What explain() says of the modules that ran; a tower for images does not on a text."""
+    """Compares explain() with the modules that ran. A tower for images does not run on a text."""
     layers = [layer for layer in integration.explain(model, NUM_TOKENS) if layer.name in ran]
     if refusal:
         unsupported = [
@@ -185,7 +188,7 @@ def test_all_other_families(family, form, model, op_modules, record_property):
 
 
 def test_enough_default_families_are_built():
-    """So that the skips of the families above cannot become many unseen."""
+    """The number of skipped families cannot grow unnoticed."""
     assert len(build_all(name for name in DEFAULT if name in FAMILIES)) >= 20
 
 

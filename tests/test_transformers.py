@@ -48,7 +48,7 @@ def test_config_reaches_the_op(family):
     exact = logits(model, tokens())
     sparse = logits(model, tokens(), "pbs_sparse")
     assert (exact - sparse).abs().max() > 1000 * ATOL
-    # The first segment sees no selected block, so nothing can differ there.
+    # The first segment sees no selected block, so it cannot differ.
     first = SPARSE.segment_size
     assert_same(sparse[:, :first], exact[:, :first])
 
@@ -212,7 +212,7 @@ def test_compile():
 
     compiled = torch.compile(model, backend=backend)
     assert_same(logits(compiled, tokens()), expected)
-    if not HAS_CACHE_POSITION:  # else the mask depends on its values, which a trace cannot read
+    if not HAS_CACHE_POSITION:  # otherwise, the mask depends on values that a trace cannot read
         assert targets.count("pbs.attention") == 2
     mask = torch.ones(1, NUM_TOKENS, dtype=torch.long)
     mask[:, :9] = 0
@@ -360,7 +360,7 @@ def test_call_with_keys_of_its_own_choice():
 
 
 def build_mask(q_length, kv_length, q_offset, **kwargs):
-    """The registered mask function, called as this transformers calls it."""
+    """Calls the registered mask function as the installed transformers does."""
     if HAS_CACHE_POSITION:
         queries = {"cache_position": torch.arange(q_offset, q_offset + q_length)}
     else:
@@ -481,7 +481,8 @@ def test_register_with_old_transformers(monkeypatch):
 
 
 def test_import_leaves_transformers_alone():
-    """And torch's compiler, which takes as long to import as all the rest of torch."""
+    """It also leaves torch's compiler alone, whose import takes as long as that of all the rest of
+    torch."""
     code = (
         "import sys, pbs_attn, pbs_attn.transformers; "
         "assert not {'transformers', 'torch._dynamo'} & sys.modules.keys()"

@@ -1,5 +1,5 @@
-"""What pbs_attn.transformers does with calls that only a run shows: gradients, checkpoints,
-autocast, compiled graphs, paged caches; and that explain(), routes() and the calls agree."""
+"""Calls of pbs_attn.transformers with properties that only a run shows: gradients, checkpoints,
+autocast, compiled graphs and paged caches. explain(), routes() and the calls agree."""
 
 import warnings
 
@@ -55,7 +55,7 @@ def gradients(model, run):
 def test_checkpointed_training_has_the_gradients_of_sdpa(use_reentrant):
     model = build("llama", "sdpa").train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    # What a reentrant checkpoint needs where the embedding is not itself checkpointed.
+    # A reentrant checkpoint needs this if the embedding is not itself checkpointed.
     model.enable_input_require_grads()
 
     def run():
@@ -71,7 +71,7 @@ def test_checkpointed_training_has_the_gradients_of_sdpa(use_reentrant):
 
 
 def test_frozen_layers_in_training_mode_take_sdpa():
-    """They run without gradients in every pass, and still must not differ from the others."""
+    """They run without gradients in every pass, but must take the same route as the others."""
     model = build("llama", "pbs_sparse").train()
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
@@ -125,7 +125,7 @@ def test_functional_transforms_of_a_model_in_grad_mode_take_sdpa(transform):
         return layer(states, positions, None)[0]
 
     if transform == "vmap":
-        # The weights require grad, so what they give does too, also where vmap hides it.
+        # The weights require grad, so the outputs do too, even if vmap hides it.
         actual = torch.vmap(lambda states: attend(states[None])[0])(hidden)
         expected = attend(hidden)
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -144,7 +144,7 @@ def test_functional_transforms_of_a_model_in_grad_mode_take_sdpa(transform):
 
 
 class CrossAttention(torch.nn.Module):
-    """Of a model like Mllama: nothing says whether it is causal."""
+    """A layer of a model like Mllama. Nothing says whether it is causal."""
 
     num_key_value_groups = 2
 
@@ -181,7 +181,7 @@ def test_cross_attention_that_does_not_say_so_sees_every_key(sizes):
 
 
 def test_a_layer_that_does_not_tell_is_causal_and_dense():
-    """So transformers' own SDPA takes it; PBS does not, on a guess."""
+    """transformers' own SDPA takes it. PBS does not guess."""
     out, *tensors = attend(UnknownAttention())
     mask = torch.ones(150, 200, dtype=torch.bool).tril(50)
     torch.testing.assert_close(out, sdpa(*tensors, mask))
@@ -267,7 +267,7 @@ def test_compiled_prefill_that_goes_dense(family):
 
 
 def test_one_compiled_model_in_every_mode():
-    """Neither a mode nor another registration is remembered from an earlier trace."""
+    """A trace does not reuse the mode or the registration of an earlier one."""
     model = build("llama")
     expected = {name: logits(model, tokens(), name) for name in ("sdpa", "pbs_sparse")}
     model.set_attn_implementation("pbs_exact")
@@ -368,7 +368,7 @@ def test_what_explain_calls_dense_goes_dense_in_silence(family):
         model.train()(tokens())
 
 
-# Where layers are, and caches in pages
+# Devices of layers, and caches in pages
 
 
 def test_explain_knows_where_an_offloaded_layer_computes():
@@ -398,7 +398,7 @@ def test_continuous_batching_is_refused_in_our_words():
 
 
 class PagedAttentionCache:
-    """Named like the one of continuous batching."""
+    """A class with the name of the cache of continuous batching."""
 
 
 def test_call_with_a_cache_in_pages():

@@ -1,5 +1,5 @@
-"""pbs_attn.transformers on padded and packed batches: each sequence takes the op by itself, as it
-would alone, after one look at the mask a forward; and the mask is made where a layer needs it."""
+"""pbs_attn.transformers on padded and packed batches. Each sequence takes the op by itself, as it
+would alone, and each forward reads the mask once. The mask is made only if a layer needs it."""
 
 import warnings
 
@@ -32,7 +32,7 @@ TOO_SHORT = f"fewer than min_tokens={MIN_TOKENS} keys"
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Grows by how many values each look reads, by name."""
+    """A list that grows by the number of values of each read, by name."""
     seen, look = [], mask_module.look
 
     def spy(tensors):
@@ -45,7 +45,7 @@ def looks(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Grows by the shape of each explicit mask."""
+    """A list that grows by the shape of each explicit mask."""
     shapes, make = [], masking_utils.sdpa_mask
 
     def spy(*args, **kwargs):
@@ -74,7 +74,7 @@ def positions_of(mask):
 
 
 def make_mask(attention_mask=None, sequence_ids=None, num_queries=NUM_TOKENS):
-    """What the registered mask function makes of it, called as this transformers calls it."""
+    """The result of the registered mask function, called as the installed transformers calls it."""
     batch_size = len(attention_mask if sequence_ids is None else sequence_ids)
     kv_length = NUM_TOKENS
     offset = kv_length - num_queries
@@ -110,7 +110,7 @@ def random_inputs(batch, num_queries=NUM_TOKENS, num_keys=NUM_TOKENS, dtype=torc
 
 
 def assert_rows_are_as_alone(out, rows, query, key, value):
-    """Bit for bit; and zero elsewhere."""
+    """Rows are equal bit for bit, and the rest is zero."""
     covered = torch.zeros(out.shape[:2], dtype=torch.bool)
     for batch_idx, begin, end, num_queries in rows:
         last = end - key.shape[2] + query.shape[2]
@@ -169,7 +169,7 @@ def test_each_packed_sequence_is_as_alone(looks, made):
 @torch.no_grad()
 @pytest.mark.parametrize("num_queries", [100, 64])
 def test_a_chunk_of_each_row_is_as_alone(num_queries):
-    """Its queries stand at the end of the keys of its row, wherever that is."""
+    """The queries are at the end of the keys of their row, wherever that is."""
     spans = [(77, NUM_TOKENS), (0, NUM_TOKENS - 30), (NUM_TOKENS - 80, NUM_TOKENS), (0, 250)]
     inputs = random_inputs(4, num_queries)
     first = NUM_TOKENS - num_queries
@@ -224,7 +224,7 @@ def test_padded_batch_of_a_model(family, padding, op_layers, looks):
     assert ran == [
         idx for idx, kind in enumerate(FAMILIES[family][3]) if kind == "pbs" for _ in range(long)
     ]
-    # Of transformers 4, Llama 4 makes a mask of chunks too, which here hold all keys.
+    # In transformers 4, Llama 4 also makes a mask of chunks, which hold all keys here.
     assert len(looks) == (2 if family == "llama4" and HAS_CACHE_POSITION else 1)
     assert actual.isfinite().all()
     expected = logits(model, tokens(len(spans)), "sdpa", **inputs)
@@ -316,7 +316,7 @@ def test_rows_with_holes_take_the_mask(holes):
 
 @torch.no_grad()
 def test_a_mask_of_other_shapes_is_taken_by_its_values():
-    """Here it has one row for a batch of two, or tells of more tokens than there are keys."""
+    """Here it has one row for a batch of two, or covers more tokens than there are keys."""
     inputs = random_inputs(2)
     out = attend(*inputs, make_mask(spans_mask((77, NUM_TOKENS))))
     assert {route for route, _ in counts("pbs_sparse")} == {"sdpa"}
@@ -328,7 +328,8 @@ def test_a_mask_of_other_shapes_is_taken_by_its_values():
 
 
 def test_grad_mode_gets_an_ordinary_mask():
-    """Nothing takes PBS there, and what wraps a model to train it expects no other tensor."""
+    """Nothing takes PBS there, and code that wraps a model for training expects an ordinary
+    tensor."""
     assert type(make_mask(spans_mask(*PADDED["left"]))) is torch.Tensor
     with torch.no_grad():
         assert type(make_mask(spans_mask(*PADDED["left"]))) is RowMask
@@ -343,7 +344,7 @@ def graph_breaks():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_model_takes_the_mask(dynamic):
-    """A trace cannot look at a mask. It goes dense, without one graph break more than SDPA's."""
+    """A trace cannot read a mask. It goes dense, with no more graph breaks than SDPA."""
     model = build("llama")
     mask = spans_mask(*PADDED["left"])
     outputs, breaks = {}, {}
@@ -361,7 +362,8 @@ def test_compiled_model_takes_the_mask(dynamic):
 
 
 def test_compiled_layers_of_a_model_take_the_mask():
-    """They get it from outside of the trace, and are traced no more often than with a tensor."""
+    """They get the mask from outside of the trace, and are not traced more often than with a
+    tensor."""
     torch.compiler.reset()
     graphs, traces = [], []
 
@@ -385,7 +387,7 @@ def test_compiled_layers_of_a_model_take_the_mask():
     assert {c.route for c in integration.routes("pbs_exact")} == {"sdpa"}
 
 
-# The mask, and what is read of it
+# The mask, and the values that are read from it
 
 
 @pytest.fixture

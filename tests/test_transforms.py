@@ -1,4 +1,4 @@
-"""Derivatives, which no operator has, are refused in every transform; torch.vmap is a loop."""
+"""Derivatives, which no operator has, are refused in every transform. torch.vmap equals a loop."""
 
 import pytest
 import torch
@@ -61,12 +61,12 @@ def in_pairs(f, x):
 
 
 def scaled(f, x):
-    """Of one number, so that a Jacobian is small."""
+    """A function of one number, so that a Jacobian is small."""
     return lambda factor: f(factor * x)
 
 
 def chain(f, x):
-    """Through a leaf that requires grad and a tensor that was computed from it."""
+    """Tests a leaf that requires grad, and a tensor computed from it."""
     leaf = x.clone().requires_grad_()
     return f(leaf * 2)
 
@@ -141,7 +141,7 @@ def constant(f, x, y):
     return f(y.detach()) + 0 * y.sum()
 
 
-# What f(x) is computed in without a derivative that would have to flow through it.
+# Modes in which f(x) is computed without a derivative that would have to flow through it.
 ALLOWED = {
     "grad of another": lambda f, x: grad(lambda y: f(x) * y.sum())(torch.ones(1))[0],
     "jvp of another": lambda f, x: jvp(lambda y: f(x) * y.sum(), *[(torch.ones(1),)] * 2)[1],
@@ -169,7 +169,7 @@ def test_what_is_not_differentiated_works(name, transform):
 
 @pytest.mark.parametrize("transform", [*REFUSED, *ALLOWED])
 def test_is_differentiated_agrees(transform):
-    """What decides on another path than an operator's looks through all levels at once."""
+    """The function that decides outside of operators looks through all levels at once."""
     answers = []
 
     def ask(x):
@@ -216,7 +216,7 @@ def test_is_differentiated_breaks_no_graph():
 
 @pytest.fixture
 def no_fallback():
-    """torch's own loop, which warns, is an error."""
+    """The fallback of torch, a loop with a warning, is an error."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
@@ -241,7 +241,7 @@ def vmapped(tensor, in_dim):
 
 
 def loop(call, tensors, in_dims):
-    """One call a slice, on slices as the operators take them."""
+    """One call per slice, with slices as the operators take them."""
     results = []
     for n in range(SIZE):
         slices = [

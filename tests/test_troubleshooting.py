@@ -2,8 +2,8 @@
 docs/transformers.md every reason that explain() can give, and docs/serving.md every reason that the
 vLLM plugin can.
 
-Compared are templates: what varies is `…` here, and `<anything>` in the documents, where the first
-cells of tables headed `message`, `status` or `reason` count.
+The tests compare templates. A variable part is `…` here, and `<anything>` in the documents, where
+the first cells of tables with the header `message`, `status` or `reason` count.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIES = "…"
-PASSED_ON = "str(error)"  # what a caught error said, which is on the page by itself
+PASSED_ON = "str(error)"  # the message of a caught error, which the page lists by itself
 
 
 def place(path, line):
@@ -24,7 +24,7 @@ def place(path, line):
 
 
 def python_templates(node, scope):
-    """Every string that an expression can be, with VARIES for the parts that only a run tells."""
+    """Every string that an expression can be, with VARIES for the parts that only a run shows."""
     match node:
         case ast.Constant(value=str(text)):
             return [re.sub(r"\{[\w.]+\}", VARIES, text)]  # of a str.format template
@@ -65,7 +65,7 @@ def python_messages(path):
 
 
 def reasons(*names):
-    """(place, template) of what explain() or a log can say, from the files that decide."""
+    """(place, template) of every reason of explain() or a log, from the files that decide."""
     for path in (ROOT / "pbs_attn" / name for name in names):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -105,7 +105,7 @@ def cpp_arguments(code, start):
 
 
 def cpp_template(expression):
-    """Literals as they are; a run of anything else, that is values and macros, varies."""
+    """Keeps literals, and replaces every other part (values and macros) by VARIES."""
     pieces = re.split(f"({LITERAL.pattern})", expression)
     return "".join(
         ast.literal_eval(piece) if nth % 2 else VARIES if re.search(r"\w", piece) else ""
@@ -176,12 +176,12 @@ def assert_listed(name, header, raised):
 def test_every_message_is_listed():
     python = [m for path in sorted(ROOT.glob("pbs_attn/**/*.py")) for m in python_messages(path)]
     cpp, cmake = list(cpp_messages()), list(cmake_strings(r"message\(\s*(?:FATAL_ERROR|WARNING)"))
-    assert min(map(len, (python, cpp, cmake))) > 3  # each kind is read at all
+    assert min(map(len, (python, cpp, cmake))) > 3  # there is at least one message of each kind
     assert_listed("troubleshooting.md", "message", [*python, *cpp, *cmake])
 
 
 def test_fail_alone_throws():
-    """So that no message of the library escapes cpp_messages."""
+    """No other function throws, so cpp_messages finds every message of the library."""
     throws = [
         place(path, code.count("\n", 0, found.start()) + 1)
         for path, code in cpp_sources().items()
@@ -217,7 +217,7 @@ def test_every_reason_of_the_vllm_plugin_is_listed():
 
 
 def test_reading_of_sources():
-    """The forms that a message may be written in."""
+    """The forms in which a message may be written."""
     assert cpp_template('"a \\"", x, "\\" b" MACRO " c (", f(y, 1), ")"') == 'a "…" b… c (…)'
     assert cpp_arguments('fail("a) ", f(x), b); g()', 4) == '"a) ", f(x), b'
     path = ROOT / "pbs_attn" / "_library.py"

@@ -1,5 +1,5 @@
-"""The vLLM plugin's backends on CUDA and on a CPU, what is registered, and the layouts of their
-caches. vLLM's own classes are those of vllm_fakes.py."""
+"""The backends of the vLLM plugin on CUDA and on a CPU, their registration, and the layouts of
+their caches. vllm_fakes.py replaces vLLM's own classes."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def test_another_version_is_refused_where_the_backend_is_asked_for(monkeypatch, 
     [
         (True, "0.27.1", "CPU_ATTN", "cpu.PBSCPUBackend"),
         (False, "0.27.1", "CUSTOM", "cuda.PBSBackend"),
-        (False, "0.32.0", "CUSTOM", "cuda.PBSBackend"),  # importing it tells why not
+        (False, "0.32.0", "CUSTOM", "cuda.PBSBackend"),  # its import says why not
         (True, "0.32.0", None, None),
     ],
 )
@@ -66,7 +66,7 @@ def test_the_cpu_backend_without_custom_is_vllms_own(monkeypatch):
 
 
 def test_the_cpu_backend_works_on_a_copy_of_its_pages(monkeypatch):
-    """In whose blocks the keys are transposed; two rows share one."""
+    """Keys are transposed in the blocks of these pages, and two rows share a block."""
     server = Server(monkeypatch, "cpu")
     monkeypatch.setattr(
         vllm_fakes.BaseImpl, "pages", lambda self, cache: split_cpu_pages(cache, HEAD_DIM)

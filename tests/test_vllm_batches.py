@@ -1,5 +1,5 @@
-"""What the vLLM plugin does with a batch: how rows are split, what each part sees, and that all of
-the output is written. vLLM's own classes are those of vllm_fakes.py, whose attention is dense."""
+"""The vLLM plugin on a batch: how it splits rows, what each part sees, and that it writes the whole
+output. vllm_fakes.py replaces vLLM's own classes, with dense attention."""
 
 from types import SimpleNamespace
 
@@ -55,7 +55,7 @@ def test_a_mixed_batch(server, layout, page_size):
     assert rest.query_start_loc.tolist() == [0, 1, 91, 92]
     assert (rest.max_query_len, rest.max_seq_len) == (90, 700)
     if page_size == 256:
-        # What was ordered in place is the same to dense attention, but for queries in it.
+        # In-place order does not change dense attention, except for queries in the sorted segments.
         table = common.block_table_tensor
         decode = vllm_fakes.make_common([1] * 5, [n + 1 for n in KEYS], [False] * 5, table)
         last = torch.randn(5, HEADS, HEAD_DIM)
@@ -85,8 +85,8 @@ def test_one_span_of_others_is_written_without_a_copy(server):
 
 
 def configs_of(server, monkeypatch, page_size, build):
-    """The settings that each call of the operator gets, with metadata that `build` made and with
-    metadata that nobody tells prompts of."""
+    """The settings that each call of the operator gets, with metadata from `build`, and with
+    metadata without known prompts."""
     seen = []
     for name in ("attention_paged", "attention_paged_"):
         original = vars(server.impl_module)[name]
@@ -105,7 +105,7 @@ def configs_of(server, monkeypatch, page_size, build):
 
 
 def builds_of_runners(server):
-    """How each model runner of vLLM has metadata built."""
+    """The way in which each model runner of vLLM builds metadata."""
     worker = "vllm.v1.worker"
     first = server.modules[f"{worker}.gpu_model_runner"].GPUModelRunner(server.builder, PROMPTS)
     states = server.modules[f"{worker}.gpu.model_states.default"].DefaultModelState(server.builder)
@@ -128,8 +128,8 @@ def test_only_last_chunks_have_a_dense_tail(server, monkeypatch, page_size, name
 
 
 def test_metadata_of_the_rest_is_built_fast(server):
-    """An ordinary build of FlashAttention 3 writes its schedule into a buffer that the metadata of
-    the whole batch points to."""
+    """An ordinary build of FlashAttention 3 would write its schedule into a buffer that the
+    metadata of the whole batch points to."""
     common = batch()
     server.builder.build(0, common)
     assert [is_fast for _, is_fast in server.builder.builds] == [False, True]
@@ -158,7 +158,7 @@ def test_batches_without_a_plan(server):
 
 
 def test_padding_behind_the_rows(server):
-    """The first runner pads rows, the second one all fields but `is_prefilling`."""
+    """The first runner pads rows, and the second pads all fields except `is_prefilling`."""
     queries, keys = [600, 0, 0], [600, 0, 0]
     table, prefilling = make_table(256, [600] * 3), torch.tensor([True])
     common = vllm_fakes.make_common(queries, keys, [True], table, num_actual_tokens=640)
@@ -193,7 +193,7 @@ def test_another_group_of_layers_has_pages_of_its_own(server):
 
 @pytest.mark.parametrize("page_size", [16, 256])
 def test_the_profiling_run_makes_the_longest_call_once(server, monkeypatch, page_size):
-    """By the operator that blocks of this size take."""
+    """It uses the operator for blocks of this size."""
     server.config.cache_config.block_size = page_size
     calls = []
 

@@ -1,5 +1,5 @@
-"""Which layers, steps, rows and pages of vLLM take PBS: the file that decides, and what the user
-sets. Nothing here needs vLLM."""
+"""Which layers, steps, rows and pages of vLLM take PBS: the file that decides, and the settings of
+the user. Nothing here needs vLLM."""
 
 import importlib
 import json
@@ -131,7 +131,7 @@ def test_pages_that_are_left_in_order(page_size, config, fact, word):
     assert why_not_in_place(512, PBSConfig(), Engine()) is None
 
 
-# What the user sets
+# Settings of the user
 
 
 def test_settings_of_the_command_line_precede_the_environment():
@@ -328,7 +328,7 @@ def test_without_a_folder_nothing_is_counted(monkeypatch):
     assert counter.FOLDER not in os.environ
 
 
-# What other files say of it
+# What other files say about the plugin
 
 
 def test_the_page_and_the_package_say_the_same():

@@ -25,8 +25,8 @@ from tiny_model import SIZES, VOCABULARY, save_model
 SETTINGS = {"threshold": 1.0, "min_tokens": 512}
 PBS = {"attention_backend": "CUSTOM", "additional_config": {"pbs_attn": SETTINGS}}
 COUNTER = "pbs_attn_prefill_tokens_total"
-# Both backends compute in float32, vLLM's with a faster exponential. Where keys are out of place
-# or blocks are left out, log-probabilities differ by more than 0.1.
+# Both backends compute in float32, vLLM's with a faster exponential. If keys are out of place or
+# blocks are left out, log-probabilities differ by more than 0.1.
 TOLERANCE = 2e-3
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -49,7 +49,7 @@ LONG_ANSWERS = [prompt(700, 200 + i) for i in range(8)]
 
 
 class Engine:
-    """vllm.LLM for as long as a with block lasts."""
+    """Runs vllm.LLM during a with block."""
 
     def __init__(self, folder, **options):
         from vllm import LLM
@@ -65,8 +65,8 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
 
     def run(self, prompts, max_tokens=4, of_prompts=False):
-        """For each prompt its outputs' tokens and log-probabilities, those of the prompt first, and
-        how many of its tokens were cached."""
+        """For each prompt, the tokens and log-probabilities of its outputs, those of the prompt
+        first, and the number of cached tokens."""
         from vllm import SamplingParams
 
         wanted = {"logprobs": 0, "prompt_logprobs": 0} if of_prompts else {"logprobs": 0}
@@ -100,7 +100,7 @@ def pbs_tokens():
 
 
 def worst_difference(result, other):
-    """Of log-probabilities."""
+    """The largest difference of log-probabilities."""
     pairs = zip(result["logprobs"], other["logprobs"], strict=True)
     return max(abs(a - b) for a, b in pairs)
 
@@ -113,7 +113,7 @@ def assert_equal(results, expected, what):
 
 
 def dense(folder):
-    """What vLLM's own attention gives: prompts in one piece, nothing cached, no preemption."""
+    """The results of vLLM's own attention: prompts in one piece, nothing cached, no preemption."""
     before = pbs_tokens()
     options = {"max_num_batched_tokens": 8192, "enable_prefix_caching": False}
     with Engine(folder, **options) as engine:
@@ -149,7 +149,7 @@ def chunks(folder, expected):
 
 
 def small_blocks(folder, expected):
-    """Blocks of half a segment, which stay as they are."""
+    """Blocks of half a segment, which keep their order."""
     check_engine(folder, expected, block_size=128, num_gpu_blocks_override=48)
 
 
@@ -164,7 +164,8 @@ def tensor_parallel(folder, expected):
 
 
 def probe(folder, expected):
-    """What `bench serve` runs in workers: it counts what a call visits, and sets thresholds."""
+    """The code that `bench serve` runs in workers. It measures the density of a call, and sets
+    thresholds."""
     from pbs_attn.bench import serving_worker
     from pbs_attn.bench.serving_engine import densities_of
 
@@ -183,8 +184,8 @@ def probe(folder, expected):
 
 
 def server(folder, expected):
-    """32 requests at once from the openai client: none is lost, and all are what they are one at
-    a time."""
+    """32 requests at once from the openai client. None is lost, and all have the results of single
+    requests."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,5 +1,5 @@
-"""As much of vLLM as the plugin's classes derive from, for tests of a machine without vLLM: a base
-builder that passes metadata on, and a base layer that computes dense attention over pages."""
+"""The parts of vLLM that the plugin's classes derive from, for tests on a machine without vLLM: a
+base builder that passes metadata on, and a base layer that computes dense attention over pages."""
 
 import dataclasses
 import importlib
@@ -60,7 +60,7 @@ class Common:
 
 
 def make_common(queries, keys, prefilling, table, **changes):
-    """Of rows with so many queries and keys each."""
+    """Metadata of rows with these numbers of queries and keys."""
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     total = int(starts[-1])
     fields = {
@@ -80,7 +80,7 @@ def make_common(queries, keys, prefilling, table, **changes):
 
 
 class BaseBuilder:
-    """The metadata has the fields that FlashAttention's and the CPU's share."""
+    """A builder whose metadata has the fields that FlashAttention and the CPU backend share."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         self.builds = []
@@ -143,7 +143,8 @@ class BaseBackend:
 
 
 class FirstRunner:
-    """Which knows its prompts as `input_batch.num_prompt_tokens`, with stale entries at the end."""
+    """A runner with the prompt lengths in `input_batch.num_prompt_tokens`, with stale entries at
+    the end."""
 
     def __init__(self, builder, prompts):
         self.builder = builder
@@ -154,7 +155,7 @@ class FirstRunner:
 
 
 class SecondRunnersState:
-    """To which the runner hands an input batch with `prefill_len_np`."""
+    """The state to which the runner passes an input batch with `prefill_len_np`."""
 
     def __init__(self, builder):
         self.builder = builder
@@ -189,7 +190,7 @@ def dense(query, k_cache, v_cache, metadata, output, scale):
 
 
 def install(monkeypatch, config, log, version="0.26.0"):
-    """Puts these modules where Python finds vLLM, and lets the plugin's be imported anew."""
+    """Installs these modules as vLLM, and makes Python import those of the plugin again."""
     modules = {name: ModuleType(name) for name in MODULES}
     for name in OURS:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -207,7 +208,7 @@ def install(monkeypatch, config, log, version="0.26.0"):
     flash.FlashAttentionBackend = cpu.CPUAttentionBackend = BaseBackend
     flash.FlashAttentionImpl = cpu.CPUAttentionBackendImpl = BaseImpl
     flash.FlashAttentionMetadataBuilder = cpu.CPUAttentionMetadataBuilder = BaseBuilder
-    # Classes of their own, since the plugin wraps their methods.
+    # New classes, because the plugin wraps their methods.
     runners = (("gpu_model_runner", "GPUModelRunner", FirstRunner),)
     runners += (("gpu.model_states.default", "DefaultModelState", SecondRunnersState),)
     for module, name, base in runners:
