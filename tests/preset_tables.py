@@ -98,7 +98,7 @@ def quality():
         for preset, label in contestants(rows).items():
             of_name = of_preset(rows, preset)
             lines.append([model, label, *quality_cells(of_name), mean(of_name, "op_ms")])
-    return ["model, tokens", "preset", *PRESET_COLUMNS, "ms a layer"], lines
+    return ["model, tokens", "preset", *PRESET_COLUMNS, "ms per layer"], lines
 
 
 def pairs_of_pipeline():
