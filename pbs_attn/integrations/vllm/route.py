@@ -173,7 +173,7 @@ def why_not_in_place(page_size: int, config: PBSConfig, engine: Engine) -> str |
     if page_size % config.segment_size:
         return f"blocks of {page_size} tokens are not whole segments of {config.segment_size}"
     if page_size & (page_size - 1):
-        return f"blocks of {page_size} tokens are no power of two"
+        return f"blocks of {page_size} tokens are not a power of two"
     if config.score != "sampled":
         return 'only scores of the kind "sampled" do without the means of earlier segments'
     if config.permute_per != "kv_head":
