@@ -22,8 +22,7 @@ def mask_to_bool(block_mask: Tensor, num_kv_blocks: int) -> Tensor:
     """Unpacks (..., words) int32 into (..., num_kv_blocks) bool.
 
     Raises:
-        ValueError: if the words are not int32, or if ``num_kv_blocks`` needs another number of
-        them.
+        ValueError: if the words are not int32, or their number does not fit ``num_kv_blocks``.
     """
     if block_mask.dtype != torch.int32:
         raise ValueError(f"block_mask must be int32, got {block_mask.dtype}")
