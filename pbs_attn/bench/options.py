@@ -142,8 +142,8 @@ class ServeOptions:
     further engine starts. `table`: a CSV to print instead."""
 
     preset: str = "llama-3.1-8b"
-    tokens: tuple[int, ...] = (32768, 65536, 131072)
-    densities: tuple[str, ...] = ("32768:0.05", "65536:0.035", "131072:0.025")
+    tokens: tuple[int, ...] = LENGTHS
+    densities: tuple[str, ...] = tuple(f"{tokens}:{DENSITIES[tokens]}" for tokens in LENGTHS)
     parts: tuple[str, ...] = PARTS
     modes: tuple[str, ...] = MODES
     chunk: int = 8192
