@@ -180,6 +180,7 @@ def test_dense_calls_on_a_gpu(fails, monkeypatch, capsys):
     assert set(names) <= set(kernel.DENSE)
     said = "flex_dense is left out: no kernel\n" if fails else ""
     assert capsys.readouterr().err == said
+    assert list(contestants.dense_calls(OnGpu(), OnGpu(), OnGpu(), ("flash",))) == ["flash_dense"]
 
 
 def test_nothing_compiles_for_a_cpu(monkeypatch):
@@ -191,6 +192,7 @@ def test_nothing_compiles_for_a_cpu(monkeypatch):
     calls = contestants.dense_calls(q, k, v)
     assert list(calls) == ["sdpa_dense"]
     calls["sdpa_dense"]()
+    assert contestants.dense_calls(q, k, v, ()) == {}
 
 
 def test_answers_on_the_same_lists_must_agree():

@@ -262,7 +262,7 @@ def test_crossover_goes_into_the_rows(tiny, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(pipeline.SHAPES, "tiny", Shape("llama", 128, 256, 3, 4, 2, 64, 100))
     slow = {"sdpa_dense": lambda: torch.rand(2000, 2000) @ torch.rand(2000, 2000)}
-    monkeypatch.setattr(pipeline, "dense_calls", lambda *tensors: slow)
+    monkeypatch.setattr(pipeline, "dense_calls", lambda *inputs: slow)
     (row,) = pipeline.run(pipeline_options())
     assert row["crossover"] == "512"
 
@@ -298,7 +298,7 @@ def test_the_crossover_is_that_of_the_settings(tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "reach", reach)
     monkeypatch.setattr(pipeline, "LONGEST_CROSSOVER", 1024)
     never = {"sdpa_dense": lambda: None}
-    monkeypatch.setattr(pipeline, "dense_calls", lambda *tensors: never)
+    monkeypatch.setattr(pipeline, "dense_calls", lambda *inputs: never)
     for settings, config, densities in (
         ("default", PBSConfig(), (1.0, 0.96)),
         ("paper", PBSConfig.paper(), (0.94, 0.85)),

@@ -17,6 +17,7 @@ from .options import (
     CHUNK_SETTINGS,
     COMPARED,
     DEFAULT,
+    DENSE_KERNELS,
     DENSITIES,
     DTYPES,
     MODES,
@@ -112,12 +113,9 @@ def _add_pipeline(benches):
         action="store_false",
         help="do not look for the shortest prompt for which the one call wins",
     )
-    parser.add_argument(
-        "--no-dense",
-        dest="dense",
-        action="store_false",
-        help="leave dense kernels out, which take seconds on very long prompts",
-    )
+    words = "dense kernels that take turns with the one call on a GPU; none without a name, as they "
+    words += "take seconds on very long prompts"
+    add_list(parser, "--dense", "NAME", default.dense, words, nargs="*", choices=DENSE_KERNELS)
     _add_rounds(parser, default)
     _add_run(parser, default, "the time of the stages")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pbs_attn
 
 from .layers import dense_attention
+from .options import DENSE_KERNELS
 from .timing import Call
 
 BLOCK = 128  # rows of the blocks in a list, queries and keys
@@ -39,15 +40,22 @@ def sdpa_through(backend: str) -> Attention:
     return attend
 
 
-def dense_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Call]:
-    """Dense causal attention by all that can run here, q (B, Hq, N, D), k and v (B, Hkv, N, D)."""
+def dense_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernels: Sequence[str] = DENSE_KERNELS
+) -> dict[str, Call]:
+    """Dense causal attention, q (B, Hq, N, D), k and v (B, Hkv, N, D): on a GPU by those of the
+    kernels that run here, on a CPU by torch's SDPA."""
+    if not kernels:
+        return {}
     if q.device.type == "cpu":
         return {"sdpa_dense": lambda: dense_attention(q, k, v)}
-    calls: dict[str, Call | None] = {
-        f"{backend}_dense": functools.partial(sdpa_through(backend), q, k, v)
-        for backend in ("cudnn", "flash")
+    makers: dict[str, Callable[..., Call | None]] = {
+        "cudnn": functools.partial(functools.partial, sdpa_through("cudnn")),
+        "flash": functools.partial(functools.partial, sdpa_through("flash")),
+        "fa4": flash4,
+        "flex": flex_dense,
     }
-    return keep_running(calls | {"fa4_dense": flash4(q, k, v), "flex_dense": flex_dense(q, k, v)})
+    return keep_running({f"{kernel}_dense": makers[kernel](q, k, v) for kernel in kernels})
 
 
 def sparse_calls(

@@ -36,6 +36,9 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 
 PERMUTE_PER = CHOICES["permute_per"]
 
+# Dense kernels on a GPU: torch's SDPA through cuDNN and flash, FlashAttention-4, FlexAttention.
+DENSE_KERNELS = ("cudnn", "flash", "fa4", "flex")
+
 # kernel
 DTYPES = ("bfloat16", "float16", "float32")
 UNEVEN_TOKENS = 32768
@@ -98,8 +101,8 @@ class KernelOptions:
 class PipelineOptions:
     """`settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None for theirs.
     `densities`: one a length, or None for those that go with the settings. `activations`:
-    safetensors with q, k and v; they come after `tokens`, which may be (). `dense`: whether dense
-    kernels take turns."""
+    safetensors with q, k and v; they come after `tokens`, which may be (). `dense`: of
+    DENSE_KERNELS, those that take turns with the one call on a GPU; () for no dense kernel."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b",)
     settings: str = DEFAULT
@@ -110,7 +113,7 @@ class PipelineOptions:
     activations: tuple[str, ...] = ()
     eager: bool = False
     crossover: bool = True
-    dense: bool = True
+    dense: tuple[str, ...] = DENSE_KERNELS
     rounds: int = 5
     budget_ms: float = 20.0
     device: str = "auto"

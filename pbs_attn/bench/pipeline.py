@@ -133,7 +133,7 @@ def _measure_input(
     options: Options, name: str, tensors, density: float | None
 ) -> Iterator[dict[str, object]]:
     """One row a config; the threshold is its own where no density is asked for."""
-    dense = dense_calls(*tensors) if options.dense else {}
+    dense = dense_calls(*tensors, options.dense)
     for config in configs_of(options):
         pipeline = Pipeline(*tensors, config)
         own = config.resolved_threshold
@@ -248,7 +248,7 @@ def _wins(options: Options, shape: Shape, device: str, config: PBSConfig, length
     tensors = synthetic(shape, length, device)
     pipeline = Pipeline(*tensors, config)
     reach(pipeline, density_at(length, options.settings))
-    calls = dense_calls(*tensors) | {"attention": pipeline.attention}
+    calls = dense_calls(*tensors, options.dense) | {"attention": pipeline.attention}
     times = interleaved_medians(
         calls, options.rounds, clock_for(pipeline.q.device, options.budget_ms)
     )
