@@ -113,8 +113,8 @@ def _add_pipeline(benches):
         action="store_false",
         help="do not look for the shortest prompt for which the one call wins",
     )
-    words = "dense kernels that take turns with the one call on a GPU; none without a name, as they "
-    words += "take seconds on very long prompts"
+    words = "dense kernels that take turns with the one call on a GPU; name none to leave out "
+    words += "all, as they take seconds on very long prompts"
     add_list(parser, "--dense", "NAME", default.dense, words, nargs="*", choices=DENSE_KERNELS)
     _add_rounds(parser, default)
     _add_run(parser, default, "the time of the stages")
