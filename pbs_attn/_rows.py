@@ -73,7 +73,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         with Path(path).open(newline="") as file:
             return list(csv.DictReader(file))
     except OSError as error:
-        raise BenchError(f"rows must lie in a file that can be read, got {path}") from error
+        raise BenchError(f"rows must be in a readable file, got {path}") from error
 
 
 def one_run(rows: Sequence[Row]) -> None:
@@ -84,7 +84,7 @@ def one_run(rows: Sequence[Row]) -> None:
         BenchError: if the rows come from more than one, or there are none.
     """
     if not rows:
-        raise BenchError("rows must be there to be compared, got none")
+        raise BenchError("rows to compare must not be empty, got none")
     runs = {row.get("run") for row in rows}
     if len(runs) != 1:
         raise BenchError(f"rows to compare must come from one process, got {len(runs)}")

@@ -224,18 +224,21 @@ def test_presets_have_the_parameters_of_their_models(preset, billions):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "100"], "--tokens must be 512 at least, got [100]"),
+        (["--tokens", "100"], "--tokens must be at least 512, got [100]"),
         (["--rounds", "0"], "--rounds must be positive, got [0]"),
         (["--layers", "0"], "--layers must be 1 to 32, got 0"),
         (["--layers", "33"], "--layers must be 1 to 32, got 33"),
-        (["--rounds", "1", "2"], "--rounds must be one or as many as --tokens, got 2 for 6"),
-        (["--densities", "0.1"], "--densities must be as many as --tokens, got 1 for 6"),
+        (
+            ["--rounds", "1", "2"],
+            "--rounds must have one value or as many as --tokens, got 2 for 6",
+        ),
+        (["--densities", "0.1"], "--densities must have as many values as --tokens, got 1 for 6"),
         (["--tokens", "1024", "--densities", "1.5"], "--densities must lie in (0, 1], got [1.5]"),
         (
             ["--model", "x", "--layers", "1"],
-            "--layers and --densities must go with --preset, got --model",
+            "--layers and --densities must be used with --preset, got --model",
         ),
-        (["--text", "x"], "--text must go with --model: random weights read nothing"),
+        (["--text", "x"], "--text must be used with --model: random weights read nothing"),
         (
             ["--model", "x", "--threshold", "2"],
             '--threshold must lie in (0, 0.5] or be 1 with mass "block", got 2.0',

@@ -150,11 +150,11 @@ def test_times_leave_out_what_prepares(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "100"], "--tokens must be 512 at least, got [100]"),
+        (["--tokens", "100"], "--tokens must be at least 512, got [100]"),
         (["--chunks", "512", "100"], "--chunks must be multiples of 128, got [512, 100]"),
         (["--chunks", "0"], "--chunks must be multiples of 128, got [0]"),
         (["--rounds", "0"], "--rounds must be positive, got 0"),
-        (["--densities", "0.5"], "--densities must be as many as --tokens, got 1 for 2"),
+        (["--densities", "0.5"], "--densities must have as many values as --tokens, got 1 for 2"),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
     ],
 )

@@ -73,7 +73,7 @@ def test_real_activations(tmp_path):
     assert float(row["density"]) == pytest.approx(density, abs=1e-4)
     assert (row["lists"], row["q_heads"], row["kv_heads"]) == ("layer", "4", "2")
     save_file({"q": q, "k": k}, path)
-    with pytest.raises(BenchError, match="--activations must hold q, k and v"):
+    with pytest.raises(BenchError, match="--activations must have q, k and v"):
         kernel.run(options(activations=(str(path),)))
     save_file({"q": q, "k": k.repeat(1, 3, 1, 1), "v": v}, path)
     with pytest.raises(BenchError, match="must divide 2 KV heads, got 3"):
@@ -239,7 +239,7 @@ def test_flash4_gets_the_lists(monkeypatch):
         (["--head-dims", "64", "80"], f"--head-dims must be of {HEAD_DIMS}, got (64, 80)"),
         (["--densities", "0"], "--densities must lie in (0, 1], got [0.0]"),
         (["--rounds", "0"], "--rounds must be positive, got 0"),
-        (["--activations", "/no/file"], "--activations must hold q, k and v, got /no/file: "),
+        (["--activations", "/no/file"], "--activations must have q, k and v, got /no/file: "),
         (["--picture", "/no/such/folder/x.png"], "the folder of /no/such/folder/x.png must exist"),
     ],
 )

@@ -196,7 +196,7 @@ def add_words(words_and_counts):
 def test_long_run_fails_when_a_stage_is_wrong(monkeypatch, method, spoil, check, settings):
     right = getattr(stages.Pipeline, method)
     monkeypatch.setattr(stages.Pipeline, method, lambda self: spoil(right(self)))
-    words = rf"must err by no more than is allowed, got .*{check} .*\(permute_per=kv_head, "
+    words = rf"must be within the tolerance, got .*{check} .*\(permute_per=kv_head, "
     with pytest.raises(BenchError, match=words):
         long_run(permute_per=("kv_head",), settings=settings)
 
@@ -247,9 +247,9 @@ def test_the_check_of_importance_knows_the_partition():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["scores", "--tokens", "100"], "--tokens must be 512 at least, got [100]"),
+        (["scores", "--tokens", "100"], "--tokens must be at least 512, got [100]"),
         (["scores", "--rounds", "0"], "--rounds must be positive, got 0"),
-        (["cpu", "--tokens", "100"], "--tokens must be 512 at least, got [100]"),
+        (["cpu", "--tokens", "100"], "--tokens must be at least 512, got [100]"),
         (["cpu", "--rounds", "0"], "--rounds must be positive, got 0"),
         (
             ["cpu", "--settings", "paper", "--thresholds", "0.9", "2"],
@@ -259,9 +259,9 @@ def test_the_check_of_importance_knows_the_partition():
             ["cpu", "--thresholds", "0.01", "0.9"],
             '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 0.9',
         ),
-        (["long", "--tokens", "100"], "--tokens must be 2048 at least, got [100]"),
+        (["long", "--tokens", "100"], "--tokens must be at least 2048, got [100]"),
         (["long", "--density", "2"], "--density must lie in (0, 1], got [2.0]"),
-        (["long", "--samples", "7"], "--samples must be 8 at least, got 7"),
+        (["long", "--samples", "7"], "--samples must be at least 8, got 7"),
         (
             ["cpu", "--csv", "/no/such/folder/x.csv"],
             "the folder of /no/such/folder/x.csv must exist",

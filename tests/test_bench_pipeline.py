@@ -175,7 +175,7 @@ def test_profile_of_several_calls():
         of_stage | {gpu_profile.PAGES: 0, gpu_profile.OTHER: 0.001}
     )
     without = [work for work in gpu_calls() if "permute" not in work.name]
-    with pytest.raises(ValueError, match="must hold kernels of permute_kv"):
+    with pytest.raises(ValueError, match="must contain kernels of permute_kv"):
         gpu_profile.summarize(without, calls=2)
     with pytest.raises(ValueError, match="launches must be a multiple of 2 calls, got 15"):
         gpu_profile.summarize(gpu_calls()[1:], calls=2)
@@ -238,7 +238,7 @@ def test_what_a_gpu_adds_to_a_row(monkeypatch):
     assert float(row["gaps_ms"]) == pytest.approx(0.008)
     assert float(row["attend_floor_ms"]) > 0
     assert (row["extra_gib"], row["eager_extra_gib"]) == ("0.500", "1.500")
-    with pytest.raises(ValueError, match=r"must have a column each, got \['speed'\]"):
+    with pytest.raises(ValueError, match=r"every value must have a column, got \['speed'\]"):
         pipeline.as_row({"speed": 1.0})
 
 

@@ -275,7 +275,7 @@ def test_permutation_keeps_its_worth():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "100"], "--tokens must be 2048 at least, got 100"),
+        (["--tokens", "100"], "--tokens must be at least 2048, got 100"),
         (
             ["--thresholds", "2"],
             '--thresholds must lie in (0, 0.5] or be 1 with mass "block", got 2.0',
@@ -284,7 +284,7 @@ def test_permutation_keeps_its_worth():
             ["--score", "mean", "--mass", "causal", "--thresholds", "2"],
             "--thresholds must lie in (0, 1], got 2.0",
         ),
-        (["--selections", "window"], "--selections must hold pbs, got ['window']"),
+        (["--selections", "window"], "--selections must include pbs, got ['window']"),
         (
             ["--settings", "threshold"],
             f"{SETTINGS_RULE}, got threshold: could not convert string to float: ''",
@@ -323,7 +323,7 @@ def test_a_model_with_other_layers_is_refused(options, tmp_path):
 
 
 def test_no_threshold_is_refused(options):
-    with pytest.raises(BenchError, match="--thresholds must hold one value at least, got none"):
+    with pytest.raises(BenchError, match="--thresholds must have at least one value, got none"):
         quality.run(dataclasses.replace(options, thresholds=()))
 
 

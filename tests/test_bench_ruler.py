@@ -94,7 +94,7 @@ def test_sentences_keep_every_word():
 def test_a_haystack_repeats_itself():
     assert ruler.repeat("one two\nthree ", 3) == "one two\nthree "
     assert ruler.repeat("one two", 5) == "one two one two one two"
-    with pytest.raises(BenchError, match="--texts must hold words for the haystacks of RULER"):
+    with pytest.raises(BenchError, match="--texts must contain words for the haystacks of RULER"):
         ruler.repeat(" \n", 5)
 
 
@@ -104,10 +104,10 @@ def test_a_haystack_repeats_itself():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lengths", "512"], "--lengths must be 1024 at least with --probes ruler, got [512]"),
+        (["--lengths", "512"], "--lengths must be at least 1024 with --probes ruler, got [512]"),
         (
             ["--lengths", "1024", "--segment-size", "512"],
-            "--lengths must be 2048 at least with --probes ruler, got [1024]",
+            "--lengths must be at least 2048 with --probes ruler, got [1024]",
         ),
         (["--ruler-samples", "0"], "--ruler-samples must lie between 1 and 500, got 0"),
         (["--ruler-samples", "501"], "--ruler-samples must lie between 1 and 500, got 501"),
@@ -137,7 +137,9 @@ def test_a_missing_package_is_named(module, monkeypatch, capsys):
 def test_rows_of_ruler_alone_are_no_picture(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row("niah", 0, 1) | {"run": "1"}]
-    with pytest.raises(BenchError, match="rows to draw must hold text, copy, pass key, got none"):
+    with pytest.raises(
+        BenchError, match="rows to draw must include text, copy, pass key, got none"
+    ):
         plot.draw_quality(rows, tmp_path / "quality.png", title="")
 
 
@@ -319,7 +321,7 @@ def test_another_lm_eval_is_refused(make_prompts, monkeypatch, name):
     from lm_eval.tasks.ruler import prepare_niah
 
     monkeypatch.delattr(prepare_niah, name)
-    with pytest.raises(BenchError, match=f"lm-eval must have what RULER is run by.*{name}"):
+    with pytest.raises(BenchError, match=f"lm-eval must have the functions that .*{name}"):
         make_prompts()
 
 

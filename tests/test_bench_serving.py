@@ -237,7 +237,7 @@ def test_an_engine_that_fails_leaves_the_rows_of_the_others(machine, monkeypatch
     path = tmp_path / "rows.csv"
     options = ServeOptions(parts=("whole",), modes=("dense", "fast"), csv=str(path))
     log = tmp_path / "serve_dense_whole.log"
-    with pytest.raises(BenchError, match=rf"failed: dense whole, whose log is {log}$"):
+    with pytest.raises(BenchError, match=rf"got failures of dense whole, whose log is {log}$"):
         serving.run(options)
     assert read_rows(path) == [first, last]
     assert "2.000" in capsys.readouterr().out
@@ -318,14 +318,14 @@ def test_committed_rows_have_the_columns():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "100"], "--tokens must be 4096 at least, got [100]"),
-        (["--request-tokens", "100"], "--request-tokens must be 4096 at least, got 100"),
-        (["--chunk", "64"], "--chunk must be 128 at least, got 64"),
-        (["--requests", "-1"], "--requests must be 0 at least, got -1"),
-        (["--answer-tokens", "0"], "--answer-tokens must be 1 at least, got 0"),
+        (["--tokens", "100"], "--tokens must be at least 4096, got [100]"),
+        (["--request-tokens", "100"], "--request-tokens must be at least 4096, got 100"),
+        (["--chunk", "64"], "--chunk must be at least 128, got 64"),
+        (["--requests", "-1"], "--requests must be at least 0, got -1"),
+        (["--answer-tokens", "0"], "--answer-tokens must be at least 1, got 0"),
         (["--rounds", "0"], "--rounds must be positive, got 0"),
         (["--csv", "/no/such/folder/x.csv"], "the folder of /no/such/folder/x.csv must exist"),
-        (["--tensor-parallel-size", "3"], "--tensor-parallel-size must be 2 at most, got 3"),
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size must be at most 2, got 3"),
         *(
             (
                 ["--densities", "32768:0.1", text],
@@ -361,5 +361,5 @@ def test_a_machine_without_vllm_or_gpu_is_told(machine, monkeypatch):
 def test_a_csv_of_another_bench_is_refused(tmp_path):
     with pytest.raises(BenchError, match=r"CSV must be of bench serve, got .*: there is no column"):
         serving.read_table(RESULTS / "kernel_h200.csv")
-    with pytest.raises(BenchError, match="must lie in a file that can be read"):
+    with pytest.raises(BenchError, match="rows must be in a readable file"):
         serving.read_table(tmp_path / "none.csv")

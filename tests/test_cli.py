@@ -299,7 +299,7 @@ def test_files_are_refused_before_weights_are_read(
 
 def test_a_threshold_needs_a_model(capsys):
     assert cli.main(["bench", "prefill", "--threshold", "0.1", "--device", "cpu"]) == 2
-    assert "--threshold must go with --model" in capsys.readouterr().err
+    assert "--threshold must be used with --model" in capsys.readouterr().err
 
 
 # Packages and GPU support that are missing

@@ -49,7 +49,7 @@ def test_rows_of_two_processes_are_not_drawn(kind, tmp_path):
     rows = [{"run": "a"}, {"run": "b"}]
     with pytest.raises(BenchError, match="must come from one process, got 2"):
         getattr(plot, f"draw_{kind}")(rows, tmp_path / "x.png", title="")
-    with pytest.raises(BenchError, match="rows must be there to be compared, got none"):
+    with pytest.raises(BenchError, match="rows to compare must not be empty, got none"):
         getattr(plot, f"draw_{kind}")([], tmp_path / "x.png", title="")
     assert not list(tmp_path.iterdir())
 
@@ -59,7 +59,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     other.write_text("run,lists\na,random\n")
     for arguments, words in (
         (["stages", str(other), "x.png"], f"CSV must be of bench pipeline, got {other}: "),
-        (["rates", "/no/file.csv", "x.png"], "rows must lie in a file that can be read, got /no"),
+        (["rates", "/no/file.csv", "x.png"], "rows must be in a readable file, got /no"),
         (["rates", str(other), "/no/folder/x.png"], "the folder of /no/folder/x.png must exist"),
     ):
         assert cli.main(["plot", *arguments]) == 2

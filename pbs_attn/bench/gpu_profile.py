@@ -76,7 +76,7 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
     for stage, found in by_stage.items():
         if not found and stage in STAGES:
             names = sorted({interval.name for interval in intervals})
-            raise ValueError(f"the profile must hold kernels of {stage}, got {names}")
+            raise ValueError(f"the profile must contain kernels of {stage}, got {names}")
     stage_ms = {stage: union_ms(found) / calls for stage, found in by_stage.items()}
     in_order = sorted(intervals, key=lambda interval: interval.start)
     by_call = [in_order[i : i + launches] for i in range(0, len(in_order), launches)]

@@ -249,5 +249,5 @@ def _require_same_answer(out: torch.Tensor, other: torch.Tensor) -> None:
     error = ((out - other).norm() / other.norm()).item()
     if not error < 0.01:
         raise BenchError(
-            f"attend and FlexAttention must agree on the same lists, differ by {error}"
+            f"attend and FlexAttention must agree on the same lists, got a difference of {error}"
         )

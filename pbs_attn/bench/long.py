@@ -90,7 +90,7 @@ def _check(options: Options) -> None:
     if options.density is not None:
         check_shares("--density", [options.density])
     if options.samples < LEAST_SAMPLES:
-        raise BenchError(f"--samples must be {LEAST_SAMPLES} at least, got {options.samples}")
+        raise BenchError(f"--samples must be at least {LEAST_SAMPLES}, got {options.samples}")
     check_outputs([options.csv], [])
 
 
@@ -153,7 +153,7 @@ def _errors(options: Options, pipeline: Pipeline) -> dict[str, float]:
     if failed:
         config = pipeline.config
         raise BenchError(
-            f"the operator must err by no more than is allowed, got {', '.join(failed)} "
+            f"errors of the operator must be within the tolerance, got {', '.join(failed)} "
             f"(permute_per={config.permute_per}, kv_block_size={config.kv_block_size})"
         )
     return {f"{name}_error": error for name, (_, error) in found.items()}

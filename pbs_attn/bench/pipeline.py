@@ -109,7 +109,7 @@ def _check(options: Options) -> None:
         check_preset(preset, "--presets")
     least = 2 * PBSConfig().segment_size
     if min(options.tokens, default=least) < least:
-        raise BenchError(f"--tokens must be {least} at least, got {list(options.tokens)}")
+        raise BenchError(f"--tokens must be at least {least}, got {list(options.tokens)}")
     if not (options.tokens or options.activations):
         raise BenchError("--tokens must name a length where there are no --activations")
     check_densities(options.densities, options.tokens)
@@ -263,5 +263,5 @@ def as_row(values: dict[str, object]) -> Row:
     """All columns in order, rounded; empty where there is no value."""
     unknown = values.keys() - set(COLUMNS)
     if unknown:
-        raise ValueError(f"values must have a column each, got {sorted(unknown)}")
+        raise ValueError(f"every value must have a column, got {sorted(unknown)}")
     return {column: as_text(column, values.get(column, "")) for column in COLUMNS}

@@ -106,11 +106,13 @@ def _check(options: Options) -> None:
     if options.layers is not None and not 1 <= options.layers <= layers:
         raise BenchError(f"--layers must be 1 to {layers}, got {options.layers}")
     if options.model is not None and (options.layers or options.densities):
-        raise BenchError("--layers and --densities must go with --preset, got --model")
+        raise BenchError("--layers and --densities must be used with --preset, got --model")
     if options.model is None and options.text is not None:
-        raise BenchError("--text must go with --model: random weights read nothing")
+        raise BenchError("--text must be used with --model: random weights read nothing")
     if options.model is None and options.threshold is not None:
-        raise BenchError("--threshold must go with --model: --densities set that of random weights")
+        raise BenchError(
+            "--threshold must be used with --model: --densities set that of random weights"
+        )
     config = config_of(options.settings, options.permute_per)
     if options.threshold is not None:
         check_thresholds("--threshold", [options.threshold], config.mass)
@@ -121,7 +123,9 @@ def _check(options: Options) -> None:
     lengths = len(options.tokens)
     if len(_rounds(options)) != lengths:
         given = len(options.rounds)
-        raise BenchError(f"--rounds must be one or as many as --tokens, got {given} for {lengths}")
+        raise BenchError(
+            f"--rounds must have one value or as many as --tokens, got {given} for {lengths}"
+        )
     check_outputs([options.csv], [options.picture])
 
 

@@ -181,10 +181,10 @@ def _report(options: Options, label: str, rows: list[Row], by_head: list[Row]) -
 def _check(options: Options) -> None:
     require_packages("transformers", "tqdm")
     if "pbs" not in options.selections:  # it says how dense the window and the truncated are
-        raise BenchError(f"--selections must hold pbs, got {list(options.selections)}")
+        raise BenchError(f"--selections must include pbs, got {list(options.selections)}")
     least = _least_tokens(_configs(options))
     if options.tokens < least:
-        raise BenchError(f"--tokens must be {least} at least, got {options.tokens}")
+        raise BenchError(f"--tokens must be at least {least}, got {options.tokens}")
     lengths = lengths_of(options)
     is_within = lengths and least // 2 <= min(lengths) <= max(lengths) <= options.tokens
     if not is_within and swept_probes(options):

@@ -22,7 +22,7 @@ def require_packages(*modules: str) -> None:
 def check_tokens(tokens: Sequence[int], least: int) -> None:
     """Raises BenchError unless there are some, none of them shorter than `least`."""
     if not tokens or min(tokens) < least:
-        raise BenchError(f"--tokens must be {least} at least, got {list(tokens)}")
+        raise BenchError(f"--tokens must be at least {least}, got {list(tokens)}")
 
 
 def check_rounds(rounds: int) -> None:
@@ -41,7 +41,7 @@ def check_thresholds(option: str, values: Sequence[float], mass: str) -> None:
     """Raises BenchError, with the range of this mass, unless there are some and `mass` may be
     compared with all of them."""
     if not values:
-        raise BenchError(f"{option} must hold one value at least, got none")
+        raise BenchError(f"{option} must have at least one value, got none")
     for value in values:
         try:
             check_threshold(option, value, mass)
@@ -55,7 +55,9 @@ def check_densities(densities: Sequence[float] | None, tokens: Sequence[int]) ->
         return
     if len(densities) != len(tokens):
         given, lengths = len(densities), len(tokens)
-        raise BenchError(f"--densities must be as many as --tokens, got {given} for {lengths}")
+        raise BenchError(
+            f"--densities must have as many values as --tokens, got {given} for {lengths}"
+        )
     if tokens:
         check_shares("--densities", densities)
 

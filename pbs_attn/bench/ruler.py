@@ -203,7 +203,8 @@ def _without_downloads(haystack: str) -> Iterator[None]:
             version = importlib.metadata.version("lm-eval")
             how = extra_command(RULER)
             raise BenchError(
-                f"lm-eval must have what RULER is run by, got version {version}: {error} ({how})"
+                f"lm-eval must have the functions that the bench replaces, got version {version}: "
+                f"{error} ({how})"
             ) from error
         yield
 
@@ -228,7 +229,7 @@ def repeat(text: str, words: int) -> str:
     """
     count = len(text.split())
     if not count:
-        raise BenchError("--texts must hold words for the haystacks of RULER, got none")
+        raise BenchError("--texts must contain words for the haystacks of RULER, got none")
     return " ".join([text] * -(-words // count))
 
 

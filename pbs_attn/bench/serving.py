@@ -68,7 +68,8 @@ def run(options: Options) -> list[Row]:
         print(format_table(rows))
         say_where([options.csv])
     if failed:
-        raise BenchError(f"every engine must end without an error, failed: {'; '.join(failed)}")
+        engines = "; ".join(failed)
+        raise BenchError(f"every engine must exit without an error, got failures of {engines}")
     return rows
 
 
@@ -85,7 +86,7 @@ def _check(options: Options) -> None:
         ("--tensor-parallel-size", options.tensor_parallel_size, 1),
     ):
         if value < least:
-            raise BenchError(f"{option} must be {least} at least, got {value}")
+            raise BenchError(f"{option} must be at least {least}, got {value}")
     check_outputs([options.csv], [])
 
 
@@ -103,7 +104,7 @@ def _check_machine(options: Options) -> None:
         raise DemoError(f"bench serve needs kernels for the GPU: {lacking}")
     if options.tensor_parallel_size > num_gpus:
         size = options.tensor_parallel_size
-        raise BenchError(f"--tensor-parallel-size must be {num_gpus} at most, got {size}")
+        raise BenchError(f"--tensor-parallel-size must be at most {num_gpus}, got {size}")
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if "pbs_attn" not in plugins.names:
         raise DemoError("pbs_attn must be installed where vLLM finds its plugin, found none")

@@ -68,7 +68,7 @@ def check_activations(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
             with safe_open(path, "pt") as file:
                 num_kv_heads = [file.get_slice(name).get_shape()[1] for name in "qkv"][1]
         except (OSError, SafetensorError) as error:
-            raise BenchError(f"--activations must hold q, k and v, got {path}: {error}") from error
+            raise BenchError(f"--activations must have q, k and v, got {path}: {error}") from error
         for shape in shapes:
             if shape.num_kv_heads % num_kv_heads:
                 wanted, given = shape.num_kv_heads, num_kv_heads

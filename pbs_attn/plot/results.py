@@ -102,7 +102,7 @@ def draw_quality(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     first = next(filter(None, settings_of.values()), "")  # "": rows without settings
     curves = summarize(rows)
     if not curves:
-        raise BenchError(f"rows to draw must hold {', '.join(PROBE_LABELS)}, got none")
+        raise BenchError(f"rows to draw must include {', '.join(PROBE_LABELS)}, got none")
     figure = _new_figure(1 + 3.6 * len(curves), 4.2)
     for nth, (probe, by_name) in enumerate(curves.items()):
         ax = figure.add_subplot(1, len(curves), nth + 1)
@@ -217,7 +217,7 @@ def draw_rates(rows: Rows, path: str | os.PathLike, *, title: str) -> None:
     """
     rows = [row for row in _rows_of_one_run(rows) if row["lists"] == "random"]
     if not rows:
-        raise BenchError("rows to draw must hold random lists, got none")
+        raise BenchError("rows to draw must include random lists, got none")
     width = max(int(row["kv_block_size"]) for row in rows)
     lengths = sorted({int(row["tokens"]) for row in rows})
     figure = _new_figure(1 + 3.4 * len(lengths), 4.2)
