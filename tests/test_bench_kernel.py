@@ -198,7 +198,7 @@ def test_nothing_compiles_for_a_cpu(monkeypatch):
 def test_answers_on_the_same_lists_must_agree():
     out = torch.randn(1, 2, 64, 64)
     kernel._require_same_answer(out, out + 1e-3)
-    with pytest.raises(BenchError, match="must agree on the same lists, differ by"):
+    with pytest.raises(BenchError, match="must agree on the same lists, got a difference of"):
         kernel._require_same_answer(out, out + 0.1)
 
 

@@ -1,1 +1,2 @@
-"""Measurements behind `pbs-attn bench`: every contestant of a row runs in one process, in turn."""
+"""The measurements behind `pbs-attn bench`: all contestants of a row run in one process, in
+turn."""

@@ -1,15 +1,16 @@
-"""Checks of one input's stages against float64 on sampled rows, where all rows would take too long.
+"""Checks the stages on one input against float64. Rows are sampled: all would take too long.
 
-Each gives errors as shares of the error allowed:
+Each check gives errors as a share of its tolerance:
 
-  output      sampled rows against float64 attention over exactly the keys that the block mask and
-              the permutation say they visit, in root mean square; allowed is twice the error of
-              torch's own attention on those keys
-  importance  sampled keys against a float64 softmax over all keys; the permutation of all of them
-  selection   sampled query blocks. Mean scores: by float64 means, the mass kept reaches the
-              threshold, and no smaller set of blocks would. Sampled scores: by float64 shares of
-              the sampled queries, the blocks kept are those that reach the threshold, but for
-              blocks whose share is near to it
+  output      compares sampled rows with float64 attention over exactly the keys that the block mask
+              and the permutation select, in root mean square. The tolerance is twice the error of
+              torch's own attention on those keys.
+  importance  compares sampled keys with a float64 softmax over all keys, and checks the permutation
+              of all keys.
+  selection   checks sampled query blocks. With mean scores, the kept blocks must reach the
+              threshold in float64, and no smaller set may reach it. With sampled scores, the kept
+              blocks must be those whose float64 share reaches the threshold, except blocks whose
+              share is close to it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from pbs_attn import PBSConfig, mask_to_bool
 from .stages import Pipeline
 
 CHECKS = ("output", "importance", "selection")
-SLACK = 2e-4  # as a share of the largest value: bfloat16 roundings where torch is exact
+SLACK = 2e-4  # a share of the largest value, for bfloat16 rounding where torch is exact
 IMPORTANCE_TOLERANCE = 1e-4  # relative
 MASS_TOLERANCE = 1e-5
-# How far, relative to the threshold, the share of a wrongly selected block may lie from it, by
-# device. On an H100 the scores are of fp8 products: rounding moved shares of heavy hitters by up to
-# 0.2, and the kernel's weights lie within 0.08 of the rounded ones.
+# The largest distance from the threshold, relative to it, of the share of a wrongly selected block,
+# by device. On an H100 the scores come from fp8 products: rounding moved the shares of heavy
+# hitters by up to 0.2, and the weights of the kernel are within 0.08 of the rounded ones.
 SHARE_TOLERANCE = {"cpu": 1e-3, "cuda": 0.5}
 CHUNK = 65536  # keys whose float64 scores exist at once
 
-Errors = dict[str, float]  # by place, as shares of what is allowed
+Errors = dict[str, float]  # by place, as shares of the tolerance
 
 
 class Sample:
@@ -60,7 +61,7 @@ class Sample:
         self.visited_keys = torch.cat([self.permuted_keys[self.selected].flatten(), own_keys])
 
     def _find_always(self, config: PBSConfig, num_tokens: int) -> torch.Tensor:
-        """The candidates of the window and the dense tail."""
+        """Returns which candidates the window or the dense tail selects."""
         blocks = torch.arange(len(self.permuted_keys), device=self.permuted_keys.device)
         segments = blocks * config.key_block_size // config.segment_size
         first_segment = max(self.first_row - config.window, 0) // config.segment_size
@@ -69,7 +70,8 @@ class Sample:
 
 
 def sample_rows(pipeline: Pipeline, count: int) -> list[tuple[int, int]]:
-    """(head, row): the first and the last row, both sides of some segment borders, random ones."""
+    """Returns (head, row) pairs: the first and the last row, both sides of some segment borders,
+    and random rows."""
     generator = torch.Generator().manual_seed(0)
     num_q_heads, num_tokens = pipeline.q.shape[1:3]
     segment_size = pipeline.config.segment_size
@@ -96,13 +98,14 @@ def check_output(out: torch.Tensor, pipeline: Pipeline, rows: list[tuple[int, in
 
 
 def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """A measure of a row's errors; the largest of them says little about two implementations."""
+    """Summarises the errors of a row. The largest error alone does not compare two implementations
+    well."""
     return x.square().mean().sqrt()
 
 
 def check_importance(pipeline: Pipeline, num_checked: int = 3, num_keys: int = 4096) -> Errors:
-    """Takes some heads, and in each the first and the last key of the complete segments and some
-    others."""
+    """Checks the first and the last key of the complete segments, and some others, in some
+    heads."""
     generator = torch.Generator().manual_seed(0)
     num_perm_heads, num_tokens = pipeline.scores.shape[1:]
     num_scored = num_tokens // pipeline.config.segment_size * pipeline.config.segment_size
@@ -122,8 +125,9 @@ def check_importance(pipeline: Pipeline, num_checked: int = 3, num_keys: int = 4
 
 
 def sorts_segments(pipeline: Pipeline, num_scored: int) -> bool:
-    """Whether keys change places inside complete segments only, the most important ones first: all
-    of them by importance, or `num_heavy` of them, with both parts in original order."""
+    """Whether keys change places inside complete segments only, with the most important ones first:
+    all keys sorted by importance, or the `num_heavy` most important ones first and both parts in
+    their original order."""
     segment_size, perm = pipeline.config.segment_size, pipeline.perm
     num_heavy = pipeline.config.num_heavy
     places = torch.arange(perm.shape[-1], device=perm.device)
@@ -145,7 +149,7 @@ def sorts_segments(pipeline: Pipeline, num_scored: int) -> bool:
 def exact_importance(
     pipeline: Pipeline, perm_head: int, keys: torch.Tensor, num_scored: int
 ) -> torch.Tensor:
-    """Mean, over the last queries of its heads, of their softmax over all scored keys, float64."""
+    """The softmax over all scored keys, averaged over the last queries of the heads, in float64."""
     q, k, num_perm_heads = pipeline.q[0], pipeline.k[0], pipeline.perm.shape[1]
     heads = q.unflatten(0, (num_perm_heads, -1))[perm_head]
     queries = heads[:, -pipeline.config.block_size :].double() * q.shape[-1] ** -0.5
@@ -173,14 +177,15 @@ def check_selection(pipeline: Pipeline, rows: list[tuple[int, int]]) -> Errors:
 
 def excess_of_mass(pipeline: Pipeline, sample: Sample) -> float:
     mass = exact_mass(sample)
-    # The block of token 0 is kept in any case, so it may be one of the smallest set or not.
+    # The block of token 0 is always kept, so it may or may not belong to the smallest set.
     kept = (sample.selected, sample.selected & ~sample.is_sink)
     excess = min(distance_from_smallest(mass, mask, pipeline.threshold) for mask in kept)
     return excess / MASS_TOLERANCE
 
 
 def excess_of_shares(pipeline: Pipeline, sample: Sample) -> float:
-    """By the wrongly selected block whose share is farthest from the threshold, as a factor."""
+    """Returns the error of the wrongly selected block whose share is farthest from the threshold,
+    as a factor."""
     if pipeline.threshold == 1:
         return 0.0 if sample.selected.all() else math.inf
     shares = exact_shares(pipeline, sample)
@@ -193,7 +198,8 @@ def excess_of_shares(pipeline: Pipeline, sample: Sample) -> float:
 
 
 def exact_shares(pipeline: Pipeline, sample: Sample) -> torch.Tensor:
-    """The largest share of its attention that a sampled query gives each candidate, float64."""
+    """For each candidate, the largest share of attention that a sampled query gives it, in
+    float64."""
     config, q = pipeline.config, pipeline.q[0]
     num_rows = len(sample.q_block)
     nth = torch.arange(min(config.num_samples, num_rows), device=q.device)
@@ -212,15 +218,15 @@ def exact_shares(pipeline: Pipeline, sample: Sample) -> torch.Tensor:
 
 
 def exact_mass(sample: Sample) -> torch.Tensor:
-    """The share of each candidate in the softmax over their float64 means."""
+    """For each candidate, its share of the softmax over the float64 mean scores."""
     means = sample.k[sample.permuted_keys].mean(1, dtype=torch.float64)
     q_mean = sample.q_block.mean(0, dtype=torch.float64)
     return (means @ q_mean * q_mean.shape[-1] ** -0.5).softmax(0)
 
 
 def distance_from_smallest(mass: torch.Tensor, kept: torch.Tensor, threshold: float) -> float:
-    """How much mass is missing, or how much too much is kept, or by how much a block that was left
-    outweighs one that was kept: the largest of them."""
+    """Returns the largest of three errors: the mass that is missing, the mass that is kept in
+    excess, and the margin by which a block that was left out outweighs one that was kept."""
     reached = mass[kept].sum()
     amiss = [torch.zeros_like(reached)]
     if not kept.all():
@@ -233,8 +239,7 @@ def distance_from_smallest(mass: torch.Tensor, kept: torch.Tensor, threshold: fl
 
 
 def check(pipeline: Pipeline, out: torch.Tensor, count: int) -> dict[str, Errors]:
-    """The errors of each of CHECKS on `count` rows; `out` (1, Hq, N, D): what the whole operator
-    gave."""
+    """Runs all CHECKS on `count` rows. `out` (1, Hq, N, D) is the output of the whole operator."""
     rows = sample_rows(pipeline, count)
     errors = (
         check_output(out, pipeline, rows),
@@ -245,5 +250,5 @@ def check(pipeline: Pipeline, out: torch.Tensor, count: int) -> dict[str, Errors
 
 
 def worst(errors: Errors) -> tuple[str, float]:
-    """The place and the size of the largest error; NaN is larger than any."""
+    """Returns the place and the size of the largest error. NaN counts as the largest."""
     return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])

@@ -1,10 +1,11 @@
-"""One prompt in chunks through pages, as serving engines prefill it, beside one call on all of it.
+"""Prefill of one prompt in chunks with keys in pages, as serving engines do it, beside a single
+call.
 
-The input is that of `pipeline`. Three ways run in turn: `in_order` is attention_paged_, whose pages
-are put in order as the prompt comes; `paged` is attention_paged, which copies and sorts all keys
-for each chunk; `whole` is one call of attention. The threshold of each is the one that gives the
-density asked for: the pairs of query and key blocks that all chunks visit, over the causal ones.
-Times are sums over chunks. What writes a chunk's keys to their pages does not count.
+The input is that of `pipeline`. Three ways run in turn. `in_order` is attention_paged_, which
+orders the pages while the prompt arrives. `paged` is attention_paged, which copies and sorts all
+keys for each chunk. `whole` is one call of attention. Each way has the threshold that gives the
+requested density: the pairs of query and key blocks that all chunks visit, divided by the causal
+pairs. Times are sums over the chunks, without the time to write the keys of a chunk to their pages.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ TABLE = ("tokens", "chunk", "in_order_density", *(f"{way}_ms" for way in WAYS), 
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row a length and size of chunks; `speedup` is that of `in_order` over `paged`.
+        One row for each length and chunk size. `speedup` is the time of `paged` over that of
+        `in_order`.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm
@@ -87,7 +89,7 @@ def _check(options: Options) -> None:
     check_preset(options.preset)
     config = config_of(name_of(options.settings, CHUNK_SETTINGS))
     check_tokens(options.tokens, 2 * config.segment_size)
-    # Query blocks are those of one call then.
+    # The query blocks are then the same as in one call.
     step = config.block_size
     if not options.chunks or any(chunk < step or chunk % step for chunk in options.chunks):
         raise BenchError(f"--chunks must be multiples of {step}, got {list(options.chunks)}")
@@ -121,11 +123,11 @@ def _measure(options: Options, tensors, chunk: int, density: float) -> Row:
     return {column: as_text(column, values[column]) for column in COLUMNS}
 
 
-Step = tuple[Call, Call]  # the time of the second one counts
+Step = tuple[Call, Call]  # (prepare, call): only the call is timed
 
 
 def milliseconds(steps: Iterable[Step], device: torch.device) -> float:
-    """The sum over the calls."""
+    """The total time of the calls."""
     if device.type == "cpu":
         total = 0.0
         for prepare, call in steps:
@@ -147,7 +149,7 @@ def milliseconds(steps: Iterable[Step], device: torch.device) -> float:
 
 
 class Prompt:
-    """q (1, Hq, N, D), k and v (1, Hkv, N, D), whose heads follow the tokens in memory; and pages
+    """q (1, Hq, N, D), k and v (1, Hkv, N, D), stored with the tokens before the heads, and pages
     for the keys, in random order."""
 
     def __init__(self, q, k, v, chunk: int):
@@ -168,19 +170,19 @@ class Prompt:
         return x[0, :, first:last].transpose(0, 1)
 
     def places(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of keys in the caches: page and row."""
+        """The page and the row of each key in the caches."""
         key = torch.arange(first, last, device=self.table.device)
         return self.table[0, key // PAGE_SIZE].long(), key % PAGE_SIZE
 
     def write(self, first: int, last: int) -> None:
-        """Puts keys and values to their pages, in their own order."""
+        """Writes keys and values to their pages, in their original order."""
         places = self.places(first, last)
         for cache, x in ((self.k_cache, self.k), (self.v_cache, self.v)):
             cache[places] = self.tokens(x, first, last)
 
 
 class InChunks(abc.ABC):
-    """A way to run the chunks of a prompt, at a threshold that `set_threshold` sets."""
+    """A way to run the chunks of a prompt. `set_threshold` sets the threshold."""
 
     threshold: float
 
@@ -188,13 +190,14 @@ class InChunks(abc.ABC):
         self.prompt, self.config = prompt, config
 
     def config_of(self, last: int) -> PBSConfig:
-        """With a dense tail for the last chunk alone, whose last queries an answer follows from."""
+        """Only the last chunk has a dense tail, because the answer follows from its last
+        queries."""
         is_last = last == self.prompt.num_tokens
         tail = self.config.dense_tail if is_last else 0
         return dataclasses.replace(self.config, threshold=self.threshold, dense_tail=tail)
 
     def set_threshold(self, threshold: float) -> float:
-        """The density that it gives."""
+        """Returns the density that the threshold gives."""
         self.threshold = threshold
         visited = total = 0.0
         for first, last in self.prompt.chunks:
@@ -208,7 +211,7 @@ class InChunks(abc.ABC):
         return visited / total
 
     def steps(self) -> list[Step]:
-        """Of a prefill. What a call takes is there before the clock starts."""
+        """The steps of a prefill. The arguments of a call exist before the clock starts."""
         found = []
         for first, last in self.prompt.chunks:
             write = functools.partial(self.prompt.write, first, last)
@@ -216,16 +219,16 @@ class InChunks(abc.ABC):
         return found
 
     def where(self, first: int, last: int) -> tuple[torch.Tensor, ...]:
-        """What a call takes beside tensors and settings."""
+        """The arguments that say where the sequences and their pages are."""
         return torch.tensor([0, last - first]), torch.tensor([last]), self.prompt.table
 
     @abc.abstractmethod
     def call(self, first: int, last: int) -> Call:
-        """Of a chunk."""
+        """The call that runs one chunk."""
 
     @abc.abstractmethod
     def block_mask(self, first: int, last: int, config: PBSConfig) -> torch.Tensor:
-        """(1, Hq, query blocks of the chunk, words)."""
+        """The block mask of a chunk: (1, Hq, query blocks, words)."""
 
 
 class Paged(InChunks):
@@ -251,7 +254,7 @@ class InOrder(InChunks):
 
     def __init__(self, prompt: Prompt, config: PBSConfig):
         super().__init__(prompt, config)
-        # No order depends on the threshold: what the pages hold in the end, the chunks select from.
+        # The order does not depend on the threshold, so one prefill gives the keys to select from.
         self.threshold = 1.0
         for prepare, call in self.steps():
             prepare()
@@ -283,6 +286,6 @@ class Whole(Pipeline):
 
 
 def make_ways(prompt: Prompt, config: PBSConfig) -> dict[str, InChunks | Whole]:
-    """By WAYS."""
+    """The ways to run the prompt, by their names in WAYS."""
     whole = Whole(prompt.q, prompt.k, prompt.v, config)
     return dict(zip(WAYS, (InOrder(prompt, config), Paged(prompt, config), whole), strict=True))

@@ -40,7 +40,7 @@ from .options import (
 )
 from .shapes import SHAPES
 
-# What the help says of densities that nobody asked for.
+# How the help describes default densities.
 BY_LENGTH = f"by length, such as {DENSITIES[8192]} at 8192 tokens and {DENSITIES[131072]} at 131072"
 OF_PAPER = f"; {PAPER_DENSITIES[8192]} and {PAPER_DENSITIES[131072]} with --settings paper"
 
@@ -70,10 +70,10 @@ def _add_kernel(benches):
     )
     add_choice(parser, "--preset", tuple(SHAPES), default.preset, "heads and head_dim of a model")
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths", nargs="*")
-    words = "shares of the block pairs before the own segment, kept at random"
+    words = "share of the block pairs before the own segment to keep at random"
     add_list(parser, "--densities", "D", default.densities, words)
     _add_kv_block_sizes(parser, default)
-    words = "other than the preset's"
+    words = "head dims in place of the preset's"
     add_list(parser, "--head-dims", "D", default.head_dims, words, type=int)
     words = "default: bfloat16 on a GPU, float32 on a CPU"
     add_list(parser, "--dtypes", "T", default.dtypes, words, choices=DTYPES)
@@ -159,18 +159,18 @@ def _add_serve(benches):
     words = "FLASH_ATTN of vLLM, or PBS with the settings of a preset"
     add_list(parser, "--modes", "MODE", default.modes, words, choices=MODES)
     add_value(parser, "--chunk", "N", default.chunk, "tokens of a step (max_num_batched_tokens)")
-    words = "sent at once for the throughput; 0 for no throughput"
+    words = "requests sent at once to measure the throughput; 0 to leave it out"
     add_value(parser, "--requests", "N", default.requests, words)
-    words = "length of their prompts, and of those before the decode steps"
+    words = "length of the prompts of requests and of decode steps"
     add_value(parser, "--request-tokens", "N", default.request_tokens, words)
-    add_value(parser, "--answer-tokens", "N", default.answer_tokens, "length of their answers")
+    add_value(parser, "--answer-tokens", "N", default.answer_tokens, "length of answers")
     add_value(parser, "--tensor-parallel-size", "N", default.tensor_parallel_size, "GPUs")
-    add_value(parser, "--rounds", "N", default.rounds, "runs of each, of which medians count")
-    words = "no Inductor, and CUDA graphs of decode steps alone: engines start in seconds"
+    add_value(parser, "--rounds", "N", default.rounds, "runs, of which rows have the median")
+    words = "start engines in seconds: without Inductor, and with CUDA graphs for decode steps only"
     parser.add_argument("--fast-start", action="store_true", help=words)
     words = "seconds after which no further engine starts"
     add_value(parser, "--time-limit", "S", default.time_limit, words)
-    words = "print the table of these rows, and measure nothing"
+    words = "print the table of this CSV instead of measuring"
     parser.add_argument("--table", metavar="FILE", help=words)
     _add_run(parser, default, module="serving")
 
@@ -186,18 +186,18 @@ def _add_prefill(benches):
         "of a stated density.",
     )
     add_choice(parser, "--preset", tuple(SHAPES), default.preset, "sizes of the model")
-    _add_model(parser, "real weights, for the preset's")
+    _add_model(parser, "real weights in place of the preset")
     parser.add_argument(
-        "--text", metavar="FILE", help="what --model reads (default: the novel of pbs-attn)"
+        "--text", metavar="FILE", help="text that --model reads (default: the novel of pbs-attn)"
     )
     _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
     _add_densities(parser)
-    words = "with --model: its threshold (default: that of --settings)"
+    words = "with --model: the threshold (default: that of --settings)"
     parser.add_argument("--threshold", metavar="T", type=float, help=words)
-    parser.add_argument("--layers", metavar="N", type=int, help="fewer than the preset has")
+    parser.add_argument("--layers", metavar="N", type=int, help="use fewer than the preset has")
     _add_permute_per(parser)
-    words = "runs of each, in turn, of which medians count: one number, or one a length"
+    words = "runs, of which rows have the median: one number, or one for each length"
     add_list(parser, "--rounds", "N", default.rounds, words)
     _add_run(parser, default, "speed-up against length")
 
@@ -206,7 +206,7 @@ def _add_quality(benches):
     default = QualityOptions()
     parser = benches.add_parser(
         "quality",
-        help="what a model loses, at which density",
+        help="quality of a model against density",
         description="Scores a model on texts, a copy probe and pass keys with PBS at several "
         "thresholds, beside the same selection without permutation, pooled means over all causal "
         "blocks, a sliding window and a truncated prompt; compares them at equal density. With "
@@ -222,14 +222,14 @@ def _add_quality(benches):
     words = f"to sweep (default: {by_mass}; with --probes ruler that of the settings)"
     add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
     choices = (*PROBES, RULER)
-    words = f"which to run, of {', '.join(choices)}"
+    words = f"probes to run, from {', '.join(choices)}"
     add_list(parser, "--probes", "PROBE", default.probes, words, choices=choices)
-    add_value(parser, "--depths", "N", default.depths, "pass keys a length, evenly spaced")
-    words = "of the prompts with pass keys and of RULER's (default: half of --tokens, and --tokens)"
+    add_value(parser, "--depths", "N", default.depths, "pass keys per length, evenly spaced")
+    words = "lengths for pass keys and RULER (default: half of --tokens, and --tokens)"
     add_list(parser, "--lengths", "N", default.lengths, words, type=int)
-    words = "what --probes ruler runs, by lm-eval's names"
+    words = "tasks of --probes ruler, as lm-eval names them"
     add_list(parser, "--ruler-tasks", "TASK", default.ruler_tasks, words, choices=RULER_TASKS)
-    words = "prompts a task and length of RULER"
+    words = "prompts for each task and length of RULER"
     add_value(parser, "--ruler-samples", "N", default.ruler_samples, words)
     words = (
         "what to sweep over thresholds: given (by the options below), default (also balanced), "
@@ -237,13 +237,13 @@ def _add_quality(benches):
         "window and no dense tail), or changes to what is given, such as kv_block_size=64,window=0"
     )
     add_list(parser, "--settings", "NAME", default.settings, words)
-    words = "what to run beside dense; pbs has to be among them"
+    words = "selections to run beside dense; they must include pbs"
     choices = COMPARED
     add_list(parser, "--selections", "NAME", default.selections, words, choices=choices)
-    words = "write the density by head there"
+    words = "where to write the density by head"
     parser.add_argument("--heads-csv", metavar="FILE", help=words)
-    parser.add_argument("--heads-picture", metavar="FILE", help="draw it there")
-    add_config(parser.add_argument_group("what is visited"), is_swept=True)
+    parser.add_argument("--heads-picture", metavar="FILE", help="where to draw the density by head")
+    add_config(parser.add_argument_group("selection of blocks"), is_swept=True)
     _add_run(parser, default, "quality against density", config=read_config)
 
 
@@ -291,7 +291,7 @@ def _add_cpu(benches):
     _add_presets(parser, default)
     _add_settings(parser, default)
     add_list(parser, "--tokens", "N", default.tokens, "prompt lengths")
-    add_list(parser, "--dtypes", "T", default.dtypes, "of the inputs", choices=DTYPES)
+    add_list(parser, "--dtypes", "T", default.dtypes, "dtypes of the inputs", choices=DTYPES)
     _add_permute_per(parser, nargs="+")
     _add_kv_block_sizes(parser, default)
     by_settings = "; ".join(
@@ -300,7 +300,7 @@ def _add_cpu(benches):
     )
     words = f"to sweep (default: {by_settings})"
     add_list(parser, "--thresholds", "T", default.thresholds, words, type=float)
-    add_list(parser, "--seeds", "N", default.seeds, "one random input each")
+    add_list(parser, "--seeds", "N", default.seeds, "seeds, each of which gives a random input")
     _add_rounds(parser, default)
     _add_run(parser, default)
 
@@ -316,7 +316,7 @@ def _add_settings(parser, default, choices=SETTINGS):
 
 
 def _add_densities(parser, with_paper=True):
-    words = "one a length: share of the causal block pairs to visit"
+    words = "for each length, the share of the causal block pairs to visit"
     words += f" (default: {BY_LENGTH}{OF_PAPER if with_paper else ''})"
     add_list(parser, "--densities", "D", None, words, type=float)
 
@@ -327,17 +327,17 @@ def _add_presets(parser, default):
 
 
 def _add_permute_per(parser, **options):
-    words = "which heads have an order of their own (default: those of --settings)"
+    words = "which heads have their own order of keys (default: those of --settings)"
     parser.add_argument("--permute-per", choices=PERMUTE_PER, help=words, **options)
 
 
 def _add_rounds(parser, default):
-    add_value(parser, "--rounds", "N", default.rounds, "turns of each, of which medians count")
+    add_value(parser, "--rounds", "N", default.rounds, "runs, of which rows have the median")
 
 
 def _add_kv_block_sizes(parser, default):
     sizes = default.kv_block_sizes
-    words = "keys a block" if sizes else "keys a block (default: that of --settings)"
+    words = "keys per block" if sizes else "keys per block (default: that of --settings)"
     add_list(parser, "--kv-block-sizes", "N", sizes, words, type=int, choices=BLOCK_SIZES)
 
 
@@ -347,13 +347,13 @@ def _add_activations(parser, default, selection):
 
 
 def _add_run(parser, default, drawn=None, module=None, **more):
-    """Where to run and to write. `drawn`: what the picture shows, None for benches without one;
-    `module`: the file of the bench, if it has another name; `more`: functions of the parsed
-    arguments, by option."""
+    """Adds options for where to run and where to write. `drawn` says what the picture shows, None
+    without a picture. `module` is the file of the bench, if it has another name. `more` has
+    functions of the parsed arguments, by option."""
     if hasattr(default, "device"):
         add_choice(parser, "--device", ("auto", "cpu", "cuda"), default.device, "where to run")
     if hasattr(default, "budget_ms"):
-        words = "GPU time of a turn, milliseconds"
+        words = "GPU time per run, in milliseconds"
         add_value(parser, "--budget-ms", "T", default.budget_ms, words)
     name = parser.prog.split()[-1]
     _add_file(parser, "--csv", f"{name}.csv", "where to write the rows")

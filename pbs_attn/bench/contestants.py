@@ -1,5 +1,5 @@
-"""What the library's kernels run beside: dense attention of torch and of FlashAttention-4, and two
-kernels that take lists of blocks."""
+"""The kernels that run beside those of the library: dense attention of torch and FlashAttention-4,
+and two kernels that take lists of blocks."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def sdpa_through(backend: str) -> Attention:
 def dense_calls(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernels: Sequence[str] = DENSE_KERNELS
 ) -> dict[str, Call]:
-    """Dense causal attention, q (B, Hq, N, D), k and v (B, Hkv, N, D): on a GPU by those of the
-    kernels that run here, on a CPU by torch's SDPA."""
+    """Dense causal attention, q (B, Hq, N, D), k and v (B, Hkv, N, D). On a GPU, the calls are
+    those of `kernels` that can run here. On a CPU, the only call is torch's SDPA."""
     if not kernels:
         return {}
     if q.device.type == "cpu":
@@ -61,16 +61,17 @@ def dense_calls(
 def sparse_calls(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visited: torch.Tensor
 ) -> dict[str, Call]:
-    """The same lists of 128-row blocks in other kernels; visited (B, Hq, query blocks, key blocks)
-    bool, the diagonal included. FlexAttention masks the diagonal, FlashAttention-4 computes it
-    whole."""
+    """Other kernels on the same lists of 128-row blocks. visited (B, Hq, query blocks, key blocks)
+    is bool and includes the diagonal. FlexAttention masks the diagonal blocks, FlashAttention-4
+    computes them whole."""
     if q.device.type == "cpu":
         return {}
     return keep_running({"fa4_sparse": flash4(q, k, v, visited), "flex": flex(q, k, v, visited)})
 
 
 def flash4(q, k, v, visited: torch.Tensor | None = None) -> Call | None:
-    """FlashAttention-4 on the visited blocks, or dense and causal; None if it is not installed."""
+    """FlashAttention-4 on the visited blocks, or dense and causal without them. Returns None if it
+    is not installed."""
     try:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -91,7 +92,7 @@ def flash4(q, k, v, visited: torch.Tensor | None = None) -> Call | None:
 
 
 def flex_dense(q, k, v) -> Call:
-    """FlexAttention, dense and causal. The first call makes its mask and compiles it."""
+    """FlexAttention, dense and causal. The first call makes the mask and compiles the kernel."""
 
     @functools.cache
     def make() -> Call:
@@ -116,8 +117,8 @@ def flex(q, k, v, visited: torch.Tensor) -> Call:
 
 
 def flex_block_mask(visited: torch.Tensor, num_tokens: int):
-    """The mask of the visited blocks (B, Hq, query blocks, key blocks) bool: FlexAttention masks
-    those on the diagonal and takes all others whole."""
+    """The mask of the visited blocks (B, Hq, query blocks, key blocks), bool. FlexAttention masks
+    the diagonal blocks and computes all others whole."""
     from torch.nn.attention.flex_attention import BlockMask
 
     is_diagonal = torch.eye(visited.shape[-1], dtype=torch.bool, device=visited.device)
@@ -137,7 +138,7 @@ def as_lists(visited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def keep_running(calls: dict[str, Call | None]) -> dict[str, Call]:
-    """Keeps the calls that take their inputs; says on stderr which do not, and why."""
+    """Keeps the calls that run, and prints the others on stderr with the reason."""
     kept = {}
     for name, call in calls.items():
         if call is None:
@@ -145,7 +146,7 @@ def keep_running(calls: dict[str, Call | None]) -> dict[str, Call]:
         try:
             call()
             torch.cuda.synchronize()
-        except Exception as error:  # four libraries may raise here
+        except Exception as error:  # four libraries may raise an error
             reason = " ".join(str(error).split())[:200]
             print(f"{name} is left out: {reason}", file=sys.stderr)
             continue

@@ -1,9 +1,9 @@
 """The operators on a CPU, by stage and in one call, beside dense attention.
 
-Inputs are random, and each block of queries leans towards one earlier block of keys: plain normal
-data has no structure to select from, every block would hold the same mass. The column `selection`
-has the name of the preset. `attention_over_density_x_dense` is the time of the one call over the
-share of dense attention's time that the density would leave; at 1, skipping saves what it skips.
+Inputs are random, and each block of queries prefers one earlier block of keys. Plain normal data
+has no structure to select from: every block would have the same mass. The column `selection` has
+the name of the preset. `attention_over_density_x_dense` is the time of the one call, divided by the
+density times the time of dense attention. At 1, the time falls in proportion to the density.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .shapes import SHAPES, Shape, check_preset
 from .stages import Pipeline
 from .timing import Call, interleaved_medians, wall_clock
 
-BLOCK = 128  # rows that lean together
+BLOCK = 128  # queries that prefer the same block of keys
 TABLE = (
     *("preset", "tokens", "dtype", "permute_per", "kv_block_size", "threshold", "seed", "density"),
     *("dense_ms", "attention_ms", "attention_over_density_x_dense"),
@@ -40,14 +40,14 @@ TABLE = (
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row an input and setting: milliseconds (median of the rounds) of each stage, of the one
-        call, and of dense attention, all on the same threads.
+        One row for each input and setting: milliseconds (median of the rounds) of each stage, of
+        the one call and of dense attention, all on the same threads.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm

@@ -1,4 +1,5 @@
-"""Rows of `pbs-attn bench quality` as curves of quality against density, one a selection."""
+"""Turns the rows of `pbs-attn bench quality` into curves of quality against density, one for each
+selection."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ TABLE_DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 
 
 def least_density(curve: Curve, goal: float) -> float | None:
-    """The density from which on a curve, sorted by density, stays at or below a value, interpolated
-    between two of its points; None where it does not stay there."""
+    """The density from which on a curve stays at or below a value, interpolated between two points,
+    or None if it does not stay there. The curve is sorted by density."""
     reached = None
     for nth in range(len(curve) - 1, -1, -1):
         density, value = curve[nth]
@@ -29,8 +30,8 @@ def least_density(curve: Curve, goal: float) -> float | None:
 
 
 def at_density(curve: Curve, density: float) -> float | None:
-    """The value of a curve, sorted by density, interpolated between two of its points; None outside
-    of it."""
+    """The value of a curve at a density, interpolated between two points, or None outside the
+    curve. The curve is sorted by density."""
     for (left, low), (right, high) in itertools.pairwise(curve):
         if left <= density <= right:
             share = (density - left) / (right - left) if right > left else 0.0
@@ -39,7 +40,7 @@ def at_density(curve: Curve, density: float) -> float | None:
 
 
 def format_probe(rows: Sequence[Row], probe: str) -> str:
-    """One line a selection, one column a density."""
+    """A table with a line for each selection and a column for each density."""
     columns = ("selection", *(f"{density:g}" for density in TABLE_DENSITIES))
     lines = []
     for name, curve in summarize(rows).get(probe, {}).items():
@@ -55,8 +56,8 @@ def format_probe(rows: Sequence[Row], probe: str) -> str:
 
 
 def goals(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
-    """By `curve_name`, what PBS takes to reach each goal: the least density, between thresholds,
-    and the operator's milliseconds there."""
+    """For each PBS `curve_name`, the least density that reaches each goal, interpolated between
+    thresholds, and the milliseconds of the operator at that density."""
     by_probe = summarize(rows)
     times = summarize(rows, "op_ms").get("text", {})
     recalled = summarize(rows, "recalled").get("text", {})
@@ -83,8 +84,9 @@ def goals(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 
 
 def format_goals(rows: Sequence[Row]) -> str:
-    """`goals` as a table: the loss above dense of texts, the recalled mass, the perplexity of a
-    repeat at most 1.1 times dense's, and pass keys within 2 points of dense."""
+    """Formats `goals` as a table. The goals are the loss of texts above dense, the recalled mass, a
+    perplexity of the repeat of at most 1.1 times that of dense, and pass keys within 2 points of
+    dense."""
     lines = []
     for name, values in goals(rows).items():
         cells = {goal: "" if x is None else f"{x:.3f}" for goal, x in values.items()}

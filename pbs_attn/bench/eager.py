@@ -1,9 +1,9 @@
 """The paper's pipeline before attention (arXiv 2510.21270, Algorithms 1 and 2) in eager PyTorch.
 
-One permutation a query head and K and V repeated for grouped heads, as the paper's code has it; the
-selection rule is that of torch.ops.pbs with permute_per="query_head". Attention on the selected
-blocks is no part of this: no eager form of it comes near a kernel, and `pbs-attn bench kernel`
-times those that exist. Query and key lengths are equal.
+As in the paper's code, each query head has a permutation, and K and V are repeated for grouped
+heads. The selection rule is that of torch.ops.pbs with permute_per="query_head". Attention on the
+selected blocks is left out, because no eager form of it is close to the speed of a kernel:
+`pbs-attn bench kernel` times the kernels. Query and key lengths are equal.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pbs_attn.masks import candidate_blocks
 
 
 def repeat_kv(q: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Each tensor with a head for every query head, copied."""
+    """Copies each tensor so that every query head has a head of its own."""
     return [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in tensors]
 
 
 def score_keys(q: Tensor, k: Tensor, config: PBSConfig) -> Tensor:
-    """Importance of each key (Eq. 7), (B, Hq, N) float32; 0 in an incomplete last segment."""
+    """Importance of each key (Eq. 7), (B, Hq, N) float32. An incomplete last segment has 0."""
     num_tokens = k.shape[2]
     num_scored = num_tokens // config.segment_size * config.segment_size
     last_queries = q[:, :, -config.block_size :]
@@ -34,7 +34,8 @@ def score_keys(q: Tensor, k: Tensor, config: PBSConfig) -> Tensor:
 
 
 def sort_segments(scores: Tensor, config: PBSConfig) -> Tensor:
-    """The key that stands at each place after sorting every complete segment, (B, Hq, N) int64."""
+    """Returns which key is at each place after every complete segment is sorted: (B, Hq, N)
+    int64."""
     num_tokens = scores.shape[-1]
     num_segments = num_tokens // config.segment_size
     num_sorted = num_segments * config.segment_size
@@ -74,7 +75,8 @@ def select_blocks(
 
 
 def block_means(x: Tensor, size: int) -> Tensor:
-    """(B, H, N, D) -> (B, H, ceil(N / size), D) float32, over the rows that each block has."""
+    """(B, H, N, D) -> (B, H, ceil(N / size), D) float32. Each mean is over the rows that the block
+    has."""
     num_whole = x.shape[2] // size
     whole = x[:, :, : num_whole * size].unflatten(2, (num_whole, size))
     parts = (whole, x[:, :, None, num_whole * size :])
@@ -84,7 +86,7 @@ def block_means(x: Tensor, size: int) -> Tensor:
 def before_attend(
     q: Tensor, k: Tensor, v: Tensor, threshold: float, config: PBSConfig
 ) -> tuple[Tensor, ...]:
-    """All four stages: what attention needs, (k_perm, v_perm, mask)."""
+    """Runs all four stages and returns the inputs of attention, (k_perm, v_perm, mask)."""
     k, v = repeat_kv(q, k, v)
     perm = sort_segments(score_keys(q, k, config), config)
     k_perm, v_perm, k_mean = permute_kv(k, v, perm, config)
@@ -94,7 +96,7 @@ def before_attend(
 def stage_calls(
     q: Tensor, k: Tensor, v: Tensor, threshold: float, config: PBSConfig
 ) -> dict[str, Callable[[], object]]:
-    """Each stage on the outputs of those before; the first one repeats K and V, too."""
+    """Each stage on the outputs of the stages before it. The first stage also repeats K and V."""
     repeated_k, repeated_v = repeat_kv(q, k, v)
     scores = score_keys(q, repeated_k, config)
     perm = sort_segments(scores, config)

@@ -1,8 +1,8 @@
-"""Floors: the milliseconds below which no kernel of a stage can come on a certain card.
+"""Floors: lower bounds on the milliseconds of each stage on a given card.
 
-The larger of the bytes that the stage must move and the operations that it must do, at the rates
-measured on that card. Every tensor counts once, however often a kernel reads it, except where the
-algorithm itself needs a second pass.
+A floor is the larger of two times at the rates measured on the card: that of the bytes that the
+stage must move, and that of its operations. Every tensor counts once, however often a kernel reads
+it, except where the algorithm itself needs a second pass.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pbs_attn import PBSConfig
 from pbs_attn.masks import candidate_blocks
 
 FLOAT32 = INT32 = 4
-FP8_SPEEDUP = 2  # of matrix products, over bfloat16
+FP8_SPEEDUP = 2  # the speed of matrix products, over bfloat16
 
 
 class Rates(NamedTuple):
-    """What a card was measured to reach."""
+    """Measured rates of a card."""
 
-    bytes: float  # a second, in a copy of device memory, read and written together
-    operations: float  # a second, in bfloat16 matrix products, before power limits them
+    bytes: float  # per second in a copy of device memory, reads and writes together
+    operations: float  # per second in bfloat16 matrix products, below the power limit
 
 
 RATES = {"NVIDIA H200": Rates(4.3e12, 680e12)}
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     num_kv_heads: int
     num_perm_heads: int
     head_dim: int
-    element_size: int  # bytes of an element of q, k and v
+    element_size: int  # bytes per element of q, k and v
     density: float  # visited share of the block pairs on and under the diagonal
     config: PBSConfig
 
@@ -86,8 +86,8 @@ def permute_kv(problem: Problem) -> Work:
 
 
 def select_blocks(problem: Problem) -> Work:
-    """Mean queries by mean keys; or each sampled query by every key before its own segment, in fp8.
-    Query blocks of the dense tail sample nothing."""
+    """Mean scores multiply mean queries by mean keys. Sampled scores multiply each sampled query by
+    every key before its own segment, in fp8. Query blocks of the dense tail have no samples."""
     words = -(-problem.num_kv_blocks // 32)
     mask_and_counts = problem.num_q_heads * problem.num_q_blocks * (words + 1) * INT32
     num_tokens, config = problem.num_tokens, problem.config
@@ -107,7 +107,7 @@ def select_blocks(problem: Problem) -> Work:
 
 
 def attend(problem: Problem) -> Work:
-    """Two products for each visited pair of blocks, the diagonal ones whole."""
+    """Two matrix products for each visited pair of blocks. Diagonal pairs count whole."""
     num_tokens, config = problem.num_tokens, problem.config
     candidates, own = candidate_blocks(num_tokens, num_tokens, config=config)
     visited = problem.density * problem.num_q_heads * (candidates + own).sum().item()
@@ -122,7 +122,7 @@ STAGES = (score_keys, sort_segments, permute_kv, select_blocks, attend)
 
 
 def floors_ms(problem: Problem, card: str) -> dict[str, float]:
-    """The floor of every stage; empty for a card that RATES lacks."""
+    """The floor of every stage, or an empty dict for a card that RATES does not have."""
     if card not in RATES:
         return {}
     return {stage.__name__: stage(problem).floor_ms(RATES[card]) for stage in STAGES}

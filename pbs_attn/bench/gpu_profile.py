@@ -1,5 +1,5 @@
-"""What the GPU did during a call: its kernels, their stages and the gaps between them, by
-torch.profiler; the memory it took."""
+"""What the GPU does during a call, measured with torch.profiler: its kernels, their stages and the
+gaps between them. Also the memory of a call."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pbs_attn.ops import STAGES
 
-PAGES = "copy_pages"  # what no call on plain tensors runs
-OTHER = "other"  # kernels of others, memsets and copies
+PAGES = "copy_pages"  # a kernel that calls on plain tensors do not launch
+OTHER = "other"  # kernels of other libraries, memsets and copies
 
 
 class Interval(NamedTuple):
@@ -31,16 +31,16 @@ class Profile(NamedTuple):
     """One call, on average."""
 
     launches: int
-    gaps_ms: float  # while nothing ran, from its first kernel to its last
+    gaps_ms: float  # idle time between its first kernel and its last
     stage_ms: dict[str, float]
 
 
 def stage_of(name: str) -> str:
-    """The stage of a kernel, or `PAGES`, by its demangled name, which begins with it; `OTHER` if it
-    is not of the library.
+    """Returns the stage of a kernel, `PAGES`, or `OTHER` if the kernel is not one of the library's.
+    The demangled name of a kernel of the library begins with its stage.
 
     Raises:
-        ValueError: if it is of the library and its name begins otherwise.
+        ValueError: if a kernel of the library has another name.
     """
     found = re.search(r"\bpbs::cuda::.*?(\w+_kernel)[<(]", name)
     if not found:
@@ -52,7 +52,8 @@ def stage_of(name: str) -> str:
 
 
 def union_ms(intervals: Iterable[Interval]) -> float:
-    """Milliseconds in which at least one of them ran: attend starts beside the kernel before it."""
+    """Milliseconds in which at least one of the intervals ran: attend starts before the kernel
+    ahead of it ends."""
     total, last_end = 0.0, float("-inf")
     for interval in sorted(intervals, key=lambda interval: interval.start):
         total += max(0.0, interval.end - max(interval.start, last_end))
@@ -61,11 +62,11 @@ def union_ms(intervals: Iterable[Interval]) -> float:
 
 
 def summarize(intervals: list[Interval], calls: int) -> Profile:
-    """One call of `calls` that were recorded, each of which launched the same.
+    """The average call of `calls` recorded calls, which all launched the same kernels.
 
     Raises:
-        ValueError: if a stage has no kernel, a kernel of the library no stage, or the launches are
-            no multiple of the calls.
+        ValueError: if a stage has no kernel, if a kernel of the library has no stage, or if the
+            number of launches is no multiple of `calls`.
     """
     launches, rest = divmod(len(intervals), calls)
     if rest:
@@ -85,14 +86,14 @@ def summarize(intervals: list[Interval], calls: int) -> Profile:
 
 
 def gaps_between_ms(intervals: list[Interval]) -> float:
-    """Milliseconds between the first start and the last end in which none of them ran."""
+    """Milliseconds between the first start and the last end in which no interval ran."""
     start = min(interval.start for interval in intervals)
     end = max(interval.end for interval in intervals)
     return (end - start) / 1e3 - union_ms(intervals)
 
 
 def profile_call(call: Callable[[], object], calls: int = 10) -> Profile:
-    """A profile of several calls in a row, after one that only wakes the profiler."""
+    """Profiles several calls in a row, after one call that only starts the profiler."""
     _record(call, 1)
     return summarize(_record(call, calls), calls)
 
@@ -110,7 +111,7 @@ def _record(call: Callable[[], object], calls: int) -> list[Interval]:
 
 
 def gpu_work(trace: dict) -> list[Interval]:
-    """Kernels, memsets and copies of a Chrome trace."""
+    """The kernels, memsets and copies of a Chrome trace."""
     categories = ("kernel", "gpu_memset", "gpu_memcpy")
     return [
         Interval(event["name"], event["ts"], event["ts"] + event["dur"])
@@ -120,7 +121,7 @@ def gpu_work(trace: dict) -> list[Interval]:
 
 
 def extra_gib(call: Callable[[], object], output_bytes: int = 0) -> float:
-    """Memory that a call takes at its peak, without its inputs and so much of its output."""
+    """The peak memory of a call, without its inputs and without the given size of its output."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,12 +1,13 @@
-"""`attend` on lists of blocks, beside other block-sparse kernels on the same lists and dense ones.
+"""`attend` on lists of blocks, beside other block-sparse kernels on the same lists and dense
+kernels.
 
-A list keeps each key block of 128 rows before the query block's own segment with probability p,
-block 0 and the own segment always; lists of narrower key blocks visit as many keys. Rates count
-4 * 128 * D operations for every visited key of a block of 128 queries, the diagonal block whole.
-Dense kernels, which do the same whatever the list, run beside the densest. The column `lists` says
-where the lists come from: `random`; `uneven` and `even`, one head 30 times as dense as the others
-beside the same number of blocks spread evenly; or the file of real queries, keys and values that
-went through the paper's selection.
+A list keeps each 128-row key block before the own segment of the query block with probability p.
+Block 0 and the own segment are always kept. Lists of narrower key blocks visit as many keys. Rates
+count 4 * 128 * D operations for every key that a block of 128 queries visits, and count the
+diagonal block whole. The time of dense kernels does not depend on the list, so they run beside the
+densest list only. The column `lists` gives the source of the lists: `random`; `uneven`, in which
+one head is 30 times as dense as the others, and `even`, which has as many blocks spread evenly; or
+the file of real queries, keys and values for which the paper's selection made the list.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DENSE = ("sdpa_dense", "flash_dense", "cudnn_dense", "fa4_dense", "flex_dense")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One input and lists for it; `selected` (1, Hq, query blocks, key blocks) bool."""
+    """One input and its lists; `selected` (1, Hq, query blocks, key blocks) is bool."""
 
     lists: str
     tensors: list[torch.Tensor]  # q, k, v
@@ -57,13 +58,13 @@ class Case:
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row a case: milliseconds (median of the rounds) and TFLOP/s of each contestant.
+        One row for each case: milliseconds (median of the rounds) and TFLOP/s of each contestant.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm
@@ -76,7 +77,7 @@ def run(options: Options) -> list[Row]:
             file.add({"preset": options.preset} | _measure(options, case))
             bar.update()
     print(format_rows(file.rows))
-    picture = options.picture if options.tokens else None  # it shows random lists
+    picture = options.picture if options.tokens else None  # the picture shows random lists
     if picture:
         title = f"{options.preset}, {file.about_run['device']}"
         plot.draw_rates(file.rows, picture, title=title)
@@ -85,7 +86,7 @@ def run(options: Options) -> list[Row]:
 
 
 def format_rows(rows: list[Row]) -> str:
-    """The rates of those that ran."""
+    """A table of the rates of all contestants that ran."""
     rates = [f"{name}_tflops" for name in (*SPARSE, *DENSE)]
     rates = [name for name in rates if any(row[name] for row in rows)]
     return as_table(
@@ -142,7 +143,8 @@ def _random_cases(
 
 
 def _uneven_cases(shape: Shape, dtype: str, device: str) -> Iterator[Case]:
-    """The last head visits 30 times what each other one does; then the same, spread evenly."""
+    """First the last head visits 30 times as many blocks as each other head; then all heads share
+    the same number evenly."""
     tensors = _random_tensors(shape, UNEVEN_TOKENS, dtype, device)
     config = paper_with(BLOCK)
     uneven = torch.full((shape.num_q_heads, 1, 1), 0.02, device=device)
@@ -153,7 +155,7 @@ def _uneven_cases(shape: Shape, dtype: str, device: str) -> Iterator[Case]:
 
 
 def _activation_cases(options: Options, shape: Shape, path: str, device: str) -> Iterator[Case]:
-    """Real queries, keys and values through the paper's selection, repeated to all heads."""
+    """Real queries, keys and values with the paper's selection, repeated to the number of heads."""
     q, k, v = load_activations(path, shape, device)
     for kv_block_size in options.kv_block_sizes:
         config = paper_with(kv_block_size)
@@ -177,9 +179,9 @@ def _random_tensors(shape: Shape, num_tokens: int, dtype: str, device: str) -> l
 def random_list(
     num_tokens: int, num_q_heads: int, p: float | torch.Tensor, config: PBSConfig, device: str
 ) -> torch.Tensor:
-    """(1, heads, query blocks, key blocks) bool: the selected candidates. p: one for all heads, or
-    (heads, 1, 1). Key blocks narrower than 128 rows visit, in every query block, as many keys as
-    those of 128 rows do, at random too."""
+    """Returns the selected candidates, (1, heads, query blocks, key blocks), bool. p is one number
+    for all heads, or (heads, 1, 1). With key blocks narrower than 128 rows, every query block
+    visits as many keys as with 128 rows, also at random."""
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(width: int) -> torch.Tensor:
@@ -202,7 +204,8 @@ def random_list(
 
 
 def own_blocks(num_tokens: int, config: PBSConfig) -> torch.Tensor:
-    """(query blocks, key blocks) bool: the own segment up to the diagonal, as 128-blocks."""
+    """The own segments up to the diagonal, as blocks of 128 rows: (query blocks, key blocks),
+    bool."""
     candidates, own = candidate_blocks(num_tokens, num_tokens, config=config)
     columns = torch.arange(num_tokens // BLOCK)
     return (columns >= candidates[:, None]) & (columns < (candidates + own)[:, None])
@@ -218,7 +221,7 @@ def _measure(options: Options, case: Case) -> Row:
         "pbs": lambda: torch.ops.pbs.attend(q, k, v, *case.permuted, words, kv_block_size=width)[0]
     }
     if width == BLOCK:
-        # The others take K and V in one order, in which the own segment has to lie as well.
+        # The other kernels take K and V in one order, so the own segment is in the list too.
         calls |= sparse_calls(q, k, v, case.selected | own.to(q.device))
         if case.permuted[0] is k and "flex" in calls:
             _require_same_answer(calls["pbs"](), calls["flex"]())

@@ -1,4 +1,4 @@
-"""Attention functions of benchmarks, inside transformers models and alone."""
+"""Attention functions that benchmarks use inside transformers models and alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pbs_attn._errors import BenchError
 
 
 def register_attention(name: str, function: Callable) -> None:
-    """Layers of models with attn_implementation=name call it; no mask is made for them."""
+    """Registers a function that layers with attn_implementation=name call. They get no mask."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

@@ -1,9 +1,9 @@
 """Long prompts through the whole operator: times, memory, and checks on sampled rows.
 
-The input is that of `pipeline`, the threshold the one that gives the density asked for. Every call
-is timed once, after a warm-up on a short prompt. The columns `<check>_error` hold the worst error
-of each check (`checks.py`) as a share of the error allowed; above 1 the bench fails. The column
-`selection` has the name of the preset.
+The input is that of `pipeline`, and the threshold is the one that gives the requested density.
+Every call is timed once, after a warm-up on a short prompt. The columns `<check>_error` have the
+worst error of each check (`checks.py`) as a share of its tolerance. If one is above 1, the bench
+fails. The column `selection` has the name of the preset.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ TABLE = (
     *("tokens", "permute_per", "kv_block_size", "density", "before_attend_ms", "attend_ms"),
     *("attention_ms", "extra_gib", *(f"{name}_error" for name in CHECKS)),
 )
-LEAST_SAMPLES = 8  # the rows at ends and borders
+LEAST_SAMPLES = 8  # the rows at the ends and at borders of segments
 WARM_UP_TOKENS = 2048
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, checks, prints a table, and writes what `options` asks for.
+    """Measures, checks, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row an input and setting.
+        One row for each input and setting.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, a package that is missing, or an error larger
-            than allowed.
+        BenchError, DemoError: if an option is wrong, a package is missing, or an error is beyond
+            its tolerance.
     """
     _check(options)
     from tqdm import tqdm
@@ -138,10 +138,10 @@ def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _errors(options: Options, pipeline: Pipeline) -> dict[str, float]:
-    """The worst error of each check, as columns.
+    """The worst error of each check, by column.
 
     Raises:
-        BenchError: if one is larger than allowed.
+        BenchError: if an error is beyond its tolerance.
     """
     checked = check(pipeline, pipeline.attention(), options.samples)
     found = {name: worst(errors) for name, errors in checked.items()}

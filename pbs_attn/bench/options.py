@@ -1,5 +1,5 @@
-"""What each bench takes, with its defaults and choices. Nothing here needs torch, so that the
-command line can show its help at once."""
+"""The options of each bench, with their defaults and choices. Nothing here imports torch, so that
+the command line shows its help at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 from pbs_attn._rows import GIVEN, PROBES
 from pbs_attn.config import CHOICES, PBSConfig
 
-# Presets by the names that rows have; on the command line, "default" is another name of "balanced".
+# Presets by their names in rows; on the command line, "default" is another name of "balanced".
 PRESETS = {
     "balanced": PBSConfig.balanced(),
     "fast": PBSConfig.fast(),
@@ -18,15 +18,15 @@ PRESETS = {
 DEFAULT = "default"
 SETTINGS = (DEFAULT, *PRESETS)
 
-# Densities by tokens that synthetic inputs are to reach where none are asked for.
+# Default densities of synthetic inputs, by tokens.
 # With the paper's settings: Table 5 of arXiv 2510.21270; the last one is our continuation of it.
 PAPER_DENSITIES = {
     **{8192: 0.58, 16384: 0.49, 32768: 0.41, 65536: 0.29, 131072: 0.22},
     262144: 0.17,
 }
-# With all others: those of the committed rows of the presets (pipeline_balanced_h100.csv); 262144
-# continues them. Below 8192 tokens, density * tokens stays what it is there, so that a query visits
-# as many keys: own segment, window and the block of token 0 do not shrink with the prompt.
+# With all other settings: densities of pipeline_balanced_h100.csv, continued to 262144 tokens.
+# Below 8192 tokens, density * tokens is constant, so that a query visits as many keys: the own
+# segment, the window and the block of token 0 do not shrink with the prompt.
 DENSITIES = {
     **{512: 1.0, 1024: 0.96, 2048: 0.48, 4096: 0.24},
     **{8192: 0.12, 16384: 0.07, 32768: 0.05, 65536: 0.035, 131072: 0.025},
@@ -55,13 +55,13 @@ PARTS = ("whole", "chunked")
 
 # quality
 COMPARED = ("pbs", "unpermuted", "pooled", "window", "truncated")
-# Thresholds by mass, of `cpu` too.
+# Thresholds by mass; `cpu` uses them too.
 SWEEPS = {
     "block": (0.02, 0.01, 0.005, 0.0025, 0.001),
     "causal": (0.7, 0.8, 0.9, 0.95, 0.99),
     "earlier": (0.7, 0.8, 0.9, 0.95, 0.99),
 }
-# lm-eval's names of RULER's tasks, without the two that would download what they ask about.
+# RULER's tasks as lm-eval names them, without the two that download their questions.
 RULER_TASKS = (
     "niah_single_1",
     "niah_single_2",
@@ -123,8 +123,9 @@ class PipelineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ChunksOptions:
-    """`chunks`: tokens of a chunk; each length runs in chunks of each size. `settings`: one of
-    CHUNK_SETTINGS. `densities`: one a length, or None for those that go with the settings."""
+    """`chunks` are tokens per chunk. Each length runs with each chunk size. `settings` is one of
+    CHUNK_SETTINGS. `densities` has one value for each length, or is None for those of the
+    settings."""
 
     preset: str = "llama-3.1-8b"
     settings: str = DEFAULT
@@ -138,11 +139,12 @@ class ChunksOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """`parts`, `modes`: of PARTS and MODES, one engine each pair. `chunk`: tokens of a step in
-    `chunked`. `densities`: TOKENS:DENSITY, what PBS is to visit of prompts of that length; others
-    have the preset's own threshold. `requests` of `request_tokens` with answers of `answer_tokens`
-    are the throughput's. `fast_start`: without Inductor. `time_limit`: seconds after which no
-    further engine starts. `table`: a CSV to print instead."""
+    """`parts` and `modes` are from PARTS and MODES, and each pair is an engine. `chunk` is the
+    number of tokens per step in `chunked`. `densities` has TOKENS:DENSITY, the density of PBS for
+    prompts of that length. Other lengths use the threshold of the preset. The throughput is that of
+    `requests` prompts of `request_tokens` with answers of `answer_tokens`. `fast_start` disables
+    Inductor. After `time_limit` seconds, no further engine starts. `table` is a CSV to print
+    instead."""
 
     preset: str = "llama-3.1-8b"
     tokens: tuple[int, ...] = LENGTHS
@@ -185,14 +187,14 @@ class PrefillOptions:
 
 @dataclasses.dataclass(frozen=True)
 class QualityOptions:
-    """`model` and each of `texts` as for the demo; no texts: its own novel. `probes`: of PROBES and
-    RULER. `depths` and `lengths`: how many pass keys a text and length, and the lengths of their
-    prompts and of RULER's (None: half of `tokens`, and `tokens`). `ruler_tasks` and
-    `ruler_samples`: which of RULER_TASKS, and how many prompts of each and of each length.
-    `thresholds`: for all settings; None: those of SWEEPS, as for pooled means where they cannot
-    have the settings' mass, and for RULER the settings' own. `settings`: names of presets, GIVEN
-    for `config`, or changes to it such as "kv_block_size=64,window=0". `selections`: which of
-    COMPARED to run beside dense; RULER has PBS alone."""
+    """`model` and each of `texts` are as for the demo. Without texts, the demo's novel is read.
+    `probes` are from PROBES and RULER. `depths` is the number of pass keys for each text and
+    length. `lengths` are those of prompts with pass keys and of RULER's prompts (None: half of
+    `tokens`, and `tokens`). `ruler_tasks` are from RULER_TASKS, with `ruler_samples` prompts for
+    each task and length. `thresholds` are for all settings. With None, each rule of mass has those
+    of SWEEPS, and RULER has the threshold of the settings. `settings` are names of presets, GIVEN
+    for `config`, or changes to it such as "kv_block_size=64,window=0". `selections` are from
+    COMPARED and run beside dense. RULER runs PBS alone."""
 
     model: str | None = None
     texts: tuple[str, ...] = ()
@@ -215,7 +217,7 @@ class QualityOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ScoresOptions:
-    """`presets` and `tokens`: each preset runs at each length."""
+    """Each of `presets` runs at each length of `tokens`."""
 
     presets: tuple[str, ...] = ("llama-3.1-8b", "smollm2-135m", "qwen2.5-1.5b")
     tokens: tuple[int, ...] = (8192, 32768, 131072)
@@ -227,9 +229,9 @@ class ScoresOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LongOptions:
-    """`settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None for theirs. `density`:
-    the share of the causal block pairs to visit, or None for that which goes with the settings.
-    `samples`: how many rows are checked."""
+    """`settings` is one of SETTINGS. `permute_per` and `kv_block_sizes` are None for those of the
+    settings. `density` is the share of the causal block pairs to visit, or None for that of the
+    settings. `samples` is the number of rows to check."""
 
     preset: str = "llama-3.1-8b"
     settings: str = DEFAULT
@@ -244,8 +246,9 @@ class LongOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CpuOptions:
-    """Every combination runs. `settings`: one of SETTINGS; `permute_per` and `kv_block_sizes`: None
-    for theirs; `thresholds`: None for those of SWEEPS. `seeds`: one random input each."""
+    """Every combination runs. `settings` is one of SETTINGS. `permute_per` and `kv_block_sizes` are
+    None for those of the settings. `thresholds` is None for those of SWEEPS. Each of `seeds` gives
+    a random input."""
 
     presets: tuple[str, ...] = ("smollm2-135m",)
     settings: str = DEFAULT

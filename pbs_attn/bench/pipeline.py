@@ -71,13 +71,13 @@ TABLE = (
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row an input and setting; `speedup` is over the best dense kernel.
+        One row for each input and setting. `speedup` is over the fastest dense kernel.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm
@@ -184,7 +184,7 @@ def _eager_inputs(pipeline: Pipeline) -> tuple:
 
 
 def _gpu_values(options: Options, pipeline: Pipeline, problem: Problem) -> dict[str, object]:
-    """What the profiler, the allocator and the card's rates say."""
+    """Values from the profiler, the allocator and the rates of the card."""
     q = pipeline.q
     profile = profile_call(pipeline.attention)
     values = by_stage(profile.stage_ms, "kernel_ms")
@@ -217,7 +217,8 @@ def problem_of(pipeline: Pipeline, density: float) -> Problem:
 def _find_crossovers(
     options: Options, shape: Shape, device: str, advance: Callable[[], object]
 ) -> dict[tuple[str, int], str]:
-    """By order and width of key blocks; empty if there is none up to LONGEST_CROSSOVER tokens."""
+    """The crossover by order and width of key blocks. It is empty if there is none up to
+    LONGEST_CROSSOVER tokens."""
     found = {}
     for config in configs_of(options) if options.crossover else ():
         wins = functools.partial(_wins, options, shape, device, config)
@@ -229,8 +230,9 @@ def _find_crossovers(
 
 
 def shortest_win(wins: Callable[[int], bool], step: int, longest: int) -> int | None:
-    """The shortest multiple of `step`, from two on, from which `wins` is true, if it is false
-    before and true after; None if it is false as far as doubling goes up to `longest`."""
+    """The shortest multiple of `step`, from two steps on, from which `wins` is true. `wins` must be
+    false before and true after it. Returns None if it is false at every doubling up to
+    `longest`."""
     high = 2 * step
     while not wins(high):
         high *= 2

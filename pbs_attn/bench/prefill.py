@@ -1,12 +1,12 @@
-"""Time to the first token of a language model, dense and with PBS attention.
+"""Time to the first token of a language model, with dense attention and with PBS.
 
-A given model reads a text, and PBS visits what the threshold of its settings asks for. Without one,
-a named architecture has random weights, which attend to nothing in particular: so its attention
-layers work on synthetic queries, keys and values in place of the model's own, of the same shape and
-memory layout: heavy-hitter keys, of which PBS visits a share that every row states.
-All the rest, from the projections to the KV cache, is the model's. A third contestant, whose
-attention costs nothing, gives the bound that the other layers set. The column `selection` has the
-name of the preset.
+A model given by `--model` reads a text, and PBS visits the blocks that the threshold of its
+settings selects. Otherwise a named architecture has random weights, whose attention has no
+structure. Its attention layers then work on synthetic queries, keys and values in place of the
+model's own, with the same shape and memory layout. These have heavy-hitter keys, and every row
+gives the density that PBS visits. Everything else, from the projections to the KV cache, is the
+model's. A third contestant has attention that costs nothing: its time is the bound that the other
+layers set. The column `selection` has the name of the preset.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from .shapes import SHAPES, Shape, build, check_preset, shape_of
 from .stages import Pipeline, heavy_hitters, reach
 from .timing import cuda_events, interleaved_medians, wall_clock
 
-NAME = "pbs_bench"  # with transformers
+NAME = "pbs_bench"  # registered with transformers
 TABLE = ("model", "tokens", "density", "dense_backend", "dense_s", "pbs_s", "speedup", "bound")
 
 
 class Substitute:
-    """The attention function of a model. It works on `tensors` where they are given, else on the
+    """The attention function of a model. It works on `tensors` if they are given, else on the
     model's own."""
 
     def __init__(self) -> None:
@@ -65,15 +65,15 @@ class Substitute:
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row a length: seconds (median of the rounds) of the whole prefill with the best dense
-        backend of torch's SDPA, with PBS, and with attention that costs nothing; `speedup`, and
-        `bound`, which is what it could be at most.
+        One row for each length: seconds (median of the rounds) of the whole prefill with the
+        fastest dense backend of torch's SDPA, with PBS, and with attention that costs nothing.
+        `bound` is the largest possible `speedup`.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm
@@ -142,7 +142,8 @@ def _register() -> Substitute:
 
 @dataclasses.dataclass
 class _Contest:
-    """One prompt, `ids` (1, N), and what the layers attend with; `tensors`: see Substitute."""
+    """One prompt, `ids` (1, N), and the attention functions of the layers. For `tensors`, see
+    Substitute."""
 
     model: torch.nn.Module
     substitute: Substitute
@@ -152,7 +153,7 @@ class _Contest:
     about: Row
 
     def measure(self, rounds: int, advance: Callable[[], object]) -> Row:
-        """The row of this length; calls advance() after each run of the model."""
+        """Returns the row of this length. Calls advance() after each run of the model."""
 
         def clock(call: Callable[[], None]) -> float:
             milliseconds = wall_clock(call)
@@ -174,7 +175,7 @@ class _Contest:
         }
 
     def _run(self, attention: Attention) -> None:
-        """The whole prefill, to its end on the device."""
+        """Runs the whole prefill and waits until the device has finished."""
         self.substitute.tensors = None if self.tensors is None else tuple(self.tensors)
         self.substitute.attention = attention
         self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
@@ -187,7 +188,7 @@ def _pbs_attention(config: PBSConfig) -> Attention:
 
 
 def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
-    """Contests of an architecture with random weights, by the number of their length."""
+    """Contests of an architecture with random weights, by length."""
     shape = SHAPES[options.preset]
     shape = dataclasses.replace(shape, num_layers=options.layers or shape.num_layers)
     longest = max(options.tokens)
@@ -221,7 +222,7 @@ def _preset(options: Options, substitute: Substitute, device: str) -> Callable[[
 
 
 def _given(options: Options, substitute: Substitute, device: str) -> Callable[[int], _Contest]:
-    """Contests of the model that was given, on its text."""
+    """Contests of the given model on its text."""
     text, text_name = read_text(options.text)
     files = demo_model.find(options.model, "bench")
     all_ids = files.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
@@ -268,8 +269,8 @@ def _given(options: Options, substitute: Substitute, device: str) -> Callable[[i
 
 
 def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
-    """Heavy hitters as the layers get them: the projection leaves a token's heads beside each
-    other, the cache does not."""
+    """Heavy hitters in the memory layout that the layers get: a projection stores the heads of a
+    token side by side, the cache does not."""
     q, k, v = heavy_hitters(
         num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
     )
@@ -277,7 +278,7 @@ def _synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]
 
 
 def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
-    """The backend of SDPA that takes these tensors in the shortest time, and a call of it."""
+    """The fastest backend of SDPA for these tensors, and a call of it."""
     if tensors[0].device.type == "cpu":
         return "sdpa", sdpa_through("sdpa")
     times = {}
@@ -285,7 +286,7 @@ def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
         call = functools.partial(sdpa_through(name), *tensors)
         try:
             call()
-        except RuntimeError:  # it does not take them
+        except RuntimeError:  # this backend does not take them
             continue
         times[name] = cuda_events(call, 2)
     if not times:
@@ -296,7 +297,7 @@ def _best_dense(tensors: list[torch.Tensor]) -> tuple[str, Attention]:
 
 @contextlib.contextmanager
 def _first_layer_alone(model: torch.nn.Module) -> Iterator[None]:
-    """The model with one layer: it warms up at every length in a part of the time of all."""
+    """The model with one layer. It warms up at every length in a fraction of the time."""
     body = model.get_decoder()
     layers = body.layers
     body.layers = layers[:1]

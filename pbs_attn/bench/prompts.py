@@ -1,8 +1,8 @@
-"""Prompts of `pbs-attn bench quality`.
+"""The prompts of `pbs-attn bench quality`.
 
-Texts, of which the last half is scored; a copy probe, whose last quarter repeats an earlier passage
-of the prompt at another alignment; and pass keys, seven digits to be read back from a certain depth
-of a text.
+In a text, the last half is scored. In a copy probe, the last quarter repeats an earlier passage of
+the prompt at another alignment to the blocks. A pass key is seven digits at a certain depth of a
+text, which the model has to read back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PASS_KEY_DIGITS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`ids` (1, N). The last `tail` of them are scored. `depth`: where a pass key stands, as a
+    """`ids` (1, N). The last `tail` tokens are scored. `depth` is the position of a pass key, as a
     share of the text."""
 
     text: str
@@ -36,19 +36,19 @@ class Prompt:
 
 
 def swept_probes(options: Options) -> list[str]:
-    """Those that are swept over thresholds: all but RULER."""
+    """The probes that are swept over thresholds: all but RULER."""
     return [probe for probe in options.probes if probe != RULER]
 
 
 def lengths_of(options: Options) -> tuple[int, ...]:
-    """Of the prompts with pass keys, and of RULER's."""
+    """The lengths of the prompts with pass keys, and of RULER's."""
     return (options.tokens // 2, options.tokens) if options.lengths is None else options.lengths
 
 
 def make_prompts(
     options: Options, texts: list[tuple[str, str]], tokenizer: Any, device: torch.device
 ) -> Iterator[Prompt]:
-    """Of every text and probe that is swept.
+    """Makes the prompts of every text and swept probe.
 
     Raises:
         BenchError: if a text is too short.
@@ -64,7 +64,7 @@ def make_prompts(
 
 
 def read_texts(options: Options) -> Iterator[tuple[str, str]]:
-    """Name and text of each file."""
+    """The name and the text of each file."""
     for path in options.texts or (None,):
         text, name = read_text(path)
         yield name, text
@@ -76,8 +76,8 @@ def _text_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
 
 
 def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """The last quarter repeats tokens from the beginning, which lie a third of a block off the grid
-    of blocks; the repeat starts on it."""
+    """The last quarter repeats tokens from the beginning. The original passage starts a third of a
+    block off the grid of blocks, the repeat starts on the grid."""
     del tokenizer
     tail = options.tokens // 4
     start = options.config.block_size // 3
@@ -86,7 +86,8 @@ def _copy_prompt(options: Options, tokenizer: Any, ids: torch.Tensor):
 
 
 def _pass_key_prompts(options: Options, tokenizer: Any, ids: torch.Tensor):
-    """A key at each of some depths, evenly spaced, of each length; its tokens are the tail."""
+    """Prompts of each length with a key at evenly spaced depths. The tokens of the key are the
+    tail."""
 
     def encode(text: str) -> torch.Tensor:
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]

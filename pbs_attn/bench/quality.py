@@ -1,9 +1,10 @@
-"""What a model loses with PBS, at which density, beside other ways to visit as much.
+"""The quality that a model loses with PBS, against density, beside other selections of the same
+density.
 
-Prompts are in `prompts.py`. Selections (`selections.py`) are swept over thresholds, and compared at
-equal density: thresholds of different scores mean different things. The window visits as much as
-PBS does, the truncated prompt is dense on as many of the last tokens as cost that much. RULER has
-no sweep, and its own module, `ruler.py`.
+`prompts.py` makes the prompts. Selections (`selections.py`) are swept over thresholds and compared
+at equal density, because thresholds of different scores mean different things. The sliding window
+has the density of PBS. The truncated prompt is dense attention on as many of the last tokens as
+cost the same. RULER has no sweep, and is in a module of its own, `ruler.py`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from .report import (
 from .ruler_table import format_scores
 from .timing import cuda_events
 
-NAME = "pbs_bench_quality"  # with transformers
+NAME = "pbs_bench_quality"  # registered with transformers
 SWEPT = {
     "pbs": selections.permuted,
     "unpermuted": selections.unpermuted,
     "pooled": selections.pooled,
 }
-# Beside those given: the presets, and the default's order and blocks with mean scores alone.
+# In addition to the given settings: the presets, and mean scores with the default's order and
+# blocks.
 SETTINGS = {
     **PRESETS,
     "balanced": PBSConfig.balanced(),
@@ -54,10 +56,10 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """`choices` (tail,): the likeliest token at each place. `by_head` (layers, query heads): the
-    density of each. `recalled`: the share of dense attention's mass on visited keys, mean over
-    layers, heads and queries; `op_ms`: of the whole operator, median over layers. Both are None
-    where they were not measured."""
+    """`choices` (tail,) are the most likely tokens at each position. `by_head` (layers, query
+    heads) are densities. `recalled` is the share of dense attention's mass on the visited keys,
+    averaged over layers, heads and queries. `op_ms` is the time of the whole operator, the median
+    over layers. The last two are None if they were not measured."""
 
     loss: float
     choices: torch.Tensor
@@ -71,8 +73,8 @@ class Score:
 
 
 class Chooser:
-    """The attention function of a model whose layers all take one selection. It measures mass if
-    `has_mass`, and the time of `timed` on a GPU."""
+    """The attention function of a model whose layers all use one selection. It measures the
+    recalled mass if `has_mass` is set, and the time of `timed` on a GPU."""
 
     def __init__(self) -> None:
         self.take(dense)
@@ -94,30 +96,31 @@ class Chooser:
         if self.has_mass and lse is not None:
             self.recalled.append(selections.recalled_mass(lse, *tensors, scale=scaling))
         if self.timed is not None and query.is_cuda:
-            torch.cuda._sleep(500_000)  # its launches follow work already under way
+            torch.cuda._sleep(500_000)  # the GPU is busy while the launches queue up
             self.milliseconds.append(cuda_events(lambda: self.timed(*tensors, scale=scaling), 1))
         return out.transpose(1, 2).contiguous(), None
 
 
 def dense(q, k, v, scale=None):
-    """Every causal pair."""
+    """Dense causal attention, as a selection of all blocks."""
     return dense_attention(q, k, v, scale), torch.ones(q.shape[1]), None
 
 
 @torch.no_grad()
 def run(options: Options) -> list[Row]:
-    """Measures, prints tables, and writes what `options` asks for.
+    """Measures, prints tables, and writes the files that `options` names.
 
     Returns:
-        A row for each prompt, selection, settings and threshold: `density` visited, `loss` of the
-        scored tokens (nats), `loss_above_dense`, `agreement` with dense's likeliest next tokens,
-        and `right` (0 or 1) where a pass key was asked for. For texts also `recalled`, the share of
-        dense attention's mass on visited keys, and on a GPU `op_ms`, the whole operator's
-        milliseconds in one layer (median over layers). `ruler.run` says what RULER's rows hold.
+        A row for each prompt, selection, setting and threshold: the `density` visited, the `loss`
+        of the scored tokens (nats), `loss_above_dense`, the `agreement` with dense attention's most
+        likely next tokens, and `right` (0 or 1) for a pass key. Texts also have `recalled`, the
+        share of dense attention's mass on the visited keys, and on a GPU `op_ms`, the milliseconds
+        of the whole operator in one layer (median over layers). `ruler.run` describes the rows of
+        RULER.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, a package that is missing, or a model whose
-            layers are not all plain causal attention.
+        BenchError, DemoError: if an option is wrong, a package is missing, or a layer of the model
+            is not plain causal attention.
     """
     _check(options)
     device = choose_device(options.device)
@@ -145,7 +148,7 @@ def _sweep_prompts(
     file: RowFile,
     by_head: RowFile,
 ) -> None:
-    """Adds the rows of all prompts, and of texts those by head."""
+    """Adds the rows of all prompts. For texts, also adds the rows by head."""
     from tqdm import tqdm
 
     with tqdm(total=len(prompts), desc="quality", unit="prompt") as bar:
@@ -161,7 +164,7 @@ def _sweep_prompts(
 
 
 def _report(options: Options, label: str, rows: list[Row], by_head: list[Row]) -> None:
-    """Tables and pictures. There is no picture of RULER."""
+    """Prints tables and draws pictures. RULER has no picture."""
     swept = swept_probes(options)
     for probe in swept:
         print(f"\n{_title(probe)}\n{format_probe(rows, probe)}")
@@ -180,7 +183,7 @@ def _report(options: Options, label: str, rows: list[Row], by_head: list[Row]) -
 
 def _check(options: Options) -> None:
     require_packages("transformers", "tqdm")
-    if "pbs" not in options.selections:  # it says how dense the window and the truncated are
+    if "pbs" not in options.selections:  # it sets the density of the others
         raise BenchError(f"--selections must include pbs, got {list(options.selections)}")
     least = _least_tokens(_configs(options))
     if options.tokens < least:
@@ -213,7 +216,7 @@ def _configs(options: Options) -> dict[str, PBSConfig]:
 
 
 def _change(config: PBSConfig, changes: str) -> PBSConfig:
-    """The config with fields replaced, as "kv_block_size=64,window=0" says."""
+    """The config with changed fields, for text such as "kv_block_size=64,window=0"."""
     types = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     types |= {"kv_block_size": int, "num_heavy": number_or_all, "threshold": float}
     pairs = [change.partition("=") for change in changes.split(",")]
@@ -235,7 +238,7 @@ def _least_tokens(configs: dict[str, PBSConfig]) -> int:
 
 
 def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser:
-    """Every attention layer of the model asks the chooser from now on."""
+    """Makes every attention layer of the model call the chooser."""
     for config in configs.values():
         require_pbs_layers(model, _least_tokens(configs), config)
     chooser = Chooser()
@@ -249,7 +252,7 @@ def _take_over(model: torch.nn.Module, configs: dict[str, PBSConfig]) -> Chooser
 def _measure(
     options: Options, model: torch.nn.Module, chooser: Chooser, prompt: Prompt
 ) -> Iterator[tuple[Row, Score]]:
-    """Rows of one prompt."""
+    """The rows of one prompt."""
 
     is_text = prompt.probe == "text"
 
@@ -301,7 +304,7 @@ def _measure(
                 if name == "pbs":
                     of_pbs = found.density
             if "pbs" not in turn or settings != options.settings[0]:
-                continue  # the others know nothing of settings but their density
+                continue  # the other selections depend on the density alone
             threshold = turn["pbs"].threshold
             if "window" in options.selections:
                 found = score(selections.window(turn["pbs"], num_tokens, of_pbs))
@@ -313,8 +316,8 @@ def _measure(
 
 
 def _sweep(options: Options, config: PBSConfig) -> Iterator[dict[str, PBSConfig]]:
-    """Turns of what is swept with the settings `config`: by selection its settings with the next of
-    its thresholds, as long as it has one."""
+    """Yields the turns of a sweep with the settings `config`. A turn has each selection with its
+    settings at the next threshold, as long as the selection has one."""
     sweeps = {}
     for name in filter(options.selections.__contains__, SWEPT):
         base = selections.with_means(config) if name == "pooled" else config
@@ -326,7 +329,7 @@ def _sweep(options: Options, config: PBSConfig) -> Iterator[dict[str, PBSConfig]
 
 
 def _rows_by_head(options: Options, measured: list[tuple[Row, Score]]) -> Iterator[Row]:
-    """The density of every layer and head in what was swept with the first settings."""
+    """The density of every layer and head in the sweep with the first settings."""
     for row, found in measured:
         if row["selection"] not in SWEPT or row["settings"] != options.settings[0]:
             continue

@@ -1,8 +1,8 @@
 """RULER (arXiv 2404.06654) of lm-eval, dense beside PBS, for `pbs-attn bench quality`.
 
-lm-eval makes the prompts, generates and scores; every contestant answers each prompt, so that their
-scores are paired. Dense is transformers' SDPA. A contestant's PBS is an attention implementation of
-`pbs_attn.transformers`: it takes the prefill, and decoding is dense for all.
+lm-eval makes the prompts, generates and scores. Every contestant answers each prompt, so the scores
+are paired. Dense is transformers' SDPA. Each PBS contestant is an attention implementation of
+`pbs_attn.transformers`, which runs the prefill. Decoding is dense for all contestants.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from pbs_attn._rows import RULER, Row
 from .options import QualityOptions
 from .report import RowFile
 
-# Below it, lm-eval looks without end for a prompt of some tasks that is short enough.
+# With shorter lengths, lm-eval searches forever for a short enough prompt of some tasks.
 LEAST_LENGTH = 1024
-MAX_SAMPLES = 500  # what lm-eval makes of each task and length
-ROOM = 1024  # for answers, and for prompts of ruler_fwe, which are longer than asked for
+MAX_SAMPLES = 500  # prompts that lm-eval makes for each task and length
+ROOM = 1024  # for answers, and for prompts of ruler_fwe, which exceed the requested length
 
 
 @dataclasses.dataclass
 class Contestant:
-    """`name`: the attention implementation. `prompts`: how many it has answered. `densities`: of
-    the layers of the last one's prefill, mean over heads."""
+    """`name` is the attention implementation, and `prompts` counts the answered prompts.
+    `densities` has the density of each layer in the last prefill, averaged over heads."""
 
     name: str
     selection: str
@@ -50,8 +50,9 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`request`: lm-eval's own, whose document tells the expected answers. `length`: what was asked
-    for, tokens; the prompt is shorter by the room for its answer, or by more."""
+    """`request` is the one of lm-eval, and its document has the expected answers. `length` is the
+    requested number of tokens. The prompt is shorter, because it leaves at least the room for its
+    answer."""
 
     task: Any
     name: str
@@ -60,19 +61,20 @@ class Prompt:
     request: Any
 
     def score(self, answer: str) -> float:
-        """The share of the expected answers that `answer` holds."""
+        """The share of the expected answers that `answer` contains."""
         return self.task.process_results(self.request.doc, [answer])[str(self.length)]
 
 
 def check(options: QualityOptions, lengths: Sequence[int], least: int) -> None:
-    """Checks what concerns RULER alone; `least`: tokens that the settings need.
+    """Checks the options that concern RULER alone. `least` is the number of tokens that the
+    settings need.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     least = max(least, LEAST_LENGTH)
     if not lengths or min(lengths) < least:
-        rule = f"be {least} at least with --probes ruler"
+        rule = f"be at least {least} with --probes ruler"
         raise BenchError(f"--lengths must {rule}, got {list(lengths)}")
     if not 1 <= options.ruler_samples <= MAX_SAMPLES:
         samples = options.ruler_samples
@@ -90,16 +92,18 @@ def run(
     haystack: str,
     file: RowFile,
 ) -> None:
-    """Adds a row for each prompt and contestant: in `text` the task, in `tokens` the length asked
-    for, in `right` the share of the expected answers given, in `agreement` whether the answer is
-    dense's to the letter (0 or 1), in `density` that of the prefill, mean over layers and heads.
+    """Adds a row for each prompt and contestant. `text` is the task, `tokens` the requested length,
+    and `right` the share of the expected answers that the contestant gave. `agreement` is 1 if the
+    answer equals that of dense attention, else 0. `density` is that of the prefill, averaged over
+    layers and heads.
 
     Raises:
-        BenchError: if lm-eval cannot make the prompts, or the model's prefill does not take PBS.
+        BenchError: if lm-eval cannot make the prompts, or the prefill of the model does not take
+            PBS.
     """
     from tqdm import tqdm
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant to be so
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern intended settings
     with (
         _without_downloads(repeat(haystack, max(lengths))),
         tempfile.TemporaryDirectory() as folder,
@@ -122,8 +126,8 @@ def run(
 def _registered(
     options: QualityOptions, configs: dict[str, PBSConfig]
 ) -> Iterator[list[Contestant]]:
-    """Dense, and PBS with each of the settings, at its own threshold unless others are given. Their
-    calls are not counted any more afterwards."""
+    """Registers dense attention, and PBS with each of the settings, at its own threshold unless the
+    options give others. On exit, their calls are no longer counted."""
     from pbs_attn import transformers as pbs_transformers
 
     swept = [
@@ -145,7 +149,7 @@ def _registered(
 
 
 def _watch(contestant: Contestant, config: PBSConfig) -> None:
-    """Notes the density of each layer's prefill beside running it."""
+    """Wraps a function so that the density of each layer's prefill is recorded."""
     from transformers import AttentionInterface
 
     original = AttentionInterface().get(contestant.name)
@@ -167,8 +171,8 @@ def _watch(contestant: Contestant, config: PBSConfig) -> None:
 
 
 def _wrap(model: torch.nn.Module, tokenizer: Any, length: int) -> Any:
-    """The model as lm-eval generates with it, one prompt at a time, so that each prompt is one call
-    of a layer in the counts."""
+    """Wraps the model for lm-eval. It generates one prompt at a time, so that each prompt counts as
+    one call of a layer."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
@@ -176,29 +180,29 @@ def _wrap(model: torch.nn.Module, tokenizer: Any, length: int) -> Any:
         tokenizer=tokenizer,
         backend="causal",
         batch_size=1,
-        max_length=length + ROOM,  # it would cut longer prompts
+        max_length=length + ROOM,  # lm-eval cuts longer prompts
     )
 
 
 @contextlib.contextmanager
 def _without_downloads(haystack: str) -> Iterator[None]:
-    """lm-eval's tasks with this haystack in place of the essays that it would download, and without
-    the data that nltk would download to find where sentences end.
+    """Runs lm-eval's tasks without downloads: with this haystack in place of the essays, and
+    without the data of nltk that finds the ends of sentences.
 
     Raises:
-        BenchError: if this lm-eval has not what is replaced.
+        BenchError: if this version of lm-eval lacks the functions to replace.
     """
     import nltk
 
     essays = SimpleNamespace(load_dataset=lambda *args, **kwargs: {"text": [haystack]})
     with contextlib.ExitStack() as stack:
         try:
-            # The module looks for nltk's data as it is imported, and downloads what is missing.
+            # At import, the module looks for the data of nltk and downloads it if it is missing.
             with _replaced(nltk.data, "find", lambda name: name):
                 from lm_eval.tasks.ruler import prepare_niah
             stack.enter_context(_replaced(prepare_niah, "datasets", essays))
             stack.enter_context(_replaced(prepare_niah, "sent_tokenize", split_sentences))
-            prepare_niah.get_haystack.cache_clear()  # of another haystack
+            prepare_niah.get_haystack.cache_clear()  # it holds another haystack
         except (AttributeError, ImportError) as error:
             version = importlib.metadata.version("lm-eval")
             how = extra_command(RULER)
@@ -221,11 +225,11 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def repeat(text: str, words: int) -> str:
-    """The text as often as it takes to have so many words, a token each at least: lm-eval makes no
-    longer prompts than its haystack.
+    """Repeats the text until it has `num_words` words, of at least one token each: lm-eval makes no
+    prompt that is longer than its haystack.
 
     Raises:
-        BenchError: if there is no word in it.
+        BenchError: if the text has no words.
     """
     count = len(text.split())
     if not count:
@@ -234,14 +238,15 @@ def repeat(text: str, words: int) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences end where white space follows a full stop, an exclamation or a question mark."""
+    """A sentence ends at white space after a full stop, an exclamation mark or a question mark."""
     return re.split(r"(?<=[.!?])\s+", text)
 
 
 def _make_prompts(
     options: QualityOptions, lengths: Sequence[int], tokenizer: str
 ) -> Iterator[Prompt]:
-    """Of each length and task the first samples; `tokenizer`: the folder that it lies in."""
+    """Makes the first samples of each length and task. `tokenizer` is the folder of the
+    tokenizer."""
     import numpy as np
     from lm_eval import tasks
     from lm_eval.tasks import ruler
@@ -253,7 +258,7 @@ def _make_prompts(
             metadata={"max_seq_lengths": [length], "tokenizer": tokenizer},
         )
         for name in options.ruler_tasks:
-            # The same prompts, whatever else is run.
+            # Prompts must not depend on the other options.
             random.seed(0)
             np.random.seed(0)
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
@@ -265,7 +270,7 @@ def _make_prompts(
                         f"{error}"
                     ) from error
                 task.build_all_requests(limit=options.ruler_samples)
-                task.dataset = None  # all MAX_SAMPLES, whose text would fill the memory
+                task.dataset = None  # the text of all MAX_SAMPLES would fill the memory
             for sample, request in enumerate(task.instances):
                 yield Prompt(task, name, length, sample, request)
 
@@ -273,7 +278,7 @@ def _make_prompts(
 def _answer(
     lm: Any, model: torch.nn.Module, prompt: Prompt, contestants: Sequence[Contestant]
 ) -> Iterator[Row]:
-    """Rows of one prompt, the first one of which is dense's."""
+    """The rows of one prompt. The first one is that of dense attention."""
     answers: list[str] = []
     for contestant in contestants:
         model.set_attn_implementation(contestant.name)
@@ -299,10 +304,11 @@ def _answer(
 
 
 def _density(model: torch.nn.Module, contestant: Contestant) -> float:
-    """The mean over layers of the prefill that ran last, which is `contestant`'s.
+    """The density of the last prefill, averaged over layers. The prefill must have been that of
+    `contestant`.
 
     Raises:
-        BenchError: if a layer of it did not take PBS.
+        BenchError: if a layer did not take PBS.
     """
     from pbs_attn import transformers as pbs_transformers
 

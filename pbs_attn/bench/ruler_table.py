@@ -1,4 +1,5 @@
-"""Tables of RULER's rows in `pbs-attn bench quality`: PBS beside dense, paired by prompt."""
+"""Tables of the RULER rows of `pbs-attn bench quality`: PBS beside dense attention, paired by
+prompt."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ BELOW = {"same answers": "agreement", "density": "density"}  # lines below those
 
 
 class Score(NamedTuple):
-    """Of 100: the mean, what it is above dense, and that difference's standard error, None for a
-    single prompt."""
+    """In percent: the mean, its difference to dense attention, and the standard error of that
+    difference, which is None for a single prompt."""
 
     mean: float
     above: float
@@ -28,7 +29,8 @@ class Score(NamedTuple):
 
 
 def compare(rows: Sequence[Row], dense: Sequence[Row]) -> Score:
-    """Rows of one task, length and contestant beside dense's of the same prompts."""
+    """Compares the rows of one task, length and contestant with those of dense attention on the
+    same prompts."""
     of_dense = {row["sample"]: 100 * float(row["right"]) for row in dense}
     scores = {row["sample"]: 100 * float(row["right"]) for row in rows}
     above = [score - of_dense[sample] for sample, score in scores.items()]
@@ -37,8 +39,8 @@ def compare(rows: Sequence[Row], dense: Sequence[Row]) -> Score:
 
 
 def average(scores: Sequence[Score]) -> Score:
-    """Over tasks, which count alike however many prompts they have. The error is of the prompts:
-    the tasks are no sample of others."""
+    """The mean over tasks. All tasks have the same weight, however many prompts they have. The
+    error covers the choice of prompts only, because the tasks are no sample of other tasks."""
     errors = [score.error for score in scores if score.error is not None]
     error = math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None
     means, above = ([getattr(s, name) for s in scores] for name in ("mean", "above"))
@@ -46,7 +48,7 @@ def average(scores: Sequence[Score]) -> Score:
 
 
 def format_scores(rows: Sequence[Row]) -> str:
-    """A table for each length: one line a task, one column a contestant."""
+    """A table for each length, with a line for each task and a column for each contestant."""
     rows = [row for row in rows if row["probe"] == RULER]
     tables = []
     for length in dict.fromkeys(row["tokens"] for row in rows):
@@ -56,8 +58,8 @@ def format_scores(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """`rows` of one length. Below the tasks: their mean, the share of answers that are dense's to
-    the letter, and the density of the prefill."""
+    """The table of one length. Below the tasks, it has their mean, the share of answers that equal
+    those of dense attention, and the density of the prefill."""
     groups: dict[str, dict[str, list[Row]]] = {}  # by label and task
     for row in rows:
         groups.setdefault(_label(row), {}).setdefault(row["text"], []).append(row)
@@ -76,6 +78,6 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _label(row: Row) -> str:
-    """The contestant: `--thresholds` gives the same settings several."""
+    """The name of the contestant. With `--thresholds`, one setting gives several contestants."""
     name = curve_name(row)
     return f"{name} at {row['threshold']}" if row["threshold"] else name

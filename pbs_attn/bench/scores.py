@@ -1,8 +1,8 @@
-"""`select_blocks` by score, beside `attend` with everything visited.
+"""`select_blocks` by score, beside `attend` on all blocks.
 
-Inputs are those of `pipeline`. Scores are sampled ones at several numbers of samples, with the
-default's other settings, and once for all query heads of a KV head; and means, with blocks and
-order as in the default.
+Inputs are those of `pipeline`. Sampled scores run with several numbers of samples and the default's
+other settings, and once with one selection for all query heads of a KV head. Mean scores run with
+the blocks and the order of the default.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ TABLE = ("preset", "tokens", *(f"{name}_ms" for name in CONFIGS))
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, prints a table, and writes what `options` asks for.
+    """Measures, prints a table, and writes the files that `options` names.
 
     Returns:
-        One row a preset and length: milliseconds (median of the rounds) of `select_blocks` with
-        each score, and of `attend` with everything visited.
+        One row for each preset and length: milliseconds (median of the rounds) of `select_blocks`
+        with each score, and of `attend` on all blocks.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, or a package that is missing.
+        BenchError, DemoError: if an option is wrong or a package is missing.
     """
     _check(options)
     from tqdm import tqdm

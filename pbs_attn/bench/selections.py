@@ -1,8 +1,8 @@
-"""Ways to choose which blocks a layer visits, each as an attention function that tells its density
-and its log-sum-exp.
+"""Selections of blocks, each as an attention function that also returns its density and its
+log-sum-exp.
 
-What PBS is compared with, at equal density: the same scores without permutation, plain pooled means
-over all causal blocks, and a sliding window.
+The selections to compare PBS with at equal density are the same scores without permutation, plain
+pooled means over all causal blocks, and a sliding window.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def permuted(config: PBSConfig) -> Attention:
 
 
 def unpermuted(config: PBSConfig) -> Attention:
-    """The same scores and segments, with every key in its place."""
+    """The same scores and segments, with every key in its original place."""
 
     def attend(q, k, v, scale=None):
         places = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
@@ -49,8 +49,8 @@ def unpermuted(config: PBSConfig) -> Attention:
 
 
 def with_means(config: PBSConfig) -> PBSConfig:
-    """The same with mean scores: by a sum of masses, with its own threshold, for each query head by
-    itself."""
+    """The same config with mean scores. They select by a sum of masses, with the threshold of that
+    rule, and for each query head separately."""
     if config.score == "mean":
         return config
     return dataclasses.replace(
@@ -59,13 +59,13 @@ def with_means(config: PBSConfig) -> PBSConfig:
 
 
 def pooled(config: PBSConfig) -> Attention:
-    """Pooled means over all causal blocks in their own order: segments of one block."""
+    """Pooled means over all causal blocks in their original order: each segment is one block."""
     return unpermuted(dataclasses.replace(with_means(config), segment_size=config.block_size))
 
 
 def window(config: PBSConfig, num_tokens: int, density: float) -> Attention:
-    """The first key block, and as many before each query block as make up a density, or come
-    nearest to it from below; for prompts of `num_tokens`."""
+    """The first key block, and the blocks before each query block. Their number gives the largest
+    density that does not exceed `density`, on prompts of `num_tokens`."""
     config = dataclasses.replace(config, segment_size=config.block_size)
     candidates, _ = candidate_blocks(num_tokens, num_tokens, config=config)
     columns = torch.arange(-(-num_tokens // config.key_block_size))
@@ -100,8 +100,8 @@ def _attend(q, k, v, k_perm, v_perm, words, scale, config):
 
 
 def recalled_mass(lse: torch.Tensor, q, k, v, scale=None) -> torch.Tensor:
-    """The share of dense attention's mass that fell on the visited keys, whose LSE is given: mean
-    over the queries of each head, (Hq,)."""
+    """The share of dense attention's mass on the visited keys, averaged over the queries of each
+    head, (Hq,). `lse` is that of the visited keys."""
     num_words = -(-k.shape[2] // 128 // 32)
     everything = q.new_full(
         (1, q.shape[1], -(-q.shape[2] // 128), num_words), -1, dtype=torch.int32

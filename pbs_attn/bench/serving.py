@@ -1,9 +1,9 @@
-"""vLLM with dense attention and with PBS: time to the first token, decode steps, throughput.
+"""vLLM with dense attention and with PBS: time to the first token, decode steps and throughput.
 
-A contestant is an engine, `vllm.LLM` in a process of its own, since a process of vLLM has one
-attention backend: `dense` is vLLM's FLASH_ATTN, the others are the plugin with a preset. Engines
-run one after the other on the same GPUs, with weights drawn alike. This process touches no GPU,
-whose memory is the engine's.
+A contestant is an engine, `vllm.LLM`, in a process of its own, because a process of vLLM has one
+attention backend. `dense` is FLASH_ATTN of vLLM, and the others are the plugin with a preset.
+Engines run one after the other on the same GPUs, with the same random weights. This process does
+not use the GPU, so that the engine has all of its memory.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ from .serving_engine import COLUMNS, FIRST_TOKEN, MARK, as_json, targets_of
 from .shapes import check_preset
 
 BLOCK_SIZE = PBSConfig().block_size  # a shorter chunk stays dense in the plugin
-# Where these are set already, they stay.
+# Variables that are already set keep their values.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiles at the start, and is no part of what is measured
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # needs NVLink multicast, which not every host admits
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of the model are sent to workers
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at the start, and sampling is not measured
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # it needs NVLink multicast, which not every host allows
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions that take the model are sent to workers
 }
 SETTING = ("preset", "tp", "inductor", "part", "chunk", "what", "tokens")
 Speedups = dict[tuple[str, ...], float]  # by the values of SETTING and the mode
 
 
 def run(options: Options) -> list[Row]:
-    """Measures, writes the CSV, and prints a table; or prints that of the CSV `options.table`.
+    """Measures, writes the CSV, and prints a table. With `options.table`, only prints the table of
+    that CSV.
 
     Returns:
-        One row for each engine and what was timed.
+        One row for each engine and measured quantity.
 
     Raises:
-        BenchError, DemoError: a mistake in `options`, a package or a GPU that is missing, or an
-            engine that failed.
+        BenchError, DemoError: if an option is wrong, a package or a GPU is missing, or an engine
+            failed.
     """
     if options.table:
         rows = read_table(options.table)
@@ -91,7 +92,7 @@ def _check(options: Options) -> None:
 
 
 def _check_machine(options: Options) -> None:
-    """That engines can start, without a context on the GPU."""
+    """Checks that engines can start, without a context on the GPU."""
     require_packages("tqdm")
     if importlib.util.find_spec("vllm") is None:
         how = extra_command("vllm")
@@ -111,7 +112,7 @@ def _check_machine(options: Options) -> None:
 
 
 def _measure(options: Options) -> tuple[list[Row], list[str]]:
-    """Rows, and what is to be said of each engine that failed."""
+    """Returns the rows, and a description of each engine that failed."""
     from tqdm import tqdm
 
     start, rows, failed = time.monotonic(), [], []
@@ -143,7 +144,8 @@ def engine_command(options: Options, mode: str, part: str) -> list[str]:
 
 
 def run_engine(command: Sequence[str], log: Path, add: Callable[[Row], None]) -> int:
-    """Calls `add` with each row that an engine prints, as it comes. All else goes to the log.
+    """Calls `add` with each row that an engine prints, as soon as it is printed. All other output
+    goes to the log.
 
     Returns:
         The exit status.
@@ -172,7 +174,7 @@ def read_table(path: str) -> list[Row]:
     """The rows of a CSV of this bench.
 
     Raises:
-        BenchError: if it is none.
+        BenchError: if the file is not such a CSV.
     """
     rows = read_rows(path)
     missing = [column for column in COLUMNS if rows and column not in rows[0]]
@@ -183,12 +185,13 @@ def read_table(path: str) -> list[Row]:
 
 
 def setting_of(row: Row) -> tuple[str, ...]:
-    """What rows to be compared have in common."""
+    """The values that rows must share to be compared."""
     return tuple(row[column] for column in SETTING)
 
 
 def speedups(rows: Sequence[Row]) -> Speedups:
-    """Dense seconds over those of each row of PBS that has a dense one beside it."""
+    """For each row of PBS with a dense row of the same setting, the seconds of dense divided by its
+    own."""
     seconds = {(*setting_of(row), row["mode"]): float(row["seconds"]) for row in rows}
     return {
         place: seconds[(*place[:-1], "dense")] / value
@@ -198,8 +201,8 @@ def speedups(rows: Sequence[Row]) -> Speedups:
 
 
 def gains_in_chunks(rows: Sequence[Row]) -> Speedups:
-    """Of first tokens, the speed-up in chunks as a share of that in one piece. Keys are those of
-    `speedups`, in chunks."""
+    """For first tokens, the speed-up in chunks as a share of the speed-up in one piece. The keys
+    are those of `speedups` for the prompts in chunks."""
     found = speedups(rows)
     at, chunk, what = (SETTING.index(name) for name in ("part", "chunk", "what"))
 
@@ -217,8 +220,8 @@ def gains_in_chunks(rows: Sequence[Row]) -> Speedups:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """A line for each setting, seconds of every mode, and how many times those of dense are as
-    long; below, what chunks leave of it.
+    """A line for each setting, with the seconds of every mode, and the speed-up over dense. The
+    lines below the table compare the speed-up in chunks with the one in one piece.
 
     Raises:
         BenchError: if rows come from several commands, or there are none.

@@ -1,5 +1,6 @@
-"""One engine of `bench serve`, in a process of its own: what vllm.LLM is made with, and what is
-timed. `python -m pbs_attn.bench.serving_engine JSON` prints each row on a line, after MARK."""
+"""One engine of `bench serve`, in a process of its own: the arguments of vllm.LLM, and the
+measurements. `python -m pbs_attn.bench.serving_engine JSON` prints each row on a line, after
+MARK."""
 
 from __future__ import annotations
 
@@ -27,17 +28,17 @@ from .options import PRESETS, ServeOptions
 from .shapes import SHAPES, Shape
 
 MARK = "row of bench serve: "
-# Of where a row was measured; `run` is the command's, which started all engines.
+# Where a row was measured. `run` identifies the command that started all engines.
 PLACE = ("device", "driver", "vllm", "torch", "pbs_attn", "commit", "run")
 COLUMNS = (
     *("preset", "tp", "mode", "backend", "inductor", "threshold", "density", "part", "chunk"),
     *("block_size", "what", "tokens", "seconds", "rounds", *PLACE),
 )
-# What is timed.
+# The measured quantities.
 FIRST_TOKEN, DECODE, THROUGHPUT = "first token", "decode step", "throughput"
 DECODE_STEPS = 128
 DECODE_ROUNDS = 5
-# Thresholds that a probe counts at.
+# The thresholds at which a probe counts.
 GRID = (
     *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008),
     *(0.012, 0.016, 0.024, 0.032, 0.05, 0.08, 0.12, 0.2),
@@ -49,11 +50,11 @@ ARCHITECTURES = {
 }
 
 
-# What is asked for
+# Settings of the engine
 
 
 def targets_of(densities: Iterable[str]) -> dict[int, float]:
-    """By length.
+    """The density to reach, by length.
 
     Raises:
         BenchError: if a text is not TOKENS:DENSITY with a density in (0, 1].
@@ -71,13 +72,13 @@ def targets_of(densities: Iterable[str]) -> dict[int, float]:
 
 
 def longest(options: ServeOptions) -> int:
-    """Tokens of the longest sequence."""
+    """The number of tokens of the longest sequence."""
     answer = max(options.answer_tokens, DECODE_STEPS + 1)
     return max(*options.tokens, options.request_tokens) + answer
 
 
 def model_config(shape: Shape, max_tokens: int) -> dict[str, object]:
-    """A config.json."""
+    """The contents of config.json."""
     return {
         "architectures": [ARCHITECTURES[shape.model_type]],
         "model_type": shape.model_type,
@@ -100,7 +101,7 @@ def model_config(shape: Shape, max_tokens: int) -> dict[str, object]:
 
 
 def llm_options(options: ServeOptions, mode: str, part: str) -> dict[str, object]:
-    """What vllm.LLM takes beside the model."""
+    """The arguments of vllm.LLM, except the model."""
     num_requests = max(16, options.requests)
     sizes = [2**n for n in range(num_requests.bit_length()) if 2**n <= num_requests]
     compilation: dict[str, object] = {"cudagraph_capture_sizes": sizes}
@@ -115,10 +116,10 @@ def llm_options(options: ServeOptions, mode: str, part: str) -> dict[str, object
         "max_model_len": longest(options),
         "max_num_batched_tokens": max(options.tokens) if part == "whole" else options.chunk,
         "max_num_seqs": num_requests,
-        "gpu_memory_utilization": 0.88,  # the probe copies keys, beyond what vLLM has profiled
+        "gpu_memory_utilization": 0.88,  # room for the probe's copies of keys
         "enable_prefix_caching": False,
         "tensor_parallel_size": options.tensor_parallel_size,
-        "disable_log_stats": False,  # decode steps are read from them
+        "disable_log_stats": False,  # decode steps are computed from the stats
         "compilation_config": compilation,
     }
     if mode == "dense":
@@ -131,8 +132,8 @@ def llm_options(options: ServeOptions, mode: str, part: str) -> dict[str, object
 
 
 def on_logs(points: Sequence[tuple[float, float]], x: float) -> float:
-    """y at an x, where logarithms of (x, y) lie on lines between the points; beyond these, that of
-    the nearest one."""
+    """Returns y at x. Between the points, log y is linear in log x. Outside of them, y is that of
+    the nearest point."""
     points = sorted(points)
     for (left, low), (right, high) in itertools.pairwise(points):
         if left <= x <= right:
@@ -142,7 +143,7 @@ def on_logs(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def densities_of(counts: Sequence[worker.Counts]) -> list[tuple[float, float]]:
-    """(threshold, density) over all workers, each of which has heads of its own."""
+    """(threshold, density) pairs over all workers, each of which has some of the heads."""
     return [
         (
             threshold,
@@ -154,11 +155,11 @@ def densities_of(counts: Sequence[worker.Counts]) -> list[tuple[float, float]]:
 
 
 def threshold_for(found: Sequence[tuple[float, float]], density: float) -> float:
-    """The threshold that gives a density, by (threshold, density) of some."""
+    """The threshold that gives a density, interpolated between (threshold, density) pairs."""
     return on_logs([(visited, threshold) for threshold, visited in found], density)
 
 
-# What is timed
+# Measurements
 
 
 class Engine:
@@ -171,7 +172,8 @@ class Engine:
         self.random = random.Random(0)
 
     def rows(self) -> Iterator[Row]:
-        """Decode steps and throughput are those of chunks, which a server works in."""
+        """Yields the rows. Decode steps and throughput are measured in chunks only, as servers
+        run."""
         for length in self.options.tokens:
             self.tune(length)
             self.generate([length], 1)
@@ -190,7 +192,8 @@ class Engine:
             yield self.row(THROUGHPUT, length, num_requests * (length + answer), [seconds])
 
     def generate(self, lengths: Sequence[int], num_tokens: int) -> tuple[float, list]:
-        """Seconds until all prompts, random ones of these lengths, have their answers."""
+        """Returns the seconds until all prompts, which are random and have these lengths, have
+        their answers."""
         from vllm import SamplingParams
 
         vocabulary = range(2, SHAPES[self.options.preset].vocab_size)
@@ -215,7 +218,7 @@ class Engine:
             threshold = PRESETS[self.mode].resolved_threshold
             if length in self.targets:
                 threshold = threshold_for(self.probe(length, GRID), self.targets[length])
-            # Layers see other activations at another threshold: what is visited is counted again.
+            # Another threshold changes the activations of later layers, and so the density.
             self.set_threshold(threshold)
             found = self.probe(length, sorted({*GRID, threshold}))
             self.tuned[length] = threshold, on_logs(found, threshold)
@@ -225,13 +228,13 @@ class Engine:
         self.llm.apply_model(functools.partial(worker.set_threshold, threshold=threshold))
 
     def probe(self, length: int, thresholds: Sequence[float]) -> list[tuple[float, float]]:
-        """(threshold, density) of one prompt."""
+        """(threshold, density) pairs of one prompt."""
         self.llm.apply_model(functools.partial(worker.start_probe, thresholds=thresholds))
         self.generate([length], 1)
         return densities_of(self.llm.apply_model(worker.stop_probe))
 
     def row(self, what: str, length: int, tokens: int, rounds: Sequence[float]) -> Row:
-        """`length`: of the prompts."""
+        """One row. `length` is the length of the prompts."""
         threshold, density = self.tuned.get(length, ("", ""))
         values = self.about | {
             "threshold": f"{threshold:.5f}" if threshold else "",
@@ -265,13 +268,13 @@ def about_engine(llm, options: ServeOptions, mode: str, part: str, run: str) -> 
 
 
 def as_json(options: ServeOptions, mode: str, part: str, run: str) -> str:
-    """What `main` takes."""
+    """The argument of `main`."""
     values = {"options": dataclasses.asdict(options), "mode": mode, "part": part, "run": run}
     return json.dumps(values)
 
 
 def from_json(text: str) -> dict[str, object]:
-    """The arguments of `as_json`."""
+    """The arguments that `as_json` was called with."""
     values = json.loads(text)
     options = values["options"]
     options |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
@@ -279,7 +282,7 @@ def from_json(text: str) -> dict[str, object]:
 
 
 def main(text: str) -> None:
-    """Measures one engine, by what `as_json` made."""
+    """Measures one engine, with the settings that `as_json` wrote."""
     from vllm import LLM
 
     asked = from_json(text)
@@ -290,7 +293,7 @@ def main(text: str) -> None:
         llm = LLM(model=folder, **llm_options(options, mode, part))
     llm.apply_model(worker.set_weights)
     for row in Engine(llm, options, mode, part, about_engine(llm, **asked)).rows():
-        # A line of its own, whatever another process left unfinished there.
+        # The row starts a line, even if another process has left one unfinished.
         print(f"\n{MARK}{json.dumps(row)}", flush=True)
 
 

@@ -1,5 +1,5 @@
-"""What `bench serve` runs inside vLLM's workers, each with its share of the model: weights, and the
-thresholds of PBS. Functions of the model; vLLM hands them over by name."""
+"""Functions that `bench serve` runs on the model inside the workers of vLLM. They set weights and
+the thresholds of PBS. vLLM passes them to the workers by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pbs_attn._errors import BenchError
 from pbs_attn.masks import candidate_blocks
 
 ops = torch.ops.pbs
-LOGIT_STD = 3.0  # of attention logits: those of plain random weights make every key weigh the same
+LOGIT_STD = 3.0  # of attention logits; plain random weights would give all keys equal weight
 Counts = dict[float, tuple[float, float]]  # by threshold: pairs of blocks visited, and all of them
 
 
 def set_weights(model: torch.nn.Module) -> int:
-    """Random weights whose attention logits have a standard deviation of LOGIT_STD: inputs of a
-    layer are normalised, so that those of queries and of keys have its root. Returns the number of
-    weights."""
+    """Sets random weights whose attention logits have a standard deviation of LOGIT_STD. The inputs
+    of a layer are normalised, so those of queries and of keys have its square root. Returns the
+    number of weights."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "q_norm" in name or "k_norm" in name:
@@ -37,10 +37,10 @@ def set_weights(model: torch.nn.Module) -> int:
 
 
 def set_threshold(model: torch.nn.Module, threshold: float) -> None:
-    """In all layers that take PBS.
+    """Sets the threshold of all layers that take PBS.
 
     Raises:
-        BenchError: if there is none.
+        BenchError: if no layer takes PBS.
     """
     num_layers = 0
     for module in model.modules():
@@ -55,7 +55,7 @@ def set_threshold(model: torch.nn.Module, threshold: float) -> None:
 
 
 class Probe:
-    """Stands in for attention_paged_, and counts what it would visit at each of some thresholds."""
+    """Replaces attention_paged_, and counts what it would visit at each of the thresholds."""
 
     def __init__(self, attend, thresholds: Sequence[float]):
         self.attend = attend
@@ -66,7 +66,7 @@ class Probe:
         self, q, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block_table, *own_kv,
         scale=None, config,
     ):  # fmt: skip
-        """As attention_paged_."""
+        """Takes the arguments of attention_paged_."""
         places = (k_cache, seq_lens, block_table)
         before = keys_in_pages(*places)
         self.attend(
@@ -80,12 +80,13 @@ class Probe:
                 self._count(q[first:last].transpose(0, 1)[None], k, k_ordered, scale, config)
 
     def _count(self, q, k, k_ordered, scale, config) -> None:
-        """Queries see their own segment as it was, and choose among the others as they are now."""
+        """Counts one sequence. Queries see their own segment in its original order, and select
+        among the other segments in their new order."""
         (_, num_q_heads, num_queries, _), num_keys = q.shape, k.shape[2]
         candidates, own = candidate_blocks(num_queries, num_keys, config=config)
         self.total += num_q_heads * (candidates + own).sum().item()
         num_blocks = -(-num_keys // config.key_block_size)
-        # Sampled scores do not read it.
+        # Sampled scores do not read the means.
         k_mean = q.new_zeros((1, k.shape[1], num_blocks, k.shape[3]), dtype=torch.float32)
         for threshold in self.visited:
             settings = dataclasses.replace(config, threshold=threshold).op_kwargs("select_blocks")
@@ -97,7 +98,7 @@ class Probe:
 
 
 def keys_in_pages(k_cache, seq_lens, block_table) -> list[torch.Tensor]:
-    """Of each sequence a copy (1, KV heads, keys, head_dim)."""
+    """A copy of the keys of each sequence, (1, KV heads, keys, head_dim)."""
     found = []
     for num_keys, table in zip(seq_lens.tolist(), block_table, strict=True):
         pages = table[: -(-num_keys // k_cache.shape[1])].long()
@@ -106,13 +107,13 @@ def keys_in_pages(k_cache, seq_lens, block_table) -> list[torch.Tensor]:
 
 
 def start_probe(model: torch.nn.Module, thresholds: Sequence[float]) -> None:
-    """Until `stop_probe`."""
+    """Counts in every layer until `stop_probe`."""
     impl = _impl()
     impl.attention_paged_ = Probe(impl.attention_paged_, thresholds)
 
 
 def stop_probe(model: torch.nn.Module) -> Counts:
-    """What the layers of this worker have visited since.
+    """Returns what the layers of this worker have visited since `start_probe`.
 
     Raises:
         BenchError: if nothing called attention_paged_.
@@ -126,5 +127,5 @@ def stop_probe(model: torch.nn.Module) -> Counts:
 
 
 def _impl():
-    """Of the plugin, where its layers look the operator up; it imports vLLM."""
+    """The module of the plugin in which its layers look up the operator. It imports vLLM."""
     return importlib.import_module("pbs_attn.integrations.vllm.impl")

@@ -1,4 +1,4 @@
-"""The settings that a bench measures, by name, and the density that its inputs are to reach."""
+"""The named settings that a bench measures, and the density that its inputs have to reach."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pbs_attn.config import PBSConfig
 
 from .options import DEFAULT, DENSITIES, PAPER_DENSITIES, PRESETS, SETTINGS
 
-LEAST_DENSITY = 0.05  # extrapolation ends there, or at the last density of a table that goes lower
+LEAST_DENSITY = 0.05  # extrapolation goes no lower, unless the last density of the table is lower
 
 
 class HasSettings(Protocol):
-    """Options of a bench. None stands for the settings' own order and key blocks."""
+    """Options of a bench. None stands for the order or the key blocks of the settings."""
 
     settings: str
     permute_per: tuple[str, ...] | None
@@ -25,10 +25,10 @@ class HasSettings(Protocol):
 
 
 def name_of(settings: str, choices: Sequence[str] = SETTINGS) -> str:
-    """The name of the preset, as rows have it.
+    """The name of the preset in the rows.
 
     Raises:
-        BenchError: if it is none of the choices.
+        BenchError: if the name is none of the choices.
     """
     if settings not in choices:
         raise BenchError(f"--settings must be of {', '.join(choices)}, got {settings}")
@@ -38,10 +38,10 @@ def name_of(settings: str, choices: Sequence[str] = SETTINGS) -> str:
 def config_of(
     settings: str, permute_per: str | None = None, kv_block_size: int | None = None
 ) -> PBSConfig:
-    """The preset, with another order or other key blocks where they are given.
+    """The preset, with another order or another width of key blocks if they are given.
 
     Raises:
-        BenchError: if there is no such preset, or its heads cannot have orders of their own.
+        BenchError: if there is no such preset, or it does not allow an order for each query head.
     """
     config = PRESETS[name_of(settings)]
     permute_per = permute_per or config.permute_per
@@ -55,7 +55,7 @@ def config_of(
 
 
 def configs_of(options: HasSettings) -> list[PBSConfig]:
-    """One for every order and width of key blocks that the options ask for.
+    """One config for every order and width of key blocks that the options name.
 
     Raises:
         BenchError: as `config_of`.
@@ -68,9 +68,10 @@ def configs_of(options: HasSettings) -> list[PBSConfig]:
 
 
 def density_at(num_tokens: int, settings: str) -> float:
-    """The density that goes with the settings at a length: their table, interpolated along the
-    logarithm of the length and extrapolated along the line of the two lengths next to it; at most
-    1, and at least LEAST_DENSITY or the last of the table."""
+    """The default density of the settings at a length. Between the lengths of the table it is
+    interpolated linearly in the logarithm of the length, outside it is extrapolated from the two
+    nearest lengths. It is at most 1, and at least LEAST_DENSITY or the last density of the
+    table."""
     table = PAPER_DENSITIES if name_of(settings) == "paper" else DENSITIES
     known = sorted(table)
     right = min(max(bisect.bisect_left(known, num_tokens), 1), len(known) - 1)
@@ -83,5 +84,5 @@ def density_at(num_tokens: int, settings: str) -> float:
 def densities_of(
     settings: str, tokens: Sequence[int], densities: Sequence[float] | None
 ) -> tuple[float, ...]:
-    """One a length: those that were asked for, or those that go with the settings."""
+    """One density for each length: those given, or the defaults of the settings."""
     return tuple(densities or (density_at(num_tokens, settings) for num_tokens in tokens))

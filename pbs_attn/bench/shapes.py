@@ -1,5 +1,5 @@
-"""Architectures that stand for their models in benchmarks, with random weights. Their names are
-choices of the command line, which shows them without torch."""
+"""Architectures of models, which benchmarks build with random weights. Their names are choices on
+the command line, so this module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes as the model's config.json has them."""
+    """Sizes as in the config.json of the model."""
 
     model_type: str  # the name that transformers has for it
     hidden_size: int
@@ -53,14 +53,14 @@ def shape_of(model: torch.nn.Module) -> Shape:
 
 
 def check_preset(name: str, option: str = "--preset") -> None:
-    """Raises BenchError if there is none of this name."""
+    """Raises BenchError if there is no preset of this name."""
     if name not in SHAPES:
         raise BenchError(f"{option} must be of {', '.join(SHAPES)}, got {name}")
 
 
 def check_activations(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
-    """Raises BenchError unless each is a safetensors file with q, k and v, whose KV heads divide
-    those of every shape."""
+    """Raises BenchError unless each path is a safetensors file with q, k and v. Its number of KV
+    heads must divide that of every shape."""
     from safetensors import SafetensorError, safe_open
 
     for path in paths:
@@ -76,7 +76,8 @@ def check_activations(paths: Sequence[str], shapes: Sequence[Shape]) -> None:
 
 
 def load_activations(path: str, shape: Shape, device: torch.device | str) -> list[torch.Tensor]:
-    """q, k and v of a file that passed `check_activations`, repeated to the KV heads of a shape."""
+    """Loads q, k and v from a file that passed `check_activations`, and repeats them to the KV
+    heads of the shape."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -87,7 +88,7 @@ def load_activations(path: str, shape: Shape, device: torch.device | str) -> lis
 def build(
     shape: Shape, *, max_tokens: int, device: torch.device | str, attn_implementation: str
 ) -> torch.nn.Module:
-    """A causal language model of that shape in bfloat16, for prompts of up to max_tokens."""
+    """Builds a causal language model of the shape in bfloat16, for prompts of up to max_tokens."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Inputs of a density asked for, and the stages of the operator on them."""
+"""Inputs that can reach a given density, and the stages of the operator on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ops = torch.ops.pbs
 
 
 def paper_with(kv_block_size: int | None, permute_per: str = "kv_head") -> PBSConfig:
-    """The paper's selection with key blocks of a width, and orders of KV or query heads."""
+    """The paper's selection with another width of key blocks, and one order for each KV or query
+    head."""
     return dataclasses.replace(
         PBSConfig.paper(), kv_block_size=kv_block_size, permute_per=permute_per
     )
@@ -29,10 +30,10 @@ def heavy_hitters(
     device: torch.device | str = "cuda",
     head_dim: int = 128,
 ) -> list[torch.Tensor]:
-    """q (1, Hq, num_tokens, head_dim), k and v (1, Hkv, num_tokens, head_dim), bfloat16.
+    """Returns q (1, Hq, num_tokens, head_dim), k and v (1, Hkv, num_tokens, head_dim), bfloat16.
 
-    A twentieth of the keys, and all queries, lean towards one direction a head. Made one KV head at
-    a time to keep float32 copies small.
+    In each KV head, a twentieth of the keys and all queries have a common direction added. Heads
+    are made one at a time, to keep float32 copies small.
     """
     generator = torch.Generator(device).manual_seed(num_tokens)
 
@@ -53,7 +54,8 @@ def heavy_hitters(
 
 
 def synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
-    """`heavy_hitters` of a shape; on a CPU float32, in which its kernels compute."""
+    """`heavy_hitters` of a shape. On a CPU they are float32, the type that its kernels compute
+    in."""
     tensors = heavy_hitters(
         num_tokens, shape.num_q_heads, shape.num_kv_heads, device, shape.head_dim
     )
@@ -61,7 +63,7 @@ def synthetic(shape: Shape, num_tokens: int, device: str) -> list[torch.Tensor]:
 
 
 class Pipeline:
-    """One input and one configuration; each stage on the outputs of those before."""
+    """One input and one configuration. Each stage runs on the outputs of the stages before it."""
 
     def __init__(self, q, k, v, config: PBSConfig):
         self.q, self.k, self.v = q, k, v
@@ -71,7 +73,7 @@ class Pipeline:
         self.k_perm, self.v_perm, self.k_mean = self.permute_kv()
 
     def set_threshold(self, threshold: float) -> float:
-        """The density that it gives."""
+        """Returns the density that the threshold gives."""
         self.threshold = threshold
         self.words, _ = self.select_blocks()
         num_tokens = self.q.shape[2]
@@ -104,20 +106,20 @@ class Pipeline:
 
 
 class Adjustable(Protocol):
-    """What visits more or less by a threshold of its config's mass."""
+    """An object whose density depends on a threshold, compared by the mass of its config."""
 
     config: PBSConfig
 
     def set_threshold(self, threshold: float) -> float:
-        """The density that it gives."""
+        """Returns the density that the threshold gives."""
 
 
 def reach(pipeline: Adjustable, density: float) -> float:
-    """The density reached, as near as bisection over the threshold comes."""
+    """Sets the threshold by bisection to come close to a density. Returns the density that it
+    gives."""
 
     def threshold(place: float) -> float:
-        # A block needs the less by itself the more are to be visited: half of the mass at 0, 2^-20
-        # of it at 1.
+        # With mass="block", lower thresholds visit more: from 1/2 at place 0 to 2^-20 at place 1.
         return 2 ** (-1 - 19 * place) if pipeline.config.mass == "block" else place
 
     low, high = 0.0, 1.0

@@ -14,9 +14,9 @@ Call = Callable[[], object]
 def interleaved_medians(
     calls: dict[str, Call], rounds: int, clock: Callable[[Call], float], warm_ups: int = 1
 ) -> dict[str, float]:
-    """Milliseconds of each call by `clock`, from rounds that run every one of them in turn, after
-    `warm_ups` that do not count. Every second round runs them backwards: a card that is hot from
-    the one before is slower."""
+    """Milliseconds of each call, measured with `clock`. Each round runs all calls in turn, after
+    `warm_ups` rounds that do not count. Every second round runs backwards, because a GPU that is
+    still hot from the call before is slower."""
     times = {name: [] for name in calls}
     for round_idx in range(warm_ups + rounds):
         order = list(calls.items())
@@ -39,7 +39,7 @@ def clock_for(device: torch.device, budget_ms: float) -> Callable[[Call], float]
 
 
 def cuda_clock(budget_ms: float) -> Callable[[Call], float]:
-    """A clock by CUDA events that repeats short calls until they fill about budget_ms."""
+    """A clock with CUDA events. It repeats short calls until they take about budget_ms."""
     repeats: dict[Call, int] = {}
 
     def clock(call: Call) -> float:
@@ -52,7 +52,7 @@ def cuda_clock(budget_ms: float) -> Callable[[Call], float]:
 
 
 def cuda_events(call: Call, repeats: int) -> float:
-    """Milliseconds of a call, of so many in a row on the current stream."""
+    """Milliseconds of a call, averaged over `repeats` calls in a row on the current stream."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
