@@ -1,4 +1,4 @@
-// What this library was built with, as JSON; read through ctypes by pbs_attn.build_info().
+// Facts of the build as JSON. pbs_attn.build_info() reads them through ctypes.
 #include <string>
 
 #include "kernels.h"
@@ -23,7 +23,7 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_cpu_capability
 }
 
 // The GPU families that a build with CUDA has kernels for, as JSON: their names and compute
-// capabilities. A build without CUDA lists them too, to tell which GPUs another build would use.
+// capabilities. A build without CUDA lists them too, to show which GPUs another build would run on.
 extern "C" __attribute__((visibility("default"))) const char* pbs_gpu_families() {
   static const std::string families = [] {
     std::string list;
@@ -37,7 +37,7 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_gpu_families()
   return families.c_str();
 }
 
-// Head dims with kernels, by a space.
+// Head dims with kernels, separated by spaces.
 extern "C" __attribute__((visibility("default"))) const char* pbs_head_dims() {
   static const std::string sizes = [] {
     std::string list;
@@ -47,7 +47,7 @@ extern "C" __attribute__((visibility("default"))) const char* pbs_head_dims() {
   return sizes.c_str();
 }
 
-// Operators with CUDA kernels, by a space.
+// Operators with CUDA kernels, separated by spaces.
 extern "C" __attribute__((visibility("default"))) const char* pbs_cuda_stages() {
   static const std::string stages = [] {
     std::string names;

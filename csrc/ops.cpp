@@ -1,5 +1,6 @@
-// Every operator of torch.ops.pbs, by stage. docs/ops.md explains the arguments. The stages' own
-// defaults are the paper's choices, those of the whole are PBSConfig's.
+// The schemas of all operators of torch.ops.pbs, by stage. docs/ops.md explains the arguments. The
+// defaults of single stages are the paper's choices, those of the whole operator are those of
+// PBSConfig.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -33,7 +34,7 @@ STABLE_TORCH_LIBRARY(pbs, m) {
     m.def((operands + ", *, " + attention + " -> " + result).c_str());
   };
   define("attention(Tensor q, Tensor k, Tensor v", "Tensor");
-  // Of sequences side by side. Lengths are on the CPU.
+  // Attention of several sequences. Tensors of lengths are on the CPU.
   define("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
          "Tensor");
   const std::string in_pages = ", Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table";

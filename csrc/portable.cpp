@@ -1,5 +1,5 @@
-// What headers of newer compilers take from the C and C++ libraries, and those of glibc 2.28 and
-// GCC 8 lack. Only a build with PBS_PORTABLE compiles this file; nothing of it is exported.
+// Functions that headers of newer compilers need and that glibc 2.28 and GCC 8 do not have. Only a
+// build with PBS_PORTABLE compiles this file, and it exports nothing.
 #include <sstream>
 
 // Members of string streams that GCC 9 and GCC 11 added.
@@ -7,7 +7,7 @@ template class std::basic_stringbuf<char>;
 template class std::basic_ostringstream<char>;
 template class std::basic_stringstream<char>;
 
-// Whether the process has one thread, from glibc 2.32 on: shared_ptr then counts without atomics.
-// False is always right.
+// Whether the process has one thread, which glibc tells from 2.32 on: shared_ptr then counts
+// without atomics. False is always correct.
 extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;

@@ -1,4 +1,4 @@
-// Checks of the arguments of sequence_ops.h, and from checked tensors to rows and pages.
+// Checks the arguments of sequence_ops.h, and converts checked tensors to rows and pages.
 #pragma once
 
 #include <limits>
@@ -11,19 +11,19 @@ namespace pbs {
 struct Sequence {
   int64_t idx;
   int64_t first_q;  // row of q
-  int64_t num_q;    // positive, of sequences that run
+  int64_t num_q;    // positive if the sequence runs
   int64_t num_kv;
 };
 
-// Pages have a multiple of so many rows.
+// The number of rows of a page must be a multiple of this.
 constexpr int64_t kPageStep = 16;
 
-// Rows of a (tokens, heads, head_dim) tensor, as of one batch.
+// Rows of a (tokens, heads, head_dim) tensor, as one batch.
 inline ConstRows token_rows(const Tensor& t) {
   return ConstRows{t.const_data_ptr(), 0, stride_of(t, 1), stride_of(t, 0)};
 }
 
-// Pages of a (pages, page_size, heads, head_dim) tensor, whose batch is the page.
+// Pages of a (pages, page_size, heads, head_dim) tensor. The page index is the batch index.
 inline ConstRows page_rows(const Tensor& t) {
   return ConstRows{t.const_data_ptr(), stride_of(t, 0), stride_of(t, 2), stride_of(t, 1)};
 }
@@ -46,7 +46,8 @@ inline Pages pages_of(const Tensor& block_table, const Tensor& k_cache, const Se
                ceil_div(sequence.num_kv, page_size), page_size, k_cache.size(0)};
 }
 
-// q and the keys, in the dimensions that tensors of tokens and of pages have their heads in.
+// Checks q and the keys. k_head_dim is the dimension of the heads of k, in which tensors of tokens
+// and pages differ.
 inline Problem check_heads(const Tensor& q, const char* k_name, const Tensor& k,
                            int64_t k_head_dim) {
   check_head_dim("q", q.size(2));
@@ -65,7 +66,7 @@ struct NamedKeys {
   const Tensor& tensor;
 };
 
-// Of keys and values that are laid out alike.
+// Checks keys and values of the same layout.
 inline Problem check_sequence_operands(const Tensor& q, const NamedKeys& k, const NamedKeys& v,
                                        int64_t ndim, const char* layout) {
   check_same_device(k.name, k.tensor, "q", q);
@@ -116,7 +117,7 @@ inline void check_out(const Tensor& out, const Tensor& q) {
   }
 }
 
-// The memory from the first element of a tensor to its last; strides are not negative.
+// The memory from the first to the last element of a tensor. Strides are not negative.
 struct Memory {
   const char* begin;
   const char* end;
@@ -129,7 +130,7 @@ inline Memory memory_of(const Tensor& t) {
   return Memory{begin, begin + (last + 1) * element_size(check_float_dtype("q", t))};
 }
 
-// What is written shares no memory with what is read.
+// Memory that a call writes must not overlap memory that it reads.
 inline void check_apart(const char* name, const Tensor& t, const char* other_name,
                         const Tensor& other) {
   if (t.numel() == 0 || other.numel() == 0) return;
@@ -141,7 +142,7 @@ inline void check_apart(const char* name, const Tensor& t, const char* other_nam
   }
 }
 
-// Keys and values of the queries' own positions, beside those in pages; both or none.
+// Checks the keys and values of the queries' own positions. Both must be given, or none.
 inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional<Tensor>& v,
                              const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                              const Tensor& out, const Problem& problem) {
@@ -151,7 +152,7 @@ inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional
   check_sequence_operands(q, {"k", *k}, {"v", *v}, 3, "(tokens, heads, head_dim)");
   check_size("k", *k, 0, q.size(0), "rows of q");
   check_size("k", *k, 1, problem.num_kv_heads, "heads of k_cache");
-  // Pages are written while the queries' own keys are still read.
+  // Pages are written while the own keys of the queries are still read.
   check_apart("k", *k, "k_cache", k_cache);
   check_apart("k", *k, "v_cache", v_cache);
   check_apart("v", *v, "k_cache", k_cache);
@@ -160,7 +161,7 @@ inline void check_new_tokens(const std::optional<Tensor>& k, const std::optional
   check_apart("out", out, "v", *v);
 }
 
-// Numbers of one dimension that the host reads.
+// One-dimensional tensors that the host reads.
 inline std::vector<int64_t> check_lengths(const char* name, const Tensor& t) {
   check_defined(name, t);
   if (!t.is_cpu()) fail(name, " must be on the CPU, got ", device_text(t));
@@ -179,7 +180,7 @@ inline std::vector<int64_t> check_lengths(const char* name, const Tensor& t) {
   return {values, values + size};
 }
 
-// Where each sequence begins among the rows of t, and where the last one ends.
+// Returns where each sequence begins among the rows of t, and where the last one ends.
 inline std::vector<int64_t> check_cu_seqlens(const char* name, const Tensor& cu_seqlens,
                                              const char* t_name, const Tensor& t) {
   std::vector<int64_t> begins = check_lengths(name, cu_seqlens);
@@ -198,7 +199,7 @@ inline std::vector<int64_t> check_cu_seqlens(const char* name, const Tensor& cu_
   return begins;
 }
 
-// `name` tells the keys of each sequence.
+// `name` is the argument with the number of keys of each sequence.
 inline void check_sequence(const char* name, const Sequence& sequence) {
   if (sequence.num_kv > std::numeric_limits<int32_t>::max()) {
     fail(name, " must give sequence ", sequence.idx, " fewer than 2^31 keys, got ",
@@ -210,7 +211,8 @@ inline void check_sequence(const char* name, const Sequence& sequence) {
   }
 }
 
-// The pages that sequences need, whose numbers only a CPU can read here.
+// Checks the pages that sequences need. Page numbers are checked on the CPU only, where the host
+// can read them.
 inline void check_block_table(const Tensor& block_table, const Tensor& k_cache,
                               const std::vector<Sequence>& sequences) {
   if (!sequences.empty() && k_cache.size(0) == 0) {
@@ -231,7 +233,7 @@ inline void check_block_table(const Tensor& block_table, const Tensor& k_cache,
   }
 }
 
-// Those with queries.
+// Checks all arguments, and returns the sequences that have queries.
 inline std::vector<Sequence> check_sequences(const Tensor& q, const Tensor& k_cache,
                                              const Tensor& cu_seqlens_q, const Tensor& seq_lens,
                                              const Tensor& block_table) {
@@ -255,8 +257,8 @@ inline std::vector<Sequence> check_sequences(const Tensor& q, const Tensor& k_ca
   return sequences;
 }
 
-// What keeps keys in order in their pages: segments that no page border cuts, one order for all
-// query heads, and scores that need no means.
+// Keys can only be ordered in their pages if no page border cuts a segment, if all query heads
+// share an order, and if the scores need no means.
 inline void check_order_in_pages(int64_t page_size, const AttentionRule& rule,
                                  const Problem& problem) {
   const int64_t segment_size = rule.blocking.segment_size;

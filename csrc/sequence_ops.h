@@ -1,6 +1,6 @@
-// Attention of sequences of different lengths: side by side in one tensor (varlen), or with their
-// keys and values in pages. One sequence after the other runs through the stages; the host knows
-// all lengths, so that nothing waits for a GPU.
+// Attention of sequences of different lengths: packed in one tensor (varlen), or with their keys
+// and values in pages. The sequences run through the stages one after the other. The host knows all
+// lengths, so nothing waits for a GPU.
 #pragma once
 
 #include <vector>
@@ -75,9 +75,9 @@ struct SequenceOps {
     return out;
   }
 
-  // The same, causal, into `out`. Keys and values of the segments that a sequence has completed
-  // since its first query here are put in order in their pages; those before stand as they are. k
-  // and v (Tq, Hkv, D), where they are given, are those of the queries' own positions.
+  // The same, causal, with output to `out`. The keys and values of segments that a sequence has
+  // completed since its first query here are ordered in their pages. Earlier segments are ordered
+  // already. If k and v (Tq, Hkv, D) are given, they are those of the queries' own positions.
   static void attention_paged_in_order(const Tensor& q, const Tensor& k_cache,
                                        const Tensor& v_cache, const Tensor& out,
                                        const Tensor& cu_seqlens_q, const Tensor& seq_lens,
@@ -108,7 +108,7 @@ struct SequenceOps {
       const Operands operands{rows(q), all.k, all.v};
       const Problem own = problem_of(problem, sequence);
       const Pages pages = pages_of(block_table, k_cache, sequence);
-      // Own segments hold every query, and the keys that no call before has put in order.
+      // Own segments contain every query, and the keys that earlier calls have not ordered.
       const int64_t first_row = round_down(own.num_kv - own.num_q, rule.blocking.segment_size);
       std::tuple<Tensor, Tensor> copied;
       OwnRows own_rows{first_row, {}, {}};
@@ -148,7 +148,7 @@ struct SequenceOps {
     ConstRows v;
   };
 
-  // Of every sequence, before the first of them runs.
+  // Runs for every sequence before the first sequence runs through the stages.
   static void check_all(const Backend& backend, const std::vector<Sequence>& sequences,
                         const Problem& problem, const AttentionRule& rule, const Operands& all,
                         const OperandNames& names) {
@@ -158,7 +158,7 @@ struct SequenceOps {
     }
   }
 
-  // Keys and values from first_row on, (1, Hkv, Nkv - first_row, D), out of their pages.
+  // Copies keys and values from first_row on, (1, Hkv, Nkv - first_row, D), out of their pages.
   static std::tuple<Tensor, Tensor> copy_rows(const Backend& backend, const Problem& problem,
                                               int64_t first_row, const Operands& cache,
                                               const Pages& pages, const Tensor& like) {
@@ -175,8 +175,8 @@ struct SequenceOps {
     return {k, v};
   }
 
-  // Puts the complete segments among the own keys and values in order in their pages. Token 0 stays
-  // the first, so that its block is known ever after.
+  // Orders the complete segments among the own keys and values in their pages. Token 0 stays first,
+  // so the position of its block is always known.
   static void order_pages(const Backend& backend, const Problem& problem, const AttentionRule& rule,
                           const Operands& operands, const OwnRows& own, const Pages& pages,
                           const Tensor& like) {

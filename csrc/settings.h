@@ -1,4 +1,4 @@
-// The settings of the whole operator: as a call gives them, and checked.
+// The settings of the whole operator: as a call gives them, and after the checks.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace pbs {
 
-// The keyword arguments of attention (ops.cpp), in their order.
+// The keyword arguments of attention (ops.cpp), in the same order.
 struct AttentionSettings {
   bool is_causal;
   std::optional<double> scale;
@@ -39,7 +39,7 @@ inline int64_t check_permute_per(const std::string& permute_per, const Problem& 
                                                                            : problem.num_kv_heads;
 }
 
-// Gives `problem` its num_perm_heads.
+// Sets num_perm_heads of `problem`.
 inline AttentionRule check_settings(const AttentionSettings& settings, Problem& problem) {
   AttentionRule rule{};
   rule.is_causal = settings.is_causal;
@@ -54,7 +54,7 @@ inline AttentionRule check_settings(const AttentionSettings& settings, Problem& 
   return rule;
 }
 
-// A function of some tensors and the settings, as the dispatcher calls it.
+// A function of some tensors and the settings, with the signature that the dispatcher calls.
 template <auto kRun, class... Tensors>
 struct WithSettings {
   static auto call(Tensors... tensors, bool is_causal, std::optional<double> scale,

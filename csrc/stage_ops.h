@@ -115,7 +115,7 @@ struct StageOps {
     return {k_perm, v_perm, k_mean};
   }
 
-  // k_perm and v_perm, new ones; `k_mean` may be null.
+  // Writes k_perm and v_perm, as new tensors. `k_mean` may be null.
   static std::tuple<Tensor, Tensor> run_permute_kv(const Backend& backend, PermuteKVParams params,
                                                    const Tensor& like, const Tensor* k_mean) {
     const Problem& problem = params.problem;
@@ -157,7 +157,7 @@ struct StageOps {
       check_size("k_perm", *k_perm, 1, problem.num_perm_heads, "heads of k_mean");
     } else if (!reads_means(score_read)) {
       if (perm.has_value()) fail("k_perm must be given with perm where score is \"sampled\"");
-      problem.num_perm_heads = problem.num_kv_heads;  // of the keys as they are
+      problem.num_perm_heads = problem.num_kv_heads;  // keys in their original order
     }
     const SelectRule rule = check_rule(
         {score, mass, threshold, num_samples, select_per, window, dense_tail}, problem, blocking);
@@ -242,19 +242,19 @@ struct StageOps {
     backend.check_attention(operands, OperandNames{}, problem, rule.blocking, rule.scale,
                             rule.select);
     const Selected selected = run_selection(backend, problem, rule, operands, q);
-    Tensor out = torch::stable::empty_like(q);  // now that the memory of other stages is free again
+    Tensor out = torch::stable::empty_like(q);  // now that the memory of the other stages is free
     attend_selected(backend, problem, rule, operands, selected, mutable_rows(out), q);
     return out;
   }
 
-  // What the stages before attend leave to it.
+  // The outputs of the earlier stages that attend needs.
   struct Selected {
     Tensor k_perm;
     Tensor v_perm;
     Tensor block_mask;
   };
 
-  // What it allocates is like `like`, in dtype and device.
+  // New tensors have the dtype and the device of `like`.
   static void run_attention(const Backend& backend, const Problem& problem,
                             const AttentionRule& rule, const Operands& operands,
                             const MutableRows& out, const Tensor& like) {
@@ -298,7 +298,7 @@ struct StageOps {
     run_attend(backend, attending, like);
   }
 
-  // The permutation of the keys; with keeps_first the first one stays where it is.
+  // The permutation of the keys. With keeps_first, the first key keeps its place.
   static Tensor run_order(const Backend& backend, const Problem& problem, const AttentionRule& rule,
                           const ConstRows& q, const ConstRows& k, bool keeps_first,
                           const Tensor& like) {

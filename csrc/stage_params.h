@@ -1,12 +1,12 @@
-// From checked tensors to the params of each stage, and the checks that more than one operator
-// makes. What a backend sets itself, that is the outputs, is left out.
+// Fills the params of each stage from checked tensors, and has the checks that several operators
+// share. The outputs are left out: the backend sets them.
 #pragma once
 
 #include "pbs/check.h"
 
 namespace pbs {
 
-// What a call names its operands.
+// The names that a call uses for its operands.
 struct OperandNames {
   const char* q = "q";
   const char* k = "k";

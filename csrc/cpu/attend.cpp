@@ -7,7 +7,7 @@ namespace pbs::cpu::PBS_CPU_ARCH {
 namespace {
 
 constexpr int64_t kKeyTile =
-    64;  // keys a pass: scores, queries and outputs of a group fit in L1/L2
+    64;  // keys per pass: scores, queries and outputs of a group fit in L1/L2
 constexpr float kNegInf = -__builtin_huge_valf();
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -19,8 +19,8 @@ struct Tile {
   float* row_max;  // (padded)
   float* row_sum;  // (padded)
   float* scores;   // (kKeyTile, group)
-  float* keys;     // (kKeyTile, D), where K is not float32
-  float* values;   // (kKeyTile, D), where V is not float32
+  float* keys;     // (kKeyTile, D), used if K is not float32
+  float* values;   // (kKeyTile, D), used if V is not float32
   float* rows;     // (block_size, D)
 };
 
@@ -52,7 +52,7 @@ struct KeyTile {
   int64_t diagonal;  // query i of the block sees keys j <= i + diagonal of the tile
 };
 
-// Hides key `key` from the lanes that stand before it.
+// Hides key `key` from the lanes of the queries before it.
 template <int kVecs>
 void mask_key(float* scores, int64_t first_visible_lane) {
   IntVec lane;
@@ -63,8 +63,8 @@ void mask_key(float* scores, int64_t first_visible_lane) {
   }
 }
 
-// Turns scores into weights exp2(score - new max) in place and returns by how much the old sums
-// must shrink.
+// Turns scores into weights exp2(score - new max) in place. Returns the factor by which the old
+// sums must shrink.
 template <int kVecs>
 void online_softmax(float* scores, int64_t num_keys, float* row_max, float* row_sum, Vec* rescale) {
   constexpr int64_t kStride = kVecs * kLanes;
@@ -76,7 +76,7 @@ void online_softmax(float* scores, int64_t num_keys, float* row_max, float* row_
   Vec base[kVecs];
   Vec total[kVecs] = {};
   for (int c = 0; c < kVecs; ++c) {
-    // A row that has seen nothing yet keeps -inf; subtracting it from itself would give NaN.
+    // A row that has not seen any key keeps -inf: subtracting -inf from itself would give NaN.
     base[c] = top[c] == kNegInf ? Vec{} : top[c];
     rescale[c] = exp2_nonpositive(load(row_max + c * kLanes) - base[c]);
   }
@@ -101,7 +101,7 @@ void visit_group(const Tile& tile, int64_t lane, int64_t head_dim, const KeyTile
   if (num_keys <= 0) return;
   score_keys_tile<kVecs>(tile.queries + lane, tile.padded, key_tile.keys, key_tile.key_stride,
                          head_dim, num_keys, tile.scores);
-  // Keys up to the first lane's own are visible to the whole group.
+  // All lanes of the group see the keys up to the position of the first lane.
   const int64_t num_open = smaller(num_keys, larger(0, lane + key_tile.diagonal + 1));
   for (int64_t key = num_open; key < num_keys; ++key) {
     mask_key<kVecs>(tile.scores + key * kGroup, key - key_tile.diagonal - lane);
@@ -117,8 +117,8 @@ void visit_group(const Tile& tile, int64_t lane, int64_t head_dim, const KeyTile
       key_tile.value_stride, head_dim, num_keys - num_open, rescale, tile.out + lane, tile.padded);
 }
 
-// Folds key rows [begin, end) into the tile. A key row at position p is hidden from queries
-// before p when is_masked.
+// Adds key rows [begin, end) to the running softmax. With is_masked, a key row at position p is
+// hidden from queries before p.
 void visit_keys(const AttendParams& params, const Tile& tile, const ConstRows& k,
                 const ConstRows& v, int64_t b, int64_t h, int64_t begin, int64_t end,
                 bool is_masked, int64_t first_position) {
@@ -171,7 +171,7 @@ void attend_block(const AttendParams& params, int64_t item, float* scratch) {
   const int64_t num_q_blocks = num_query_blocks(problem, blocking);
   const int64_t hq = item % problem.num_q_heads;
   const int64_t b = item / problem.num_q_heads % problem.batch;
-  // Later blocks visit more keys; starting with them leaves no long tail.
+  // Later blocks visit more keys, so they start first: no long block is left at the end.
   const int64_t q_block_idx = num_q_blocks - 1 - item / problem.num_q_heads / problem.batch;
   const int64_t hkv = hq / heads_per_kv(problem);
   const int64_t hp = hq / heads_per_perm(problem);

@@ -1,4 +1,4 @@
-// copy_pages: rows of keys and values out of pages.
+// copy_pages: copies rows of keys and values out of pages.
 #include <cstring>
 
 #include "kernels.h"

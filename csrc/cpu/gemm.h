@@ -1,8 +1,8 @@
 // The two small matrix products of attention, with queries along the vector lanes.
 //
-// A group of kVecs * kLanes queries is kept transposed (head_dim, group), so that keys and values
-// are read as they lie in memory, one broadcast scalar at a time, and every softmax reduction over
-// keys is lane-wise: nothing but the queries is ever repacked.
+// A group of kVecs * kLanes queries is stored transposed, (head_dim, group). Keys and values are
+// then read in their own layout, one broadcast scalar at a time, and every softmax reduction over
+// keys is lane-wise. Only the queries are repacked.
 #pragma once
 
 #include "simd.h"
@@ -17,8 +17,9 @@ constexpr int kMaxVecs = 2;
 #endif
 constexpr int kTileRows = 4;
 
-// Products are added up in runs of this many dims, and then the runs: rounding errors grow with the
-// length of a chain of additions, and a chain of 256 would lose two bits to torch's matrix product.
+// Products are added up in runs of this many dims, and then the runs are added: rounding errors
+// grow with the length of a chain of additions. A chain of 256 would lose two bits against torch's
+// matrix product.
 constexpr int64_t kRunDims = 32;
 
 // scores[r][i] = sum_d queries[d][i] * keys[r][d] for kRows keys and kVecs vectors of queries.
@@ -49,7 +50,7 @@ template <int kVecs>
 inline void score_keys_tile(const float* queries, int64_t query_stride, const float* keys,
                             int64_t key_stride, int64_t head_dim, int64_t num_keys, float* scores) {
   constexpr int64_t kScoreStride = kVecs * kLanes;
-  // As many accumulators whatever kVecs is: fewer would wait for one another.
+  // The number of accumulators does not depend on kVecs: with fewer, each would wait for the last.
   constexpr int kLongRows = kTileRows * kMaxVecs / kVecs;
   int64_t key = 0;
   for (; key + kLongRows <= num_keys; key += kLongRows) {
@@ -66,8 +67,8 @@ inline void score_keys_tile(const float* queries, int64_t query_stride, const fl
   }
 }
 
-// out[d][i] = out[d][i] * rescale[i] + sum_r weights[r][i] * values[r][d]. With kSkipsZeros a value
-// of weight 0 is left out even where it is not finite.
+// out[d][i] = out[d][i] * rescale[i] + sum_r weights[r][i] * values[r][d]. With kSkipsZeros, a
+// value of weight 0 is left out, even if it is not finite.
 template <int kVecs, bool kSkipsZeros>
 inline void accumulate_values(const float* weights, const float* values, int64_t value_stride,
                               int64_t head_dim, int64_t num_keys, const Vec* rescale, float* out,
@@ -99,8 +100,8 @@ inline void accumulate_values(const float* weights, const float* values, int64_t
   }
 }
 
-// Transposes query rows into (head_dim, padded) times `factor`; the padding lanes become 0.
-// `buffer` (num_rows, head_dim) serves inputs that are not float32.
+// Transposes query rows into (head_dim, padded) and multiplies them by `factor`. The padding lanes
+// become 0. `buffer` (num_rows, head_dim) is used for inputs that are not float32.
 inline void pack_queries(const ConstRows& q, const Problem& problem, int64_t b, int64_t h,
                          int64_t first_row, int64_t num_rows, int64_t padded, float factor,
                          float* buffer, float* packed) {

@@ -20,7 +20,7 @@ const Kernels& table();
 namespace {
 
 const Kernels& widest() {
-  // PBS_CPU_CAPABILITY=baseline|avx2 asks for less than the CPU has, for tests and comparisons.
+  // PBS_CPU_CAPABILITY=baseline|avx2 selects a lower instruction set, for tests and comparisons.
   const char* limit = std::getenv("PBS_CPU_CAPABILITY");
   const auto allowed = [limit](const char* name) {
     if (limit == nullptr || std::strcmp(limit, name) == 0) return true;

@@ -1,4 +1,4 @@
-// The CPU backend: spreads the items of each stage over torch's threads.
+// The CPU backend: distributes the items of each stage over the threads of torch.
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -10,7 +10,7 @@
 namespace pbs {
 namespace {
 
-// Calls body(item, scratch) for every item, in ascending order as threads become free.
+// Calls body(item, scratch) for every item. Threads take items in ascending order.
 template <class Body>
 void for_each_item(int64_t num_items, int64_t scratch_floats, const Body& body) {
   if (num_items <= 0) return;
@@ -35,7 +35,7 @@ int64_t num_block_items(const Problem& problem, const Blocking& blocking) {
   return problem.batch * problem.num_q_heads * num_query_blocks(problem, blocking);
 }
 
-// Takes whatever the checks of every backend let pass.
+// The CPU accepts everything that the checks of all backends accept.
 class CpuBackend {
  public:
   CpuBackend(const char*, const char* name, const Tensor& t) { check_defined(name, t); }

@@ -1,5 +1,5 @@
-// permute_kv: gathers K and V rows of one permuted key block and averages its keys, where the means
-// are asked for.
+// permute_kv: gathers K and V rows of one permuted key block, and averages its keys if the means
+// are needed.
 #include "pbs/geometry.h"
 #include "simd.h"
 #include "stages.h"

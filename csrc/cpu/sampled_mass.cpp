@@ -1,9 +1,9 @@
-// select_blocks with score="sampled": a few queries of a block, evenly spaced, weigh every
-// candidate key and the own segment's keys; a key block's mass is the largest share of a sample
-// that falls on it.
+// select_blocks with score="sampled". A few evenly spaced queries of a block attend to every
+// candidate key and to the keys of the own segment. The mass of a key block is the largest share of
+// attention that a sampled query gives it.
 //
-// One pass: each key block leaves its own maximum and sum, which are put on a common scale at the
-// end. Samples lie along the vector lanes.
+// There is one pass. Each key block gets its own maximum and sum, and at the end all are rescaled
+// to a common maximum. Samples are along the vector lanes.
 #include "gemm.h"
 #include "pbs/geometry.h"
 #include "stages.h"
@@ -12,17 +12,17 @@ namespace pbs::cpu::PBS_CPU_ARCH {
 namespace {
 
 constexpr float kNegInf = -__builtin_huge_valf();
-constexpr int64_t kRunEntries = 64;  // sums are added up in runs: see kRunDims
+constexpr int64_t kRunEntries = 64;  // sums are added up in runs, as with kRunDims
 
 struct Samples {
   int64_t count;
   int64_t padded;    // lanes past count repeat the last sample
   float* queries;    // (D, padded), times scale * log2(e)
-  float* keys;       // (kv_block_size, D), where inputs are not float32
+  float* keys;       // (kv_block_size, D), used if inputs are not float32
   float* scores;     // (kv_block_size, group)
   float* share;      // (padded)
   float* block_max;  // (entries, padded)
-  float* block_sum;  // (entries, padded), of exponentials against block_max
+  float* block_sum;  // (entries, padded), sum of exp2(score - block_max)
 };
 
 int64_t max_padded(const SelectBlocksParams& params) {
@@ -43,12 +43,12 @@ Samples carve(const SelectBlocksParams& params, const QueryBlock& block, float* 
   return samples;
 }
 
-// The row, counted from the block's first, that a lane samples.
+// The query row that a lane samples, counted from the first row of the block.
 int64_t sampled_row(const QueryBlock& block, const Samples& samples, int64_t lane) {
   return sample_row(block.num_rows, samples.count, smaller(lane, samples.count - 1));
 }
 
-// Sample n is of the n-th head in turn, of those that share the selection.
+// Samples rotate over the heads that share the selection: sample n is from the n-th head in turn.
 void pack_samples(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
                   const Samples& samples) {
   const int64_t num_heads = heads_per_selection(params.problem, params.rule);
@@ -65,7 +65,7 @@ void pack_samples(const SelectBlocksParams& params, const QueryBlock& block, con
   }
 }
 
-// Leaves the maximum and the sum of one entry, of the scores of num_keys keys.
+// Writes the maximum and the sum of one entry, from the scores of num_keys keys.
 template <int kVecs>
 void fold_entry(const Samples& samples, int64_t num_keys, int64_t entry, int64_t lane) {
   constexpr int64_t kGroup = kVecs * kLanes;
@@ -85,8 +85,8 @@ void fold_entry(const Samples& samples, int64_t num_keys, int64_t entry, int64_t
   }
 }
 
-// Folds num_keys rows, at most kv_block_size, into one entry; mask(scores, lanes, first lane) may
-// hide some of them.
+// Adds num_keys rows, at most kv_block_size, to one entry. mask(scores, lanes, first lane) may hide
+// some of them.
 template <class Mask>
 void fold_keys(const Samples& samples, const float* keys, int64_t stride, int64_t head_dim,
                int64_t num_keys, int64_t entry, Mask&& mask) {
@@ -114,7 +114,7 @@ void fold_candidates(const SelectBlocksParams& params, const QueryBlock& block,
   }
 }
 
-// Folds the own keys, up to each sample's own position, into entries behind the candidates'.
+// Adds the own keys, up to the position of each sample, to entries after those of the candidates.
 // Returns the number of entries.
 int64_t fold_own(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
                  const Samples& samples) {
@@ -140,7 +140,7 @@ int64_t fold_own(const SelectBlocksParams& params, const QueryBlock& block, cons
   return entry;
 }
 
-// Puts the sums of all entries on a common scale, and leaves one over their sum in `share`.
+// Rescales the sums of all entries to a common maximum. `share` becomes the inverse of their total.
 void weigh_entries(const Samples& samples, int64_t num_entries) {
   for (int64_t lane = 0; lane < samples.padded; lane += kLanes) {
     Vec top = splat(kNegInf);
@@ -160,12 +160,12 @@ void weigh_entries(const Samples& samples, int64_t num_entries) {
       }
       total += part;
     }
-    // A sample that sees nothing gives nothing.
+    // A sample that sees nothing has no share.
     store(samples.share + lane, total == 0.0f ? Vec{} : 1.0f / total);
   }
 }
 
-// The largest share of entry j that a sample gives, NaN where one is.
+// The largest share that a sample gives to entry j, or NaN if any share is NaN.
 float largest_share(const Samples& samples, int64_t j) {
   Vec largest{};
   for (int64_t lane = 0; lane < samples.padded; lane += kLanes) {

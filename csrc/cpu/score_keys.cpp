@@ -1,7 +1,7 @@
-// score_keys: how much the last block of queries attends to each key of the complete segments.
+// score_keys: how much attention the last block of queries gives each key of the complete segments.
 //
-// The scores are computed twice, first for each query's maximum and sum over all keys, then for
-// the weights: recomputing 128 rows is cheaper than holding 128 x Nkv of them.
+// The scores are computed twice: first for the maximum and the sum of each query over all keys,
+// then for the weights. Recomputing 128 rows is cheaper than storing 128 x Nkv scores.
 #include "gemm.h"
 #include "pbs/geometry.h"
 #include "stages.h"
@@ -20,8 +20,8 @@ struct Chunk {
   int64_t end;
   float* queries;  // (D, padded), times scale * log2(e)
   float* scores;   // (kKeyTile, group)
-  float* keys;     // (kKeyTile, D), where K is not float32
-  float* rows;     // (num_rows, D), where Q is not float32
+  float* keys;     // (kKeyTile, D), used if K is not float32
+  float* rows;     // (num_rows, D), used if Q is not float32
   float* row_max;  // (padded)
   float* row_sum;  // (padded), or its inverse
 };
@@ -150,7 +150,7 @@ void score_average(const ScoreKeysParams& params, const ScoreStates& states, int
     pack(params, chunk, b, hq);
     const int64_t merged = (b * problem.num_q_heads + hq) * num_chunks * chunk.num_rows;
     for (int64_t r = 0; r < chunk.padded; ++r) {
-      // Padding rows weigh nothing.
+      // Padding rows have weight 0.
       chunk.row_max[r] = r < chunk.num_rows ? states.row_max[merged + r] : 0.0f;
       chunk.row_sum[r] = r < chunk.num_rows ? 1.0f / states.row_sum[merged + r] : 0.0f;
     }

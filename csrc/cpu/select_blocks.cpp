@@ -1,4 +1,4 @@
-// select_blocks, first half: the softmax mass of every key block a block of queries may visit.
+// select_blocks, first half: the softmax mass of every key block that a block of queries may visit.
 #include "pbs/geometry.h"
 #include "simd.h"
 #include "stages.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr float kNegInf = -__builtin_huge_valf();
 
-// The mean of rows [begin, end) of one head; `buffer` (D) serves inputs that are not float32.
+// The mean of rows [begin, end) of one head. `buffer` (D) is used for inputs that are not float32.
 void mean_rows(const ConstRows& rows, const Problem& problem, int64_t b, int64_t h, int64_t begin,
                int64_t end, float* buffer, float* mean) {
   for (int64_t d = 0; d < problem.head_dim; ++d) mean[d] = 0.0f;

@@ -1,5 +1,5 @@
 // select_blocks, second half: the smallest set of candidates whose mass reaches the threshold, or
-// all that reach it by themselves.
+// all candidates that reach it by themselves.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -28,7 +28,8 @@ void set_bits(uint32_t* words, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) set_bit(words, j);
 }
 
-// The heaviest candidates until their sum, to which the own blocks' masses count, reaches it.
+// The heaviest candidates until their sum, including the masses of the own blocks, reaches the
+// threshold.
 void set_heaviest(int64_t num_candidates, int64_t num_entries, const float* mass, double threshold,
                   uint32_t* words) {
   double reached = std::accumulate(mass + num_candidates, mass + num_entries, 0.0);
@@ -43,7 +44,7 @@ void set_heaviest(int64_t num_candidates, int64_t num_entries, const float* mass
   }
 }
 
-// By mass; mean scores sum up over all candidates, those of the window too.
+// Selects by mass. With mean scores, the sum includes all candidates, also those of the window.
 void set_top(const SelectBlocksParams& params, const QueryBlock& block, const float* mass,
              uint32_t* words) {
   const bool is_sum = params.rule.mass != MassRule::kBlock;
@@ -52,7 +53,7 @@ void set_top(const SelectBlocksParams& params, const QueryBlock& block, const fl
           ? ceil_div(block.own_end - block.own_begin, params.blocking.kv_block_size)
           : 0;
   const int64_t num_entries = block.num_candidates + num_own;
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
+  // With NaN among the inputs no order is meaningful: visit everything, as dense attention would.
   if (!std::all_of(mass, mass + num_entries, [](float share) { return share >= 0.0f; })) {
     return set_bits(words, 0, block.num_candidates);
   }

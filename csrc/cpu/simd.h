@@ -1,7 +1,7 @@
 // Float vectors of the width this file is compiled for. CMake compiles the files of the stages,
-// which include it, once per instruction set, each time under another PBS_CPU_ARCH. Everything here
-// must therefore live in that namespace, or the linker could pick an AVX-512 body for a CPU without
-// it.
+// which include it, once per instruction set, each time with another PBS_CPU_ARCH. Everything here
+// must be in that namespace. Otherwise the linker could choose an AVX-512 body for a CPU without
+// AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +41,8 @@ inline float sum(Vec v) {
   return total;
 }
 
-// 2^x for x <= 0 with a relative error of 2e-9 before rounding; exactly 0 below -126, so that a
-// masked score (-inf) adds nothing, and NaN for NaN.
+// 2^x for x <= 0 with a relative error of 2e-9 before rounding. It is exactly 0 below -126, so that
+// a masked score (-inf) adds nothing, and NaN for NaN.
 inline Vec exp2_nonpositive(Vec x) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the float.
   const Vec shifted = x + 12582912.0f;
@@ -84,7 +84,7 @@ inline uint16_t float_to_half(float x) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
-  if (magnitude < 0x38800000u) {  // subnormal: let the float adder do the rounding
+  if (magnitude < 0x38800000u) {  // subnormal: the float adder rounds it
     const float rounded = from_bits(magnitude) + 0.5f;
     return sign | static_cast<uint16_t>(to_bits(rounded) - 0x3f000000u);
   }
@@ -145,8 +145,8 @@ inline void from_floats(const float* src, DType dtype, void* dst, int64_t n) {
   }
 }
 
-// Float rows of a (B, H, N, D) tensor: in place for float32, else widened into `buffer`
-// (num_rows, head_dim). Returns where they start and sets *row_stride.
+// Float rows of a (B, H, N, D) tensor: in place for float32, else converted into `buffer`
+// (num_rows, head_dim). Returns the first row and sets *row_stride.
 inline const float* float_rows(const ConstRows& rows, const Problem& problem, int64_t b, int64_t h,
                                int64_t first_row, int64_t num_rows, float* buffer,
                                int64_t* row_stride) {

@@ -9,7 +9,7 @@
 namespace pbs::cpu {
 namespace {
 
-// An integer that orders floats, descending, with -0 beside 0 and NaN last.
+// An integer that orders floats in descending order, with -0 equal to 0 and NaN last.
 int64_t descending_key(float score) {
   if (score != score) return INT64_MAX;
   const float positive_zero = score + 0.0f;
@@ -34,7 +34,7 @@ void sort_segment(const SortSegmentsParams& params, int64_t item) {
     return descending_key(importance[a]) < descending_key(importance[b]);
   });
   if (params.num_heavy >= 0) {
-    // The heavy keys are now in front; each part goes back to its original order.
+    // The heavy keys are now first, and each part returns to its original order.
     const int64_t split = begin + smaller(params.num_heavy, params.segment_size);
     std::sort(perm + begin, perm + split);
     std::sort(perm + split, perm + end);

@@ -1,4 +1,4 @@
-// The per-item functions of kernels.h as compiled for one instruction set.
+// The functions of kernels.h for single items, as compiled for one instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -19,7 +19,7 @@ int64_t permute_scratch(const PermuteKVParams& params);
 
 void block_mass(const SelectBlocksParams& params, int64_t item, float* scratch);
 int64_t select_scratch(const SelectBlocksParams& params);
-// What block_mass calls, by score; `mass` is (num_mass_entries).
+// The functions that block_mass calls, by score. `mass` is (num_mass_entries).
 void mean_mass(const SelectBlocksParams& params, const QueryBlock& block, const SelectItem& item,
                float* mass, float* scratch);
 int64_t mean_scratch(const SelectBlocksParams& params);

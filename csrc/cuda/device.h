@@ -1,5 +1,5 @@
-// Questions to the CUDA runtime, in words that need no CUDA headers. An error comes back as a text,
-// no error as null.
+// Queries to the CUDA runtime that need no CUDA headers. A function returns an error as text, and
+// null if there is none.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,17 @@ namespace pbs::cuda {
 
 const char* current_device(int* device);
 const char* set_device(int device);
-// 10 * major + minor.
+// The compute capability, as 10 * major + minor.
 const char* compute_capability(int device, int* capability);
 // Multiprocessors of the current device.
 const char* count_sms(int* num_sms);
-// The same for sizes of workspaces: 1 where it cannot be told. The launch then says why.
+// The same for sizes of workspaces. Returns 1 if the query fails; the launch then reports the
+// error.
 int sms_of_workspace();
-// Shared memory of a multiprocessor of the current device.
+// Shared memory of a multiprocessor of the current device, in bytes.
 const char* shared_bytes_per_sm(int64_t* num_bytes);
-// The newest CUDA that the driver runs, and the CUDA that compiled this library: 12080 is 12.8, and
-// 0 says that there is no driver.
+// The newest CUDA version that the driver runs, and the version that compiled this library. 12080
+// stands for 12.8, and 0 means that there is no driver.
 int driver_version();
 int toolkit_version();
 

@@ -12,7 +12,7 @@
 namespace pbs::cuda {
 namespace {
 
-// select_blocks of a family, which has a kernel for each score.
+// select_blocks of a family. Each score has a kernel.
 template <auto kMean, auto kSampled>
 int64_t workspace_by_score(const SelectBlocksParams& params) {
   switch (params.rule.score) {

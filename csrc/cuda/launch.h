@@ -1,5 +1,5 @@
-// What a GPU family runs, in one table: for each stage the memory it needs and the function that
-// launches it, and what its kernels take. No torch and no CUDA headers, so that ops_cuda.cpp
+// The launch table: for each GPU family and stage, the size of the workspace, the function that
+// launches the kernels, and their limits. It needs no torch and no CUDA headers, so ops_cuda.cpp
 // compiles without nvcc.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace pbs::cuda {
 
-// `launch` takes workspace_bytes of device memory and a stream (a cudaStream_t). Both work on the
-// current device; an error comes back as a text, no error as null.
+// `launch` takes workspace_bytes of device memory and a stream (a cudaStream_t). Both functions use
+// the current device. They return an error as text, and null if there is none.
 template <class Params>
 struct StageLaunch {
   int64_t (*workspace_bytes)(const Params& params);
@@ -25,11 +25,11 @@ struct Launchers {
 
   int64_t max_segment_size;
   int64_t max_samples;
-  // With mean scores: one row of them has to fit in shared memory.
+  // A row of mean scores must fit in shared memory.
   int64_t (*max_key_blocks)(const Problem& problem, const Blocking& blocking);
 };
 
-// Those of kGpuFamilies[family] (include/pbs/arch.h).
+// The launchers of kGpuFamilies[family] (include/pbs/arch.h).
 const Launchers& launchers(int family);
 
 }  // namespace pbs::cuda

@@ -1,5 +1,5 @@
-// The CUDA backend of a build without CUDA kernels. Registered all the same: the user learns why
-// there are none, instead of reading the dispatcher's list of backends.
+// The CUDA backend of a build without CUDA kernels. It is registered so that the user reads why
+// there are no kernels, instead of the dispatcher's list of backends.
 #include "sequence_ops.h"
 
 namespace pbs {

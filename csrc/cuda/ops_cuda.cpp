@@ -1,5 +1,5 @@
-// The CUDA backend, in a build with CUDA kernels: which GPU family runs a call, and what torch has
-// to say to it (device, stream, memory).
+// The CUDA backend in a build with CUDA kernels. It chooses the GPU family of a call and passes on
+// the device, the stream and the memory of torch.
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -15,13 +15,14 @@ namespace {
 
 void check_cuda(const char* error, const char* what) {
   if (error == nullptr) return;
-  // An old driver runs torch's kernels and none of ours, if torch's are of an older CUDA.
+  // If torch has kernels of an older CUDA, an old driver runs those of torch and none of this
+  // library.
   const std::string reason = driver_error(cuda::driver_version(), cuda::toolkit_version());
   if (!reason.empty()) fail(reason);
   fail("pbs_attn: ", what, " failed: ", error);
 }
 
-// Makes the tensor's device current while it lives.
+// Makes the device of the tensor the current one during the lifetime of this object.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Tensor& t) {
@@ -36,8 +37,8 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// torch's current stream on the tensor's device. Looked up in the loaded libtorch_cuda, because
-// the library also loads beside a torch without CUDA, which has no such symbol to link.
+// torch's current stream on the device of the tensor. The function is looked up in the loaded
+// libtorch_cuda, because the library also loads with a torch without CUDA, which lacks the symbol.
 void* current_stream(const Tensor& t) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get_stream = [] {
@@ -64,7 +65,7 @@ void check_aligned(const char* name, const ConstRows& rows, DType dtype) {
   }
 }
 
-// What the tensor cores take.
+// Checks the dtypes that tensor cores take.
 void check_half(DType dtype) {
   if (dtype == DType::kFloat32) fail("q must be bfloat16 or float16 on CUDA, got float32");
 }
@@ -76,7 +77,7 @@ void check_positive(float scale) {
 const cuda::Launchers& launchers_for(const Tensor& t) {
   int capability = 0;
   check_cuda(cuda::compute_capability(t.get_device_index(), &capability), "cudaDeviceGetAttribute");
-  // Read at each call, so that a program can compare families.
+  // The variable is read at each call, so that a program can compare families.
   const char* variable = std::getenv(kFamilyVariable);
   const std::string wanted = variable == nullptr ? "" : variable;
   const int family = find_family(capability, wanted);

@@ -1,5 +1,5 @@
-// The GPU families that have kernels, and which GPUs each of them runs on. One entry a folder of
-// csrc/cuda; launch.cpp has the functions of each.
+// The GPU families that have kernels, and which GPUs each of them runs on. Each family has a folder
+// in csrc/cuda. launch.cpp has its functions.
 #pragma once
 
 #include <cstddef>
@@ -10,21 +10,21 @@
 namespace pbs {
 
 struct GpuFamily {
-  const char* name;  // of its folder
+  const char* name;  // the name of its folder
   int first;         // compute capabilities, 10 * major + minor
   int last;
 };
 
-// The last capability of a family that newer GPUs run, too.
+// The last capability of a family that newer GPUs also run.
 constexpr int kNewest = 9999;
 
 // A GPU takes the first family that runs on it.
 constexpr GpuFamily kGpuFamilies[] = {
-    // sm_90a code is specific to its architecture: it runs on compute capability 9.0 alone, neither
-    // on older GPUs nor on newer ones.
+    // sm_90a code is specific to its architecture: it runs on compute capability 9.0 only, neither
+    // on older nor on newer GPUs.
     {"sm90", 90, 90},
-    // mma.sync and cp.async, which every GPU since Ampere has; those that were not there at compile
-    // time take its PTX.
+    // mma.sync and cp.async, which every GPU since Ampere has. GPUs that are newer than the build
+    // use its PTX.
     {"sm80", 80, kNewest},
 };
 
@@ -39,12 +39,12 @@ constexpr int oldest_capability() {
 // Names the family to use instead of the first one, such as "sm80" on compute capability 9.0.
 constexpr const char* kFamilyVariable = "PBS_GPU_FAMILY";
 
-// The operators that every family has.
+// The operators that every family implements.
 constexpr const char* kCudaStages[] = {"score_keys",    "sort_segments", "permute_kv",
                                        "select_blocks", "attend",        "attention"};
 
-// The family of a GPU of this compute capability, by its place in kGpuFamilies; -1 if there is
-// none. Where `wanted` is not empty, only the family of that name counts.
+// The index in kGpuFamilies of the family of a GPU of this compute capability, or -1 if there is
+// none. If `wanted` is not empty, only the family of that name counts.
 inline int find_family(int capability, const std::string& wanted) {
   for (size_t i = 0; i < std::size(kGpuFamilies); ++i) {
     const GpuFamily& family = kGpuFamilies[i];
@@ -58,8 +58,8 @@ inline std::string capability_text(int capability) {
   return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
 }
 
-// Empty when a family runs on a GPU of this compute capability, and is the wanted one if that is
-// not empty.
+// Returns an empty text if a family runs on a GPU of this compute capability, and if it is the
+// wanted one or `wanted` is empty.
 inline std::string capability_error(int capability, const std::string& wanted) {
   if (find_family(capability, wanted) >= 0) return "";
   if (find_family(capability, "") < 0) {

@@ -1,4 +1,4 @@
-// The block mask: bit j % 32 of word j / 32 says that key block j is selected.
+// The block mask: bit j % 32 of word j / 32 is set if key block j is selected.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ PBS_HOST_DEVICE constexpr int64_t num_mask_words(int64_t num_kv_blocks) {
   return ceil_div(num_kv_blocks, kBitsPerWord);
 }
 
-// Word `word_idx` without the bits at or past num_candidates, which a caller's own mask may hold.
+// Word `word_idx` without the bits from num_candidates on, which a mask from the caller may
+// contain.
 PBS_HOST_DEVICE constexpr uint32_t candidate_bits(uint32_t word, int64_t word_idx,
                                                   int64_t num_candidates) {
   const int64_t num_left = num_candidates - word_idx * kBitsPerWord;

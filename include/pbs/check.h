@@ -1,5 +1,6 @@
-// Argument checks shared by every backend. Each failure throws std::runtime_error in the words
-// "<argument> must <rule>, got <value>", in the order device, dtype, ndim, shape, stride, meaning.
+// Argument checks that all backends share. A failed check throws std::runtime_error with the
+// message "<argument> must <rule>, got <value>". Order: device, dtype, ndim, shape, stride,
+// meaning.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -73,7 +74,7 @@ inline void check_same_shape(const char* name, const Tensor& t, const char* othe
   }
 }
 
-// Python's None, which the dispatcher lets pass.
+// None in Python, which the dispatcher accepts.
 inline void check_defined(const char* name, const Tensor& t) {
   if (!t.defined()) fail(name, " must be a tensor, got None");
 }
@@ -132,7 +133,7 @@ inline void check_num_keys(const char* name, int64_t num_kv) {
   }
 }
 
-// k (and v) of a pair: same device, dtype and shape.
+// Checks k and v as a pair: same device, dtype and shape.
 inline void check_key_value(const Tensor& k, const Tensor& v) {
   check_same_device("v", v, "k", k);
   check_same_dtype("v", v, "k", k);
@@ -204,7 +205,7 @@ inline float check_scale(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(value);
 }
 
-// Whether `value` is the second of two allowed words.
+// Whether `value` is the second of two valid words.
 inline bool check_choice(const char* name, const std::string& value, const char* first,
                          const char* second) {
   if (value == second) return true;
@@ -238,7 +239,7 @@ inline MassRule check_mass(const std::string& mass, Score score) {
   fail("score must be one with a rule of mass");
 }
 
-// Those of PBSConfig (pbs_attn/config.py).
+// The default thresholds of PBSConfig (pbs_attn/config.py).
 inline double default_threshold(MassRule rule) {
   switch (rule) {
     case MassRule::kEarlier:
@@ -251,8 +252,8 @@ inline double default_threshold(MassRule rule) {
   fail("mass must be one with a default threshold");
 }
 
-// 1 visits everything. With kBlock, what makes sense as a share of a sum is refused: hardly any
-// block reaches it by itself. The range in the message is the one of the rule.
+// 1 visits everything. With kBlock, thresholds that only make sense for a sum are refused: hardly
+// any block reaches them by itself. The message has the range of the rule.
 inline double check_threshold(std::optional<double> threshold, MassRule rule) {
   constexpr double kMostOfBlock = 0.5;
   const double value = threshold.value_or(default_threshold(rule));
@@ -278,7 +279,7 @@ inline int64_t check_rows(const char* name, int64_t rows) {
   return rows;
 }
 
-// The settings of select_blocks, as they come.
+// The settings of select_blocks, as a call gives them.
 struct RuleSettings {
   const std::string& score;
   const std::string& mass;
@@ -289,7 +290,7 @@ struct RuleSettings {
   int64_t dense_tail;
 };
 
-// `problem` has its num_perm_heads already.
+// `problem` already has its num_perm_heads.
 inline SelectRule check_rule(const RuleSettings& settings, const Problem& problem,
                              const Blocking& blocking) {
   SelectRule rule{};
@@ -310,7 +311,7 @@ inline int64_t check_num_heavy(std::optional<int64_t> num_heavy) {
   return num_heavy.value_or(-1);
 }
 
-// In torch the stride of a dimension of size 1 may be anything, and nothing is read by it.
+// In torch a dimension of size 1 may have any stride, and nothing is read with it.
 inline int64_t stride_of(const Tensor& t, int64_t dim) {
   return t.size(dim) == 1 ? 0 : t.stride(dim);
 }

@@ -1,4 +1,4 @@
-// From a size that only a run knows to one that the compiler knows. What no case names throws.
+// Turns a size known at run time into one known at compile time. A size that no case names throws.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ inline std::string head_dims_text() {
   return text.str();
 }
 
-// body(std::integral_constant<int, head_dim>), as every instance of it returns the same type.
+// Calls body(std::integral_constant<int, head_dim>). Every instance must return the same type.
 template <size_t kIdx = 0, class Body>
 auto dispatch_head_dim(int64_t head_dim, const Body& body)
     -> decltype(body(std::integral_constant<int, kHeadDims[0]>{})) {

@@ -5,13 +5,13 @@
 
 namespace pbs {
 
-// Of a version as CUDA gives it: 12080 is 12.8.
+// The major version of a CUDA version number: 12080 is 12.8.
 inline std::string cuda_version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Empty when a driver for CUDA `driver` runs what CUDA `toolkit` compiled. It does so for its own
-// major version and all older ones. A `driver` of 0 says that there is none.
+// Returns an empty text if a driver for CUDA `driver` runs code that CUDA `toolkit` compiled. A
+// driver runs its own major version and all older ones. 0 means that there is no driver.
 inline std::string driver_error(int driver, int toolkit) {
   if (driver / 1000 >= toolkit / 1000) return "";
   const std::string found = driver == 0 ? "none" : "one for CUDA " + cuda_version_text(driver);

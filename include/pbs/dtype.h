@@ -1,4 +1,4 @@
-// The dtypes of tensors in the words of torch's Python API.
+// Names of the dtypes of tensors, as in the Python API of torch.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@ namespace pbs {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Undefined for the dtypes that the stable ABI has no name for, where it throws words of its own.
+// Undefined for dtypes without a name in the stable ABI, which throws its own message for them.
 inline ScalarType dtype_of(const Tensor& t) {
   try {
     return t.scalar_type();

@@ -1,4 +1,4 @@
-// The one way to refuse something: an exception with words for the user.
+// Throws an exception with a message for the user. All checks use it.
 #pragma once
 
 #include <sstream>

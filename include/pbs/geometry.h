@@ -1,4 +1,4 @@
-// Which keys a block of queries may visit: index arithmetic shared by every backend.
+// Which keys a block of queries may visit: index arithmetic that all backends share.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +16,20 @@ PBS_HOST_DEVICE constexpr int64_t round_down(int64_t a, int64_t b) { return a / 
 PBS_HOST_DEVICE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PBS_HOST_DEVICE constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// What one block of queries visits: the selected ones among permuted key blocks
-// [0, num_candidates), and original keys [own_begin, own_end). Causal: the row at position p stops
-// at p; the own range starts at a segment boundary, so no candidate needs a mask.
+// The keys that one block of queries visits: the selected ones among permuted key blocks [0,
+// num_candidates), and original keys [own_begin, own_end). With causal attention, the row at
+// position p sees keys up to p. The own range starts at a segment boundary, so no candidate needs a
+// mask.
 struct QueryBlock {
   int64_t first_row;       // query row
   int64_t num_rows;        // fewer than block_size in the last block
   int64_t first_position;  // position of first_row among the keys (bottom-right alignment)
   int64_t own_begin;       // key row
-  int64_t own_end;         // key row, one past the last visible to any row of the block
+  int64_t own_end;         // key row, after the last one that any row of the block sees
   int64_t num_candidates;  // permuted key blocks
 };
 
-// Rows are fewer than 2^31 (check_num_keys), and a GPU divides 32 bits several times faster.
+// There are fewer than 2^31 rows (check_num_keys), and a GPU divides 32 bits several times faster.
 PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t num_q, int64_t num_kv,
                                                  int64_t block_size, int64_t kv_block_size,
                                                  int64_t segment_size, bool is_causal) {
@@ -44,8 +45,9 @@ PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, int64_t nu
   return block;
 }
 
-// Queries of a block that are sampled: as many as asked for or there are, each at the end of one of
-// so many equal parts. In the caller's integers.
+// The sampled queries of a block. A block is cut into as many equal parts as there are samples, at
+// most one for each query, and the last query of each part is sampled. Uses the integers of the
+// caller.
 template <class Int>
 PBS_HOST_DEVICE constexpr Int num_samples_of(Int num_rows, Int num_samples) {
   return num_samples < num_rows ? num_samples : num_rows;

@@ -1,4 +1,4 @@
-// How the keys of one query block are cut into tiles of the matrix unit's width. Host and device.
+// Cuts the keys of one query block into tiles of the width of the matrix unit. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,16 @@ namespace pbs {
 constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
 // Tiles [0, num_own) hold original keys, from the last visible ones back to own_begin, so that the
-// triangle of the causal mask comes first; tiles [num_own, total) hold selected blocks, as many to
-// a tile as fit, and the first of them what does not fill one. Tiles [num_masked, total) are seen
-// whole by every row.
+// triangle of the causal mask comes first. Tiles [num_own, total) hold selected blocks, as many as
+// fit in a tile. The first of them holds the remainder. Every row sees all keys of tiles
+// [num_masked, total).
 struct KeyTiles {
   int32_t num_own;
   int32_t total;
   int32_t num_masked;
   int32_t first_selected_size;  // keys in tile num_own
   int32_t own_size;             // original keys
-  int32_t first_row_sees;       // original keys that the first row sees; each further row one more
+  int32_t first_row_sees;  // original keys that the first row sees; each later row sees one more
 };
 
 PBS_HOST_DEVICE constexpr KeyTiles key_tiles(const QueryBlock& block, int64_t num_selected,
@@ -59,12 +59,12 @@ PBS_HOST_DEVICE constexpr int32_t visible_keys(const KeyTiles& tiles, int32_t ti
          own_tile_begin(tiles, tile_idx, tile_keys);
 }
 
-// Gathers the rows of selected blocks, in chunks of at most a tile, until they make a tile. rows[0]
-// holds the chunk added last; places of the first tile that stay empty hold rows before the first,
-// which TMA reads as zeros.
+// Gathers the rows of selected blocks in chunks of at most a tile, until a tile is full. rows[0]
+// has the chunk added last. Unused places of the first tile have rows before the first, which TMA
+// reads as zeros.
 template <int kMaxChunks>
 struct TilePacker {
-  int32_t chunks_left;  // of the tile in work
+  int32_t chunks_left;  // missing in the current tile
   int32_t rows[kMaxChunks] = {};
 
   PBS_HOST_DEVICE constexpr void begin(int32_t first_chunks, int32_t chunk_rows) {
@@ -72,7 +72,7 @@ struct TilePacker {
     for (int i = 0; i < kMaxChunks; ++i) rows[i] = -chunk_rows;
   }
 
-  // True when the tile is full; the next one then takes chunks_per_tile.
+  // Returns whether the tile is full. The next tile then takes chunks_per_tile.
   PBS_HOST_DEVICE constexpr bool add(int32_t row, int32_t chunks_per_tile) {
     for (int i = kMaxChunks - 1; i > 0; --i) rows[i] = rows[i - 1];
     rows[0] = row;

@@ -12,11 +12,11 @@ namespace pbs {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// How select_blocks weighs a key block: by mean query . mean key, or by the largest share of its
+// How select_blocks weighs a key block: by mean query . mean key, or by the largest share of
 // attention that a sampled query of the block gives it.
 enum class Score : int32_t { kMean, kSampled };
 
-// Whether a score reads means of keys (k_mean) and not the permuted keys themselves.
+// Whether a score reads the means of keys (k_mean) instead of the permuted keys.
 PBS_HOST_DEVICE constexpr bool reads_means(Score score) {
   switch (score) {
     case Score::kMean:
@@ -27,8 +27,8 @@ PBS_HOST_DEVICE constexpr bool reads_means(Score score) {
   return true;
 }
 
-// What `threshold` is compared with: the mass of earlier segments, the causal mass, or each block's
-// share of the causal mass by itself.
+// The mass that `threshold` is compared with: the mass of earlier segments, the causal mass, or the
+// share of a single block in the causal mass.
 enum class MassRule : int32_t { kEarlier, kCausal, kBlock };
 
 // Weights are powers of two: exp(x) = exp2(kLog2e * x).
@@ -36,7 +36,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// A (B, H, N, D) tensor with any strides but the last.
+// A (B, H, N, D) tensor. All strides but the last are free.
 struct ConstRows {
   const void* data;
   int64_t batch_stride;
@@ -54,15 +54,15 @@ struct MutableRows {
 constexpr ConstRows const_rows(const MutableRows& rows) {
   return ConstRows{rows.data, rows.batch_stride, rows.head_stride, rows.row_stride};
 }
-// Of rows that the operator may write, by its schema.
+// Rows that the operator may write, according to its schema.
 constexpr MutableRows writable(const ConstRows& rows) {
   return MutableRows{const_cast<void*>(rows.data), rows.batch_stride, rows.head_stride,
                      rows.row_stride};
 }
 
-// Where the rows of one sequence lie in pages. The pages themselves are (num_pages, H, page_size,
-// D), whose batch is the page: row r is row r % page_size of page table[r / page_size]. Without a
-// table the rows of each batch follow each other.
+// Where the rows of one sequence are in pages. The pages are (num_pages, H, page_size, D), with the
+// page index as batch index: row r is row r % page_size of page table[r / page_size]. Without a
+// table, the rows of each batch are contiguous.
 struct Pages {
   const int32_t* table;  // (num_entries), or null
   int64_t num_entries;   // ceil(Nkv / page_size)
@@ -70,7 +70,7 @@ struct Pages {
   int64_t num_pages;
 };
 
-// Where row `row` of batch `b` lies: as the batch and row of what is laid out so.
+// The position of row `row` of batch `b`, as a batch and a row of the tensor.
 struct RowPlace {
   int64_t b;
   int64_t row;
@@ -80,15 +80,15 @@ PBS_HOST_DEVICE constexpr RowPlace place_of(const Pages& pages, int64_t b, int64
   return RowPlace{pages.table[row / pages.page_size], row % pages.page_size};
 }
 
-// The start of a row of a head, in elements from the start of the rows. Static: files of several
-// instruction sets include it, and none may run the code of another.
+// The start of a row of a head, in elements. It is static because files of several instruction sets
+// include it, and none may run the code of another.
 template <class Rows>
 PBS_HOST_DEVICE static constexpr int64_t row_start(const Rows& rows, const RowPlace& place,
                                                    int64_t head) {
   return place.b * rows.batch_stride + head * rows.head_stride + place.row * rows.row_stride;
 }
 
-// (B, Hq, Nq, D), (B, Hkv, Nkv, D) and the like.
+// Sizes of (B, Hq, Nq, D), (B, Hkv, Nkv, D) and similar tensors.
 struct Operands {
   ConstRows q;
   ConstRows k;
@@ -112,7 +112,7 @@ struct Blocking {
   int64_t segment_size;   // rows of a segment, a multiple of both
 };
 
-// Query heads that share a key head, and those that share a permutation.
+// Query heads that share a key head, and query heads that share a permutation.
 PBS_HOST_DEVICE constexpr int64_t heads_per_kv(const Problem& problem) {
   return problem.num_q_heads / problem.num_kv_heads;
 }
@@ -134,7 +134,7 @@ PBS_HOST_DEVICE constexpr QueryBlock query_block(int64_t q_block_idx, const Prob
                      blocking.kv_block_size, blocking.segment_size, is_causal);
 }
 
-// Permuted keys that any query block may select: those of the last one.
+// Permuted keys that at least one query block may select: the candidates of the last one.
 constexpr int64_t num_candidate_rows(const Problem& problem, const Blocking& blocking,
                                      bool is_causal) {
   const int64_t num_blocks = num_query_blocks(problem, blocking);
@@ -143,7 +143,7 @@ constexpr int64_t num_candidate_rows(const Problem& problem, const Blocking& blo
          blocking.kv_block_size;
 }
 
-// The last query rows, whose attention says how important a key is.
+// The last query rows, which determine the importance of keys.
 constexpr int64_t num_score_rows(const Problem& problem, const Blocking& blocking) {
   return problem.num_q < blocking.block_size ? problem.num_q : blocking.block_size;
 }
@@ -157,7 +157,7 @@ struct ScoreKeysParams {
   float* importance;  // (B, Hp, Nkv)
 };
 
-// Keys of complete segments, which alone are scored.
+// Only keys of complete segments have scores.
 constexpr int64_t num_scored_keys(const ScoreKeysParams& params) {
   return round_down(params.problem.num_kv, params.blocking.segment_size);
 }
@@ -174,29 +174,29 @@ struct SortSegmentsParams {
 struct PermuteKVParams {
   Problem problem;
   int64_t kv_block_size;
-  int64_t num_copied;      // rows of k_perm and v_perm to write, from the first on
-  int64_t first_page_row;  // of the sequence in pages, where the first one goes
+  int64_t num_copied;      // rows of k_perm and v_perm to write, starting with the first
+  int64_t first_page_row;  // row of the sequence in pages to which the first row goes
   Pages pages;             // of k_perm and v_perm
   ConstRows k;             // (B, Hkv, Nkv, D)
   ConstRows v;             // (B, Hkv, Nkv, D)
   const int32_t* perm;     // (B, Hp, Nkv)
   MutableRows k_perm;      // (B, Hp, Nkv, D), or pages
   MutableRows v_perm;      // (B, Hp, Nkv, D), or pages
-  float* k_mean;           // (B, Hp, num_kv_blocks, D), or null where nobody reads it
+  float* k_mean;           // (B, Hp, num_kv_blocks, D), or null if it is not needed
 };
 
-// Key blocks of a head whose rows and means are written.
+// The key blocks of a head whose rows and means are written.
 constexpr int64_t num_copied_blocks(const PermuteKVParams& params) {
   return ceil_div(params.num_copied, params.kv_block_size);
 }
 
 struct SelectRule {
   Score score;
-  MassRule mass;        // kBlock with kSampled, and only then
-  double threshold;     // 1 takes everything
-  int32_t num_samples;  // queries of a block that kSampled scores by
-  bool shares_heads;    // the query heads of a permutation share a selection; with kSampled
-  int64_t window;       // keys before a query block that it visits whatever their score, if causal
+  MassRule mass;        // kBlock if and only if the score is kSampled
+  double threshold;     // 1 selects everything
+  int32_t num_samples;  // queries of a block that kSampled uses
+  bool shares_heads;    // whether the query heads of a permutation share a selection; kSampled only
+  int64_t window;       // keys before a query block that it always visits, if causal
   int64_t dense_tail;   // last queries whose blocks visit every key, if causal
 };
 
@@ -206,14 +206,13 @@ PBS_HOST_DEVICE constexpr int64_t heads_per_selection(const Problem& problem,
   return rule.shares_heads ? larger(1, heads_per_perm(problem)) : 1;
 }
 
-// Whether a query block holds one of the last queries, which visit every key.
+// Whether a query block contains one of the last queries, which visit every key.
 PBS_HOST_DEVICE constexpr bool is_in_dense_tail(const QueryBlock& block, const Problem& problem,
                                                 const SelectRule& rule, bool is_causal) {
   return is_causal && block.first_row + block.num_rows > problem.num_q - rule.dense_tail;
 }
 
-// The candidates of a query block before this one are chosen by their score, the others are visited
-// whatever it is.
+// Candidates of a query block before this one are selected by score. The others are always visited.
 PBS_HOST_DEVICE constexpr int64_t num_scored_blocks(const QueryBlock& block, const Problem& problem,
                                                     const Blocking& blocking,
                                                     const SelectRule& rule, bool is_causal) {
@@ -242,23 +241,23 @@ struct SelectBlocksParams {
   float scale;
   bool is_causal;
   SelectRule rule;
-  int64_t first_k_row;   // of the own segments, which alone are read where it is not 0
-  Pages pages;           // of k_perm
+  int64_t first_k_row;   // first key row in `k`, which has the own segments only if this is not 0
+  Pages pages;           // pages of k_perm
   ConstRows q;           // (B, Hq, Nq, D)
   ConstRows k;           // (B, Hkv, Nkv - first_k_row, D)
-  ConstRows k_perm;      // (B, Hp, Nkv, D), or pages; of sampled scores
-  const float* k_mean;   // (B, Hp, num_kv_blocks, D), of mean scores
-  const int32_t* perm;   // (B, Hp, Nkv) or null for the identity
+  ConstRows k_perm;      // (B, Hp, Nkv, D), or pages; for sampled scores
+  const float* k_mean;   // (B, Hp, num_kv_blocks, D), for mean scores
+  const int32_t* perm;   // (B, Hp, Nkv), or null for the identity
   uint32_t* block_mask;  // (B, Hq, num_q_blocks, num_words)
   int32_t* counts;       // (B, Hq, num_q_blocks)
 };
 
-// Key blocks of an own segment, in their own order.
+// Key blocks of an own segment, in original order.
 constexpr int64_t num_own_entries(const Blocking& blocking) {
   return ceil_div(blocking.segment_size + blocking.block_size, blocking.kv_block_size);
 }
 
-// Shares of one query block: of every key block, and of its own segment's.
+// The masses of one query block: one for each key block, and those of its own segment.
 constexpr int64_t num_mass_entries(const SelectBlocksParams& params) {
   return num_key_blocks(params.problem, params.blocking) + num_own_entries(params.blocking);
 }
@@ -282,8 +281,8 @@ struct AttendParams {
   Blocking blocking;
   float scale;
   bool is_causal;
-  int64_t first_k_row;         // of the own segments
-  Pages pages;                 // of k_perm and v_perm
+  int64_t first_k_row;         // first key row in `k` and `v`
+  Pages pages;                 // pages of k_perm and v_perm
   ConstRows q;                 // (B, Hq, Nq, D)
   ConstRows k;                 // (B, Hkv, Nkv - first_k_row, D)
   ConstRows v;                 // (B, Hkv, Nkv - first_k_row, D)

@@ -1,11 +1,11 @@
-// How select_blocks with score="sampled" deals out queries on CUDA, and the memory it takes, in
-// every GPU family. Host and device.
+// How select_blocks with score="sampled" distributes queries over CTAs on CUDA, and the memory it
+// needs, for all GPU families. Host and device.
 //
-// A pair is a query block and a selection: that of a query head, or of all that share a
-// permutation. The pairs of a permutation follow each other by query block, then by head, so that
-// neighbours see the same keys. The sampled queries of some pairs are stacked to the rows of one
-// product, a tile of permuted keys is its columns. A CTA works on one unit after the other,
-// some stacks of one permutation.
+// A pair is a query block and a selection, which belongs to a query head or to all heads that share
+// a permutation. The pairs of a permutation are ordered by query block, then by head, so that
+// neighbours see the same keys. The sampled queries of several pairs form a stack, the rows of one
+// product. A tile of permuted keys is its columns. A unit is several stacks of one permutation. A
+// CTA works on one unit after the other.
 #pragma once
 
 #include <cstdint>
@@ -14,63 +14,63 @@
 
 namespace pbs::cuda {
 
-constexpr int kStackRows = 64;     // sampled queries of a stack, one warpgroup's rows
-constexpr int kSampledKeys = 128;  // of a tile, the columns of a product
-constexpr int kSumKeys = 32;       // of one sum of weights
+constexpr int kStackRows = 64;     // sampled queries of a stack: the rows of one warpgroup
+constexpr int kSampledKeys = 128;  // keys of a tile: the columns of a product
+constexpr int kSumKeys = 32;       // keys of one sum of weights
 constexpr int kSumsPerTile = kSampledKeys / kSumKeys;
-// Selecting warps read the sums of so many tiles at once, 16 bytes of a row.
+// Selecting warps read the sums of this many tiles at once, 16 bytes of a row.
 constexpr int kTilesPerRead = 2;
 constexpr int kSumsPerRead = kTilesPerRead * kSumsPerTile;
 
-// Stacks of a unit. Four share the keys that are loaded; but on short prompts the longest unit of
-// four takes longer than all others together. Then more warps share the work of a stack.
+// Stacks of a unit. Four share the loaded keys. But on short prompts the longest unit of four takes
+// longer than all others together. Then more warps share the work of a stack.
 constexpr int kFewestStacks = 1;
 constexpr int kFewStacks = 2;
 constexpr int kManyStacks = 4;
 
-// What the rows of a stack know before they meet a candidate. Products of their elements times
-// `factor` are logarithms to base 2. `offset` shifts them so that the keys of the own segment weigh
-// `own_sum` together, about 1; each family has a scale of its own for it.
+// What is known of the rows of a stack before the first candidate. Products of their elements times
+// `factor` are logarithms to base 2. `offset` shifts them so that the keys of the own segment have
+// the total weight `own_sum`, about 1. Each family has its own scale for it.
 struct alignas(16) SampledRow {
   float factor;
   float offset;
   float own_sum;
-  int32_t candidate_end;  // keys before it are candidates; -1 where there is no such row
+  int32_t candidate_end;  // keys before it are candidates; -1 if the row does not exist
 };
 
-// CTAs of sampled queries at once on a multiprocessor. Where fewer are needed, more warps share the
-// keys of the own segments, up to kMostKeyParts.
+// CTAs of sampled queries per multiprocessor. If fewer are needed, up to kMostKeyParts warps share
+// the keys of the own segments.
 constexpr int kSampleCtasPerSm = 4;
 constexpr int kMostKeyParts = 4;
 
-// Stacks a CTA from which on the lengths of units of few and of many even out.
+// With at least so many stacks per CTA, the different lengths of units even out.
 constexpr int64_t kFewFrom = 2;
 constexpr int64_t kManyFrom = 6;
 
-constexpr int64_t kGroupBytes = 24 << 20;  // of keys that are read at about the same time
+constexpr int64_t kGroupBytes = 24 << 20;  // bytes of keys that are read at about the same time
 
 struct SampledPlan {
-  int32_t rows_per_pair;  // of a stack: num_samples, filled up to a power of two
+  int32_t rows_per_pair;  // rows of a stack: num_samples, rounded up to a power of two
   int32_t pairs_per_stack;
   int32_t stacks_per_unit;  // kFewestStacks, kFewStacks or kManyStacks
   int32_t selections_per_perm;
   int32_t pairs_per_perm;
   int32_t stacks_per_perm;
   int32_t units_per_perm;
-  int32_t num_perm_heads;   // of all batches
-  int32_t heads_per_group;  // whose units are dealt out together
-  int32_t key_parts;        // of the own segment's keys, that warps share to find what they weigh
+  int32_t num_perm_heads;   // over all batches
+  int32_t heads_per_group;  // heads whose units are distributed together
+  int32_t key_parts;  // parts of the keys of the own segment; one warp sums the weights of a part
   int32_t num_ctas;
-  int32_t num_tiles;  // of the candidates of a permutation
+  int32_t num_tiles;  // tiles of the candidates of a permutation
   int32_t head_dim;
 };
 
-// What a family makes of a GPU.
+// Facts of a GPU, from its family.
 struct SampledMachine {
   int64_t num_sms;
   int64_t ctas_per_sm;
-  int64_t most_stacks;  // of a unit
-  int64_t tile_bytes;   // of a tile of keys, as it is read
+  int64_t most_stacks;  // per unit
+  int64_t tile_bytes;   // bytes of a tile of keys, as it is read
 };
 
 constexpr SampledPlan sampled_plan(const SelectBlocksParams& params,
@@ -111,23 +111,24 @@ constexpr SampledPlan sampled_plan(const SelectBlocksParams& params,
   return plan;
 }
 
-// Parts of the workspace, in this order, each at a multiple of 128 bytes. A family that multiplies
-// the operands where they are makes no copies of them.
+// Parts of the workspace, in this order, each at a multiple of 128 bytes. A family that reads the
+// operands directly makes no copies of them.
 struct SampledWorkspace {
   int64_t key_tiles = 0;  // (perm heads, num_tiles) copies of tiles of keys
   int64_t stacks;         // (perm heads, stacks_per_perm) copies of stacks
   int64_t rows;           // (perm heads, stacks_per_perm, kStackRows) SampledRow
   int64_t tables;         // (num_ctas, tables_per_cta, stacks_per_unit) of table_bytes
-  int64_t counter;        // one int32: units drawn
+  int64_t counter;        // one int32: the number of drawn units
   int64_t end;
 };
 
-// A table holds one stack's sums: (num_tiles / kTilesPerRead, kStackRows, kSumsPerRead) bfloat16.
+// A table has the sums of one stack: (num_tiles / kTilesPerRead, kStackRows, kSumsPerRead)
+// bfloat16.
 PBS_HOST_DEVICE constexpr int64_t table_bytes(const SampledPlan& plan) {
   return ceil_div(plan.num_tiles, kTilesPerRead) * kStackRows * kSumsPerRead * 2;
 }
 
-// Bytes of the copy of a tile and of a stack, and tables of a CTA.
+// Bytes of the copies of a tile and of a stack, and the number of tables of a CTA.
 constexpr SampledWorkspace sampled_workspace(const SampledPlan& plan, int64_t key_tile_bytes,
                                              int64_t stack_bytes, int64_t tables_per_cta) {
   constexpr int64_t kAlignment = 128;

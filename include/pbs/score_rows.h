@@ -1,9 +1,9 @@
-// Rows of the queries' tile in score_keys. Host and device.
+// Rows of the tile of queries in score_keys. Host and device.
 #pragma once
 
 namespace pbs::cuda {
 
-// Queries of a head, at most.
+// The largest number of queries of a head.
 constexpr int kScoreTileRows = 128;
 
 }  // namespace pbs::cuda

@@ -1,5 +1,5 @@
-// Rows of scores of select_blocks with mean scores, as a warp holds them in shared memory on CUDA.
-// Host and device.
+// Rows of the logits of mean scores, as a warp of select_blocks holds them in shared memory on
+// CUDA. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace pbs::cuda {
 
-constexpr int kCutScratch = 128;  // words of a warp: weights that it cuts in registers
+constexpr int kCutScratch = 128;  // words per warp for the weights that it cuts in registers
 
 // Floats from one row of logits to the next. Rows start 8 banks apart, and have room for three
 // zeros at the end.

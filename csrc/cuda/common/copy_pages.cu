@@ -1,4 +1,4 @@
-// copy_pages on CUDA: rows of keys and values of one sequence out of pages of any size. A CTA
+// copy_pages on CUDA: copies the keys and values of one sequence out of pages of any size. A CTA
 // copies kRows rows of one head of K or of V.
 #include <cuda_runtime.h>
 
@@ -13,13 +13,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRows = 64;
-constexpr int kAtOnce = 4;  // pieces of 16 bytes that a thread has in flight
-// NaN in each of the dtypes.
+constexpr int kAtOnce = 4;  // 16-byte pieces that a thread has in flight
+// NaN in each dtype.
 constexpr uint32_t kNanWord = 0x7fff7fffu;
 
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesParams params) {
-  // NOTE: a kernel cannot raise; NaN makes a bad table visible without a stray access. Later
-  // kernels read pages that are not copied, so the whole table counts.
+  // NOTE: a kernel cannot raise an error. NaN shows that the table is bad, without a stray access.
+  // Later kernels also read pages that are not copied, so the whole table is checked.
   const bool is_bad = has_bad_page(params.pages);
   const auto num_chunks = static_cast<int>(ceil_div(params.num_rows, kRows));
   const int chunk = static_cast<int>(blockIdx.x) % num_chunks;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const CopyPagesPar
   const bool is_key = part % 2 == 0;
   const int head = part / 2;
   const auto size = static_cast<int>(element_size(params.dtype));
-  const auto num_pieces = static_cast<uint32_t>(params.head_dim) * size / 16;  // of a row
+  const auto num_pieces = static_cast<uint32_t>(params.head_dim) * size / 16;  // per row
   const ConstRows& pages = is_key ? params.k_pages : params.v_pages;
   const MutableRows& rows = is_key ? params.k : params.v;
   const int first = chunk * kRows;

@@ -1,4 +1,4 @@
-// From a dtype to the element type of a kernel. What no case names throws.
+// Maps a dtype to the element type of a kernel. A dtype that no case names throws.
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -9,7 +9,7 @@
 
 namespace pbs::cuda {
 
-// body(element), of the types that tensor cores multiply.
+// Calls body(element) for the types that tensor cores multiply.
 template <class Body>
 auto dispatch_half(DType dtype, const Body& body) -> decltype(body(cutlass::half_t{})) {
   switch (dtype) {
@@ -23,7 +23,7 @@ auto dispatch_half(DType dtype, const Body& body) -> decltype(body(cutlass::half
   fail("q must be bfloat16 or float16 on CUDA, got float32");
 }
 
-// body(element), of every type.
+// Calls body(element) for every type.
 template <class Body>
 auto dispatch_element(DType dtype, const Body& body) -> decltype(body(cutlass::half_t{})) {
   return dtype == DType::kFloat32 ? body(float{}) : dispatch_half(dtype, body);

@@ -1,4 +1,4 @@
-// Who holds what of a product's accumulators, and where the operands lie in shared memory.
+// Which thread holds which accumulators of a product, and where operands are in shared memory.
 //
 // A thread holds two rows of an accumulator, 8 apart: element i belongs to row i / 2 % 2 and column
 // 8 * (i / 4) + 2 * (lane % 4) + i % 2, and the four lanes of a quad share their rows. mma.sync and
@@ -14,19 +14,19 @@ constexpr int kThreadRows = 2;
 __device__ inline int row_of(int i) { return i / 2 % 2; }
 __device__ inline int column_of(int i, int lane) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
-// The first row of a thread, in 16 rows a warp.
+// The first row of a thread, with 16 rows per warp.
 __device__ inline int row_of_thread(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// The index of this thread, read anew: what is computed from it is not carried in registers, which
-// a main loop lacks, from one use to the next.
+// The index of this thread, read again. Values computed from it are recomputed at each use and do
+// not occupy registers, which a main loop lacks.
 __device__ inline int read_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// The same in all lanes already; but ptxas now sees it, and keeps what follows from it, such as the
-// descriptors of the products, in uniform registers.
+// The value is the same in all lanes already. This tells ptxas, which then keeps values that depend
+// on it, such as the descriptors of the products, in uniform registers.
 __device__ inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 __device__ inline float quad_max(float x) {
@@ -39,8 +39,8 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Bytes from the start of a swizzled tile of `num_rows` rows of 2-byte elements, in groups of
-// kGroupColumns, to an element of it.
+// The byte offset of an element in a swizzled tile of `num_rows` rows of 2-byte elements, in groups
+// of kGroupColumns.
 template <int kGroupColumns>
 __device__ uint32_t tile_offset(int num_rows, int row, int column) {
   const uint32_t linear =

@@ -1,11 +1,11 @@
-// The launchers that every GPU family uses, as launch.h describes them.
+// The launchers that all GPU families share. ../launch.h describes them.
 #pragma once
 
 #include "pbs/params.h"
 
 namespace pbs::cuda {
 
-constexpr int64_t kMaxSegmentSize = 4096;  // keys that a CTA sorts in shared memory
+constexpr int64_t kMaxSegmentSize = 4096;  // keys that a CTA can sort in shared memory
 
 int64_t sort_segments_workspace(const SortSegmentsParams& params);
 const char* launch_sort_segments(const SortSegmentsParams& params, void* workspace, void* stream);

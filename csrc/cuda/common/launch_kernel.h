@@ -1,4 +1,4 @@
-// One way to launch a kernel.
+// Launches a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,8 @@
 
 namespace pbs::cuda {
 
-// With `starts_early` it may start before the kernel ahead of it in the stream has ended, and waits
-// for that end by itself.
+// With `starts_early`, the kernel may start before the previous one in the stream has ended. It
+// then waits for that end itself.
 template <class Args>
 cudaError_t launch_kernel(void (*kernel)(Args), const Args& args, int64_t num_ctas, int num_threads,
                           int64_t shared_bytes, cudaStream_t stream, bool starts_early = false) {

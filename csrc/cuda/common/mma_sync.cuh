@@ -1,4 +1,4 @@
-// Products that a warp issues alone, and how it reads their operands from shared memory.
+// Products that a single warp issues, and loads of their operands from shared memory.
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -8,7 +8,7 @@
 
 namespace pbs::cuda {
 
-// acc += a . b, 16 rows by 8 columns over 16 elements of two bytes.
+// acc += a . b: 16 rows by 8 columns, over 16 elements of two bytes.
 template <class Element>
 __device__ __forceinline__ void multiply_16x8x16(float (&acc)[4], uint32_t a0, uint32_t a1,
                                                  uint32_t a2, uint32_t a3, uint32_t b0,
@@ -26,8 +26,8 @@ __device__ __forceinline__ void multiply_16x8x16(float (&acc)[4], uint32_t a0, u
   }
 }
 
-// Four matrices of 8 x 8 elements of two bytes; lane i gives the address of row i % 8 of matrix
-// i / 8.
+// Loads four matrices of 8 x 8 elements of two bytes. Lane i gives the address of row i % 8 of
+// matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&words)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

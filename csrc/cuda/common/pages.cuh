@@ -1,11 +1,11 @@
-// Rows of keys and values that may lie in pages.
+// Access to rows of keys and values that may be in pages.
 #pragma once
 
 #include "pbs/params.h"
 
 namespace pbs::cuda {
 
-// By all threads of a CTA; false where there are no pages.
+// Called by all threads of a CTA. Returns false without pages.
 __device__ inline bool has_bad_page(const Pages& pages) {
   if (pages.table == nullptr) return false;
   bool is_bad = false;
@@ -16,8 +16,8 @@ __device__ inline bool has_bad_page(const Pages& pages) {
   return __syncthreads_or(is_bad) != 0;
 }
 
-// As place_of (pbs/params.h), for pages whose size is a power of two. A page that does not exist
-// gives the first one, so that no read strays.
+// The same as place_of (pbs/params.h), for pages whose size is a power of two. A page that does not
+// exist is replaced by the first page, so that no read is out of bounds.
 __device__ inline RowPlace place_in_pages(const Pages& pages, int b, int row) {
   if (pages.table == nullptr) return RowPlace{b, row};
   const auto page_size = static_cast<int>(pages.page_size);

@@ -1,5 +1,5 @@
-// What the kernels of permute_kv share: windows of rows that CTAs work on, how a warp stores its
-// rows, and the means of permuted key blocks.
+// Code that the kernels of permute_kv share: the windows of rows that CTAs work on, the stores of a
+// warp, and the means of permuted key blocks.
 #pragma once
 
 #include <cutlass/array.h>
@@ -16,8 +16,8 @@ namespace pbs::cuda {
 constexpr int kWindowThreads = 256;
 constexpr int kWindowWarps = kWindowThreads / 32;
 constexpr int kWindowRows = 256;
-constexpr int kMostRowBytes = 256;  // of a window; longer rows go to several
-constexpr int kRowsAtOnce = 4;      // of a lane
+constexpr int kMostRowBytes = 256;  // per window; longer rows are split
+constexpr int kRowsAtOnce = 4;      // rows per lane
 static_assert(kWindowThreads == kWindowRows, "thread i has row i, its warp the 32 rows around it");
 
 template <class T>
@@ -30,8 +30,8 @@ __host__ __device__ constexpr int num_splits(int64_t head_dim, int element_bytes
   return static_cast<int>(ceil_div(head_dim * element_bytes, kMostRowBytes));
 }
 
-// What a CTA works on: `width` columns of rows [begin, begin + num_rows) of K or of V, of which it
-// writes the first num_copied, permuted.
+// The work of a CTA: `width` columns of rows [begin, begin + num_rows) of K or of V. It writes the
+// first num_copied permuted rows.
 struct Window {
   int64_t b;
   int64_t kv_head;
@@ -49,7 +49,8 @@ __device__ Window window_of(const PermuteKVParams& params) {
   const int splits = num_splits(problem.head_dim, sizeof(T));
   const auto num_windows = static_cast<int>(ceil_div(params.num_copied, kWindowRows));
   const auto num_kv_heads = static_cast<int>(problem.num_kv_heads);
-  // Heads before windows: those of a (B, N, H, D) tensor have their rows side by side.
+  // Heads vary faster than windows, because a (B, N, H, D) tensor stores the heads of a row
+  // together.
   const int part = static_cast<int>(blockIdx.x) % (2 * splits);
   const int item = static_cast<int>(blockIdx.x) / (2 * splits);
   const int window_idx = item / num_kv_heads;
@@ -70,7 +71,7 @@ __device__ inline int rows_of_warp(int num_rows) {
   return max(0, min(32, num_rows - static_cast<int>(threadIdx.x) / 32 * 32));
 }
 
-// Where rows come from: those of a head, from the first column of the window on.
+// The source of the rows: those of a head, starting with the first column of the window.
 template <class T>
 struct Source {
   const T* rows;
@@ -93,10 +94,10 @@ __device__ Piece<T> nan_piece() {
   return piece;
 }
 
-// Stores the output rows of this warp, lane i of which knows where the i-th comes from, and writes
-// their sum where it is asked for. Lanes hold pieces of as many rows as they can, which
-// read(column, from) gives, of absent rows, too. (A bulk copy a row would be shorter, but takes
-// about 25 cycles of an SM whatever its length.)
+// Stores the output rows of this warp, and writes their sum if it is needed. Lane i knows the
+// source of the i-th row. Each lane holds pieces of as many rows as possible, which read(column,
+// from) returns, also for absent rows. (A bulk copy per row would be shorter, but takes about 25
+// cycles of an SM, whatever its length.)
 template <bool kAdds, class T, class Read>
 __device__ void store_rows(const Read& read, int width, int own_from, int num_rows, T* out,
                            int out_stride, float* sums) {
@@ -113,12 +114,12 @@ __device__ void store_rows(const Read& read, int width, int own_from, int num_ro
   out += piece * kPiece<T>;
   cutlass::AlignedArray<float, kPiece<T>, 16> total;
   total.clear();
-  __syncwarp();  // a lane may just have written what others read
+  __syncwarp();  // a lane may just have written data that others read
 #pragma unroll 1
   for (int i = 0; i < lanes_per_row; i += kRowsAtOnce) {
     const int row = first_row + i * step;
     Piece<T> pieces[kRowsAtOnce];
-    // No branch keeps the reads apart.
+    // No branch separates the reads.
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
       pieces[j] = read(column, __shfl_sync(~0u, own_from, row + j * step));
@@ -145,8 +146,8 @@ __device__ void store_rows(const Read& read, int width, int own_from, int num_ro
   }
 }
 
-// Writes the means of the key blocks of the window, from the sums of its warps: a thread works for
-// the key block that its row is in.
+// Writes the means of the key blocks of the window, given the sums of its warps. Each thread works
+// on the key block of its row.
 __device__ inline void write_means(const PermuteKVParams& params, const Window& window,
                                    int64_t head, const float* sums) {
   const auto head_dim = static_cast<int>(params.problem.head_dim);
@@ -168,7 +169,7 @@ __device__ inline void write_means(const PermuteKVParams& params, const Window& 
   }
 }
 
-// A kernel that works on windows, with so many bytes of shared memory for each of their columns.
+// Launches a kernel that works on windows, with this many bytes of shared memory per column.
 template <class T>
 const char* launch_windows(void (*kernel)(PermuteKVParams), const PermuteKVParams& params,
                            int bytes_per_column, cudaStream_t stream) {

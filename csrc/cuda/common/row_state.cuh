@@ -1,12 +1,12 @@
-// What is known of one query's weights, and how such states merge.
+// The state of the softmax of one query, and how two states merge.
 #pragma once
 
 #include "common/exp2.cuh"
 
 namespace pbs::cuda {
 
-// The sum of exp2(score - max) over some keys of one query. `max` is not always their maximum, but
-// near enough to it that the sum is a number.
+// The sum of exp2(score - max) over some keys of one query. `max` need not be their exact maximum,
+// but it is close enough to keep the sum finite.
 struct RowState {
   float max = -INFINITY;
   float sum = 0.0f;

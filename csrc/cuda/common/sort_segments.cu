@@ -1,5 +1,5 @@
-// sort_segments on CUDA. A warp sorts a short segment in registers; of a longer one, a CTA counts
-// for each key how many come before it.
+// sort_segments on CUDA. A warp sorts a short segment in registers. For a longer segment, a CTA
+// counts for each key how many keys come before it.
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kSortWarps = 4;          // segments of a CTA that are sorted by warps
-constexpr int kMostInRegisters = 512;  // keys of a warp
+constexpr int kSortWarps = 4;          // segments per CTA, if warps sort them
+constexpr int kMostInRegisters = 512;  // keys per warp
 
-// An integer that orders floats, with -0 beside 0 and NaN below everything.
+// An integer that orders floats, with -0 equal to 0 and NaN below everything.
 __device__ int ascending_key(float score) {
   if (isnan(score)) return INT_MIN;
   const int bits = __float_as_int(score + 0.0f);
@@ -50,15 +50,15 @@ __device__ void keep_order(const SortSegmentsParams& params, const Segment& segm
   }
 }
 
-// Keys are sorted by importance, then by place, largest first, so that no two are alike.
+// Keys are sorted by importance, then by place, in descending order, so no two are equal.
 __device__ uint64_t sort_key(float score, int place) {
   const uint32_t high = static_cast<uint32_t>(ascending_key(score)) ^ 0x80000000u;
   return uint64_t{high} << 32 | ~static_cast<uint32_t>(place);
 }
 __device__ int place_of(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
-// Keys kPerLane * lane + i, largest first: a bitonic network, whose neighbours less than kPerLane
-// apart are in one lane.
+// Sorts keys kPerLane * lane + i in descending order with a bitonic network. Keys less than
+// kPerLane apart are in one lane.
 template <int kPerLane>
 __device__ void sort_warp(uint64_t (&keys)[kPerLane]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -91,13 +91,13 @@ __device__ void sort_warp(uint64_t (&keys)[kPerLane]) {
   }
 }
 
-// One warp a segment. Reads and writes go through shared memory, so that lanes are neighbours.
+// One warp per segment. Reads and writes go through shared memory to be coalesced.
 template <int kPerLane>
 __global__ void __launch_bounds__(32 * kSortWarps)
     sort_segments_kernel(const SortSegmentsParams params, int64_t num_segments) {
   constexpr int kSize = 32 * kPerLane;
   __shared__ uint32_t
-      shared[kSortWarps][kSize + kSize / kPerLane];  // a word free after each lane's
+      shared[kSortWarps][kSize + kSize / kPerLane];  // an unused word after each lane's
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t idx = static_cast<int64_t>(blockIdx.x) * kSortWarps + warp;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(32 * kSortWarps)
   for (int i = 0; i < kPerLane; ++i) {
     const int rank = lane * kPerLane + i;
     if (rank >= size) continue;
-    // A full sort needs the place of each rank, a partition the rank of each place.
+    // A full sort needs the place of each rank. A partition needs the rank of each place.
     if (params.num_heavy < 0) {
       word(rank) = place_of(keys[i]);
     } else {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * kSortWarps)
       if (i < size) segment.perm[i] = begin + static_cast<int32_t>(word(i));
       continue;
     }
-    // Both parts in their original order.
+    // Both parts keep their original order.
     const bool is_heavy = i < size && static_cast<int>(word(i)) < num_heavy;
     const unsigned votes = __ballot_sync(~0u, is_heavy);
     const int heavy = num_heavy_before + __popc(votes & ((1u << lane) - 1));
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(32 * kSortWarps)
   }
 }
 
-// How many threads before this one, and how many of all, have `flag` set.
+// The numbers of earlier threads and of all threads whose `flag` is set.
 struct Before {
   int here;
   int total;
@@ -174,7 +174,7 @@ __device__ Before count_before(bool flag, int (&warp_counts)[kWarps]) {
   return before;
 }
 
-// One CTA a segment.
+// One CTA per segment.
 __global__ void __launch_bounds__(kThreads)
     sort_segments_long_kernel(const SortSegmentsParams params) {
   extern __shared__ int4 raw[];
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
       if (i < size) segment.perm[rank] = begin + i;
       continue;
     }
-    // Both parts in their original order.
+    // Both parts keep their original order.
     const Before before = count_before(rank < num_heavy, warp_counts);
     if (i < size) {
       const int heavy = num_heavy_before + before.here;

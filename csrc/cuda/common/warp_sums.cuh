@@ -13,7 +13,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Sums the values of the lanes up to this one, its own among them.
+// The inclusive prefix sum over the lanes.
 template <class T>
 __device__ T sum_up_to(T x) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,6 +1,6 @@
-// permute_kv on CUDA: a warp reads the rows of K or V that its output rows come from, and stores
-// them; means of permuted key blocks come from the same registers. No row is read twice but by
-// another permutation of its head, then mostly from L2.
+// permute_kv on CUDA: a warp reads the source rows of its output rows of K or V, and stores them.
+// The means of permuted key blocks come from the same registers. Rows are read again only for other
+// permutations of the same head, and then mostly from L2.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"
@@ -10,7 +10,7 @@
 namespace pbs::cuda::sm80 {
 namespace {
 
-constexpr int kCtasPerSm = 3;  // in 80 registers a thread
+constexpr int kCtasPerSm = 3;  // with 80 registers per thread
 
 template <class T>
 __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
   const bool takes_part = thread < window.num_copied;
   const int32_t* perm = params.perm + first_head * problem.num_kv + window.begin + thread;
   const int first_of_warp = thread / 32 * 32;
-  // The rows of a warp are in one page.
+  // All rows of a warp are in one page.
   const MutableRows& output = window.is_key ? params.k_perm : params.v_perm;
-  RowPlace place{};  // of a warp that has none
+  RowPlace place{};  // used by warps without rows
   if (first_of_warp < window.num_copied) {
     place = place_in_pages(params.pages, static_cast<int>(window.b),
                            static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
   const auto out_stride = static_cast<int>(output.row_stride);
   const int num_rows = rows_of_warp(window.num_copied);
   float* sums_of_warp = sums + first_of_warp / 32 * window.width;
-  // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
+  // NOTE: a kernel cannot raise an error. NaN shows a bad permutation, without a stray read.
   const auto read = [&](int column, int row) {
     const bool is_valid = row >= 0 && row < source.num_rows;
     const T* from = source.rows + (is_valid ? row : 0) * source.row_stride + column;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
       store_rows<true>(read, window.width, row, num_rows, out, out_stride, sums_of_warp);
       __syncthreads();
       write_means(params, window, first_head + p, sums);
-      __syncthreads();  // all are done with these sums
+      __syncthreads();  // all warps have finished with these sums
     } else {
       store_rows<false>(read, window.width, row, num_rows, out, out_stride, sums_of_warp);
     }

@@ -1,9 +1,9 @@
-// Tiles of rows from device memory to shared memory, by cp.async, and where products find their
-// operands in them.
+// Copies tiles of rows from device memory to shared memory with cp.async, and addresses their
+// operands of products.
 //
-// A tile is a row of column groups, and a group holds its columns of all rows (pbs/key_tiles.h).
-// Pieces of 16 bytes are swizzled as tile_offset (common/fragments.cuh) says, so that neither
-// copies nor ldmatrix meet bank conflicts.
+// A tile is a row of column groups, and a group has its columns of all rows (pbs/key_tiles.h).
+// Pieces of 16 bytes are swizzled as in tile_offset (common/fragments.cuh), so that neither copies
+// nor ldmatrix have bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -19,26 +19,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same number, of which the compiler does not know where it comes from: what is computed from
-// it is computed at each use, too, and costs no register in between.
+// Returns the same number and hides its origin from the compiler. Values computed from it are then
+// recomputed at each use and occupy no register in between.
 __device__ __forceinline__ int renewed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Starts to copy 16 bytes, or zeros where nothing exists.
+// Starts to copy 16 bytes, or zeros if the source does not exist.
 __device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(exists ? 16 : 0));
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-// Until at most kPending of this thread's groups are still under way.
+// Waits until at most kPending groups of this thread are still in flight.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A thread's pieces of tiles of kHeadDim columns and kTileRows rows, which kThreads threads copy.
+// The pieces of a thread in tiles of kHeadDim columns and kTileRows rows, copied by kThreads
+// threads.
 template <int kHeadDim, int kTileRows, int kThreads>
 struct TileCopy {
   static constexpr int kGroupColumns = group_columns(kHeadDim);
@@ -47,7 +48,7 @@ struct TileCopy {
   static constexpr int kRowsAtOnce = kThreads / kLanesPerRow;
   static_assert(kRowsAtOnce % 8 == 0, "rows that a thread copies are swizzled alike");
 
-  // Starts to copy kRows rows to rows [first, first + kRows) of the tile. Those from num_rows on do
+  // Starts to copy kRows rows to rows [first, first + kRows) of the tile. Rows from num_rows on do
   // not exist.
   template <int kRows, class Element>
   __device__ __forceinline__ static void start(int thread, const void* tile, int first,
@@ -71,8 +72,8 @@ struct TileCopy {
   }
 };
 
-// A lane's address for ldmatrix: of row `row` of a tile, and of piece `piece` of the columns that
-// the products of one step, or of two, take. Rows may be added in multiples of 8.
+// The address of a lane for ldmatrix: row `row` of a tile, and piece `piece` of the columns of one
+// or two steps of products. Rows may be added in multiples of 8.
 template <int kHeadDim, int kTileRows>
 class TileRead {
  public:
@@ -83,7 +84,7 @@ class TileRead {
       : row_(shared_address(tile) + row * kGroupColumns * 2),
         swizzle_((piece ^ (kGroupColumns == 64 ? row % 8 : row / 2 % 4)) * 16) {}
 
-  // Columns from 16 * step on, `rows` rows further down.
+  // Columns from 16 * step on, shifted by `rows` rows.
   __device__ __forceinline__ uint32_t at(int step, int rows) const {
     return row_ + (step / kStepsPerGroup * kTileRows + rows) * kGroupColumns * 2 +
            (swizzle_ ^ (step % kStepsPerGroup * 32));

@@ -1,4 +1,4 @@
-// Named barriers by the numbers of the hardware, 0 to 15. CUTLASS adds to those of its users.
+// Named barriers by their hardware numbers, 0 to 15. CUTLASS adds an offset to those of its users.
 #pragma once
 
 #include <cutlass/arch/barrier.h>

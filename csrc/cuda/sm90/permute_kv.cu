@@ -1,7 +1,7 @@
-// permute_kv on CUDA: a CTA loads a window of K or V rows to shared memory and stores them in the
-// order of each permutation of that key head; means of permuted key blocks come from the same
-// registers. Loads are bulk copies: no registers limit how many bytes are in flight. A permutation
-// that leaves the window, as only segments longer than it do, loads its rows one by one, mostly
+// permute_kv on CUDA: a CTA loads a window of K or V rows to shared memory, and stores them in the
+// order of each permutation of that key head. The means of permuted key blocks come from the same
+// registers. Loads are bulk copies, so registers do not limit the bytes in flight. Only segments
+// longer than the window have permutations that leave it. Their rows are loaded one by one, mostly
 // from L2.
 #include <cuda_runtime.h>
 #include <cutlass/arch/barrier.h>
@@ -30,7 +30,7 @@ struct Slots {
   __device__ T* row(int slot) const { return data + slot * width; }
   __device__ int bytes(int num_rows) const { return num_rows * width * int{sizeof(T)}; }
 
-  // Says how many rows this warp is about to load.
+  // Announces how many rows this warp is about to load.
   __device__ void expect(int num_rows) const {
     if (threadIdx.x % 32 == 0) Barrier::arrive_and_expect_tx(full, bytes(num_rows));
     __syncwarp();
@@ -46,7 +46,7 @@ struct Slots {
   }
 };
 
-// Starts to load the window in its own order; each warp its share.
+// Starts to load the window in its own order. Each warp loads its share.
 template <class T>
 __device__ void load_window(const Source<T>& source, const Window& window, const Slots<T>& slots) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -69,11 +69,11 @@ __device__ void load_row(const Source<T>& source, int32_t row, bool takes_part,
   if (is_valid) {
     slots.load(source.rows + row * source.row_stride, thread, 1);
   } else if (takes_part) {
-    // NOTE: a kernel cannot raise; NaN makes a bad permutation visible without a stray read.
+    // NOTE: a kernel cannot raise an error. NaN shows a bad permutation, without a stray read.
     for (int column = 0; column < slots.width; column += kPiece<T>) {
       *reinterpret_cast<Piece<T>*>(slots.row(thread) + column) = nan_piece<T>();
     }
-    cutlass::arch::fence_view_async_shared();  // a bulk copy may write there next
+    cutlass::arch::fence_view_async_shared();  // the next bulk copy may write there
   }
 }
 
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
   const bool takes_part = thread < window.num_copied;
   const int32_t* perm = params.perm + first_row + thread;
   const int first_of_warp = thread / 32 * 32;
-  // The rows of a warp are in one page.
+  // All rows of a warp are in one page.
   const MutableRows& output = window.is_key ? params.k_perm : params.v_perm;
-  RowPlace place{};  // of a warp that has none
+  RowPlace place{};  // used by warps without rows
   if (first_of_warp < window.num_copied) {
     place = place_in_pages(params.pages, static_cast<int>(window.b),
                            static_cast<int>(params.first_page_row) + window.begin + first_of_warp);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kWindowThreads, kCtasPerSm)
     if (takes_part && p + 1 < num_perms) next = *perm;
     // A row before the window, or a negative one, wraps around to a large number.
     const uint32_t in_window = static_cast<uint32_t>(row) - static_cast<uint32_t>(window.begin);
-    // The vote is also the barrier behind which no thread reads what the slots hold.
+    // The vote is also a barrier: after it, no thread reads the contents of the slots.
     const bool is_local =
         __syncthreads_and(!takes_part || in_window < static_cast<uint32_t>(window.num_rows));
     if (!is_local || !holds_window) {

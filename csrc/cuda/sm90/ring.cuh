@@ -5,7 +5,7 @@
 
 namespace pbs::cuda::sm90 {
 
-// A place in a ring of stages and the parity that its barriers have there. One register: places
+// A place in a ring of stages, and the parity of its barriers there, in one register: places
 // [kStages, 2 * kStages) are the same stages with the other parity.
 template <int kStages>
 struct RingState {
@@ -20,7 +20,7 @@ struct RingState {
   }
 };
 
-// The same where the number of stages is known at run time only.
+// The same with a number of stages that is known only at run time.
 struct DynamicRingState {
   int num_stages;
   int stage = 0;
@@ -31,7 +31,7 @@ struct DynamicRingState {
   }
 };
 
-// Tells a barrier that counts warps that this one is done.
+// Signals a barrier that counts warps that this warp is done.
 template <class Barrier>
 __device__ void release(Barrier& barrier) {
   __syncwarp();

@@ -13,7 +13,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                             CUtensorMapFloatOOBfill);
 
-// Asked of the driver at run time: the library does not link libcuda.
+// The driver gives the function at run time, so the library does not link libcuda.
 Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -36,7 +36,7 @@ const char* encode_rows(CUtensorMap* map, const ConstRows& rows, const Problem& 
   const int64_t num_groups = problem.head_dim / columns;
   const cuuint64_t dims[] = {size(columns), size(num_rows), size(num_groups), size(num_heads),
                              size(problem.batch)};
-  // The stride of a dimension of size 1 may be anything in torch; TMA wants it to be sound.
+  // In torch a dimension of size 1 may have any stride. TMA needs a valid one.
   const auto stride = [&](int64_t elements, int64_t n) {
     return size(2 * (n == 1 ? problem.head_dim : elements));
   };

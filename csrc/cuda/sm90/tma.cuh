@@ -9,7 +9,8 @@
 
 namespace pbs::cuda::sm90 {
 
-// One box of a (B, H, N, D) tensor to shared memory; the barrier counts its bytes. By one thread.
+// Loads one box of a (B, H, N, D) tensor to shared memory. The barrier counts its bytes. Runs in
+// one thread.
 template <class Element>
 __device__ void copy_box(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                          Element* dst, int row, int group, int head, int b) {

@@ -1,12 +1,12 @@
-// Which warpgroup may start a product.
+// Decides which warpgroup may start a product.
 #pragma once
 
 #include "sm90/named_barrier.cuh"
 
 namespace pbs::cuda::sm90 {
 
-// The warpgroups start their products one after the other. Products that were in work at once would
-// all end late, and leave the tensor cores to wait for exponentials. Takes a named barrier a
+// The warpgroups start their products one after the other. If products ran at the same time, all
+// would end late, and the tensor cores would wait for exponentials. Uses one named barrier per
 // warpgroup, from kFirstBarrier on.
 template <int kNumWarpgroups, int kFirstBarrier>
 class Turns {

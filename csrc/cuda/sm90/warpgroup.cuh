@@ -10,8 +10,8 @@
 
 namespace pbs::cuda::sm90 {
 
-// Where in a CTA's dynamic shared memory swizzled tiles may start. By an offset: the compiler then
-// knows that all of it is shared memory.
+// Where swizzled tiles may start in the dynamic shared memory of a CTA. It is computed as an
+// offset, so that the compiler knows that all of it is shared memory.
 __device__ inline char* first_swizzled(char* raw) {
   const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % kSwizzleBytes;
   return raw + (misplaced == 0 ? 0 : kSwizzleBytes - misplaced);
@@ -23,8 +23,8 @@ __device__ void fence_operands(T (&operands)[kSize]) {
   for (T& operand : operands) cute::warpgroup_fence_operand(operand);
 }
 
-// A descriptor of an operand in shared memory. Its neighbours' differ in the address only, which
-// the first word holds in units of 16 bytes.
+// The descriptor of an operand in shared memory. Descriptors of neighbours differ only in the
+// address, which the first word has in units of 16 bytes.
 struct OperandDescriptor {
   uint32_t first;
   uint32_t second;

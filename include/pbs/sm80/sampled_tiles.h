@@ -1,4 +1,4 @@
-// Tiles of sampled scores on sm_80: keys as they are, in shared memory. Host and device.
+// Tiles of sampled scores on sm_80: keys are in shared memory in their own dtype. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ PBS_HOST_DEVICE constexpr int most_stacks(int head_dim) {
   return head_dim <= 128 ? kManyStacks : kFewStacks;
 }
 
-// CTAs on a multiprocessor, and stages of keys that each has in flight: in 99 KB together.
+// CTAs per multiprocessor, and stages of keys that each loads ahead: together they fit in 99 KB.
 PBS_HOST_DEVICE constexpr int sampled_ctas_per_sm(int head_dim) { return head_dim <= 128 ? 2 : 1; }
 PBS_HOST_DEVICE constexpr int sampled_stages(int head_dim) { return head_dim <= 128 ? 3 : 2; }
 

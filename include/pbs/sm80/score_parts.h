@@ -1,4 +1,4 @@
-// How the sm_80 score_keys deals out keys, and its shared memory. Host and device.
+// How score_keys distributes keys on sm_80, and its shared memory. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,19 @@
 
 namespace pbs::cuda::sm80 {
 
-// A CTA holds a block of rows in registers, 32 a warp, and multiplies it by rows that pass by:
-// queries by keys in the first pass, keys by queries in the second.
+// A CTA holds a block of rows in registers, 32 per warp, and multiplies it by rows that stream
+// through shared memory. In the first pass the block has queries and keys stream, in the second
+// pass the block has keys and queries stream.
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = 32 * kScoreWarps;
 constexpr int kScoreBlockRows = 32 * kScoreWarps;
 static_assert(kScoreBlockRows == kScoreTileRows, "a block holds the queries of a head");
 
 constexpr int kScoreCtasPerSm = 2;
-// Of each of them, on the GPUs with the least.
+// Shared memory of a CTA, on the GPUs with the least.
 constexpr int kScoreSharedBytes = kSmallSharedBytes / kScoreCtasPerSm - kReservedBytesPerCta;
 
-// Rows that are loaded together, each with a shift of 4 bytes; and how many times there is room for
-// them.
+// Rows that are loaded together, each with a shift of 4 bytes, and the number of stages for them.
 constexpr int score_stage_rows(int head_dim) { return head_dim <= 128 ? 64 : 32; }
 constexpr int score_stage_bytes(int head_dim) {
   return score_stage_rows(head_dim) * (2 * head_dim + 4);
@@ -31,16 +31,16 @@ constexpr int score_shared_bytes(int head_dim) {
   return score_stages(head_dim) * score_stage_bytes(head_dim);
 }
 
-// Of a part, so that a block behind its last key still counts in 32 bits.
+// The most keys of a part: the end of a block after its last key must fit in 32 bits.
 constexpr int64_t kMostPartKeys = int64_t{1} << 30;
 
-// The keys that each of num_walks CTAs would walk over, in parts that are CTAs of their own.
+// Divides the keys that each of num_walks CTAs would read into parts with a CTA each.
 struct ScoreParts {
-  int32_t keys_per_part;  // fewer in the last
+  int32_t keys_per_part;  // the last part may have fewer
   int32_t num_parts;
 };
 
-// A part costs about as much as kScoreBlockRows keys more than those that it has.
+// Each part costs about as much as kScoreBlockRows additional keys.
 constexpr ScoreParts score_parts(int64_t num_keys, int64_t num_walks, int64_t num_sms) {
   const int64_t num_slots = kScoreCtasPerSm * num_sms;
   const int64_t num_blocks = larger(1, ceil_div(num_keys, kScoreBlockRows));

@@ -1,5 +1,5 @@
-// Tiles of select_blocks with mean scores on sm_80: how many query blocks a CTA has in work, and
-// the shared memory they take. Host and device.
+// Tiles of select_blocks with mean scores on sm_80: the number of query blocks that a CTA works on,
+// and their shared memory. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +10,23 @@
 
 namespace pbs::cuda::sm80 {
 
-constexpr int kLogitRows = 8;        // query blocks of a tile at most, one for each warp
-constexpr int kSelectCtasPerSm = 2;  // as registers allow, with 128 a thread
+constexpr int kLogitRows = 8;        // query blocks of a tile at most, one per warp
+constexpr int kSelectCtasPerSm = 2;  // as registers allow, with 128 per thread
 
 struct SelectTiles {
-  int32_t rows;  // query blocks of a tile; 0 where not one fits
+  int32_t rows;  // query blocks of a tile; 0 if not one fits
   int64_t shared_bytes;
 };
 
-// A CTA holds this much beside its rows of logits: the mean queries, what its warps cut, and where
-// the sink is.
+// Shared memory of a CTA in addition to the rows of logits: the mean queries, the scratch of the
+// warps, and the index of the sink.
 constexpr int64_t select_fixed_bytes(int64_t head_dim) {
   return 4 * kLogitRows * (head_dim + kCutScratch) + 16;
 }
 
-// As many rows as leave room for two CTAs on a multiprocessor, one of which reads queries while the
-// other computes. Where these are less than half a tile, one CTA takes all shared memory, so that
-// keys are read less often. On a short sequence half a tile, so that all multiprocessors have work.
+// As many rows as leave room for two CTAs on a multiprocessor, so that one reads queries while the
+// other computes. If these are less than half a tile, one CTA takes all shared memory, so that keys
+// are read less often. A short sequence has half a tile, so that all multiprocessors have work.
 constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num_sms,
                                    int64_t shared_bytes_per_sm) {
   constexpr int64_t kTilesPerCta = 2;
@@ -49,7 +49,7 @@ constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num
   return tiles;
 }
 
-// The key blocks that a row of logits has room for, on the GPUs with the least shared memory.
+// The largest number of key blocks in a row of logits, on the GPUs with the least shared memory.
 constexpr int64_t max_key_blocks(const Problem& problem, const Blocking& blocking) {
   const int64_t room = kSmallSharedBytesPerCta - select_fixed_bytes(problem.head_dim);
   return round_down(room / 4 - 8, 32) - 3 - num_own_entries(blocking);

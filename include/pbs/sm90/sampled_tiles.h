@@ -8,17 +8,17 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kDrawnUnits = 3;     // by a CTA, at once
-constexpr int kSampledTables = 2;  // of sums: one is filled while the other is read
-constexpr int kSumWarpgroups = 4;  // that multiply
+constexpr int kDrawnUnits = 3;     // drawn units that a CTA holds at once
+constexpr int kSampledTables = 2;  // tables of sums: one is written while the other is read
+constexpr int kSumWarpgroups = 4;  // warpgroups that multiply
 
-// Tiles of keys in flight.
+// Tiles of keys that are loaded ahead.
 PBS_HOST_DEVICE constexpr int sampled_key_stages(int head_dim) {
   return head_dim_tiles(head_dim).sampled_stages;
 }
 
-// A tile in device memory is the image of what shared memory holds: its elements of one byte,
-// swizzled, and a float behind them that they are multiples of. Bulk copies move 16 bytes at least.
+// A tile in device memory is a copy of its layout in shared memory: its one-byte elements,
+// swizzled, followed by their scale as a float. Bulk copies move at least 16 bytes.
 PBS_HOST_DEVICE constexpr int key_tile_bytes(int head_dim) { return kSampledKeys * head_dim + 16; }
 PBS_HOST_DEVICE constexpr int stack_bytes(int head_dim) { return kStackRows * head_dim; }
 

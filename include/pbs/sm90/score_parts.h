@@ -1,4 +1,4 @@
-// How score_keys deals out keys and query heads. Host and device.
+// How score_keys distributes keys and query heads on sm_90. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -9,32 +9,32 @@
 
 namespace pbs::cuda::sm90 {
 
-// A product of the matrix unit: a block of 64 rows, one warpgroup's, by a tile of kScoreTileRows.
+// A product of the matrix unit: a block of 64 rows per warpgroup, by a tile of kScoreTileRows.
 constexpr int kScoreBlockRows = 64;
-constexpr int kScoreWarpgroups = 4;  // that multiply
+constexpr int kScoreWarpgroups = 4;  // warpgroups that multiply
 
 constexpr int score_tile_bytes(int head_dim) { return 2 * kScoreTileRows * head_dim; }
 
-// The barriers of so many heads and stages of keys fit in kScoreBarrierBytes.
+// The barriers of this many heads and stages of keys fit in kScoreBarrierBytes.
 constexpr int kMostScoreHeads = 4;
 constexpr int kMostScoreStages = 8;
 constexpr int kScoreBarrierBytes = 384;
 
-// The first pass multiplies a tile of keys by the blocks of queries in turn, two blocks a head, and
-// its warpgroups take these products in turn: how many different blocks each of them meets. It
-// keeps a state for each.
+// The first pass multiplies a tile of keys by the blocks of queries, two blocks per head, and its
+// warpgroups take these products in turn. This is the number of different blocks of a warpgroup,
+// which keeps a state for each.
 PBS_HOST_DEVICE constexpr int blocks_per_warpgroup(int num_heads) {
   return num_heads <= 2 ? 1 : num_heads == 3 ? 3 : 2;
 }
 
-// One pass over the keys of all key heads. The query heads of a key head go to groups, whose
-// queries are in shared memory together, and its keys to parts; a CTA works on one part.
+// One pass over the keys of all key heads. The query heads of a key head are divided into groups,
+// whose queries are in shared memory together, and its keys into parts. A CTA works on one part.
 struct ScorePlan {
-  int32_t heads_per_group;  // fewer in the last
+  int32_t heads_per_group;  // the last group may have fewer
   int32_t num_groups;
-  int32_t keys_per_part;  // fewer in the last
+  int32_t keys_per_part;  // the last part may have fewer
   int32_t num_parts;
-  int32_t num_stages;  // of keys in shared memory; 0 where the tables leave no room
+  int32_t num_stages;  // stages of keys in shared memory; 0 if the tables leave no room
 };
 
 // Keys that are loaded together.
@@ -42,8 +42,8 @@ constexpr int score_stage_rows(bool is_first_pass) {
   return is_first_pass ? kScoreTileRows : kScoreBlockRows;
 }
 
-// A CTA holds this much beside its stages of keys: queries, barriers, and in the first pass the
-// states of the blocks, in the second a shift for each query of all heads.
+// Shared memory of a CTA in addition to its stages of keys: queries and barriers, and the states of
+// the blocks in the first pass or a shift for each query of all heads in the second pass.
 constexpr int64_t score_fixed_bytes(bool is_first_pass, int64_t heads_per_group,
                                     int64_t heads_per_kv, int head_dim) {
   const int64_t num_groups = ceil_div(heads_per_kv, heads_per_group);
@@ -61,8 +61,8 @@ constexpr int64_t score_shared_bytes(const ScorePlan& plan, bool is_first_pass,
          plan.num_stages * 2 * score_stage_rows(is_first_pass) * head_dim;
 }
 
-// In the first pass the groups of a key head are CTAs of their own, in the second one CTA adds them
-// up.
+// In the first pass, each group of a key head has its own CTA. In the second pass, one CTA sums
+// over the groups.
 constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num_kv_heads,
                                int64_t heads_per_kv, int64_t num_sms, int head_dim) {
   const int64_t stage_rows = score_stage_rows(is_first_pass);
@@ -76,7 +76,8 @@ constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num
     const int64_t room =
         kSharedBytesPerCta - score_fixed_bytes(is_first_pass, num_heads, heads_per_kv, head_dim);
     int64_t fitting = smaller(larger(0, room) / stage_bytes, kMostScoreStages);
-    // With one head, half of the warpgroups take the even tiles: from the same stages each time.
+    // With one head, half of the warpgroups take the even tiles, which are always in the same
+    // stages.
     if (is_first_pass) fitting -= fitting % 2;
     if (fitting * stage_rows < 256 && !(most == 1 && fitting > 0)) continue;
     plan.heads_per_group = static_cast<int32_t>(num_heads);
@@ -84,7 +85,8 @@ constexpr ScorePlan score_plan(bool is_first_pass, int64_t num_keys, int64_t num
     plan.num_stages = static_cast<int32_t>(fitting);
   }
   if (plan.num_stages == 0) return plan;
-  // A part is a multiple of what all warpgroups take at once. Each costs about one of these more.
+  // A part is a multiple of the keys that all warpgroups take at once, and costs about one more of
+  // these.
   constexpr int64_t kUnit = kScoreWarpgroups * kScoreBlockRows;
   const int64_t num_walks = num_kv_heads * (is_first_pass ? plan.num_groups : 1);
   const int64_t num_units = larger(1, ceil_div(num_keys, kUnit));

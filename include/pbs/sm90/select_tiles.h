@@ -1,5 +1,5 @@
-// Tiles of select_blocks on CUDA: how many query blocks a CTA has in work at once, and the shared
-// memory they take. Host and device.
+// Tiles of select_blocks with mean scores on sm_90: the number of query blocks that a CTA works on,
+// and their shared memory. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +10,18 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kLogitRows = 16;  // of one product: query blocks of a tile at most
-constexpr int kRowWarps = 16;   // compute rows of logits and cut them
-constexpr int kMeanWarps = 4;   // average queries
+constexpr int kLogitRows = 16;  // rows of one product: query blocks of a tile at most
+constexpr int kRowWarps = 16;   // warps that compute rows of logits and cut them
+constexpr int kMeanWarps = 4;   // warps that average queries
 constexpr int kMeanBuffers = 2;
 constexpr int kMaxQuerySlots = 8;
-constexpr int kOnesBytes = 256;  // of 16 x 8 elements
+constexpr int kOnesBytes = 256;  // 16 x 8 elements
 constexpr int kSelectBarrierBytes = 288;
 
-// A tile's mean queries are held as two TF32 halves, which take so many floats each.
+// A tile has its mean queries as two TF32 halves. Each half takes this many floats.
 PBS_HOST_DEVICE constexpr int query_means_floats(int head_dim) { return kLogitRows * head_dim; }
 
-// Queries that are loaded together: so many columns of a query block.
+// The number of columns of a query block that are loaded together.
 PBS_HOST_DEVICE constexpr int query_slot_columns(int head_dim) {
   return head_dim_tiles(head_dim).mean_columns;
 }
@@ -30,26 +30,26 @@ PBS_HOST_DEVICE constexpr int query_slot_bytes(int head_dim, int block_size) {
 }
 
 struct SelectTiles {
-  int32_t rows;       // query blocks of a tile; 0 where not one fits
-  int32_t num_slots;  // of queries in shared memory
+  int32_t rows;       // query blocks of a tile; 0 if not one fits
+  int32_t num_slots;  // slots of queries in shared memory
   int64_t shared_bytes;
 };
 
-// A CTA holds this much beside its slots and its rows of logits.
+// Shared memory of a CTA in addition to its slots and its rows of logits.
 constexpr int64_t select_fixed_bytes(int head_dim) {
   return kSwizzleBytes + kOnesBytes + kSelectBarrierBytes +
          4 * (2 * kMeanBuffers * query_means_floats(head_dim) + kRowWarps * kCutScratch);
 }
 
-// Float32 queries are averaged as they are read, without slots.
+// Float32 queries are averaged while they are read, without slots.
 constexpr int64_t slot_bytes_of(const Problem& problem, const Blocking& blocking) {
   return problem.dtype == DType::kFloat32 ? 0
                                           : query_slot_bytes(static_cast<int>(problem.head_dim),
                                                              static_cast<int>(blocking.block_size));
 }
 
-// As many rows as a product has; on a short sequence fewer, so that each CTA has several tiles, of
-// which one is loaded while the one before is in work.
+// As many rows as a product has. A short sequence has fewer, so that each CTA has several tiles and
+// loads one while it computes another.
 constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num_sms) {
   constexpr int64_t kTilesPerCta = 3;
   const Problem& problem = params.problem;
@@ -72,7 +72,7 @@ constexpr SelectTiles select_tiles(const SelectBlocksParams& params, int64_t num
   return tiles;
 }
 
-// The key blocks that a row of logits has room for.
+// The largest number of key blocks in a row of logits.
 constexpr int64_t max_key_blocks(const Problem& problem, const Blocking& blocking) {
   const int64_t room = kSharedBytesPerCta - select_fixed_bytes(static_cast<int>(problem.head_dim)) -
                        slot_bytes_of(problem, blocking);

@@ -1,4 +1,4 @@
-// Counts what each query block selects, before the blocks are sorted.
+// Counts the key blocks that each query block selects, before the query blocks are sorted.
 #include <cuda_runtime.h>
 
 #include "common/attend/sort_groups.cuh"
@@ -6,11 +6,11 @@
 namespace pbs::cuda {
 namespace {
 
-// From so many words of the mask on, more CTAs than those that sort count them.
+// With at least this many mask words, they are counted by more CTAs than those that sort.
 constexpr int64_t kMostWordsToCount = 1 << 19;
 constexpr int kCountThreads = 256;
 
-// A warp a query block.
+// One warp per query block.
 __global__ void __launch_bounds__(kCountThreads)
     attend_count_kernel(const __grid_constant__ OrderArgs args) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,4 +1,4 @@
-// The query block that a CTA of attend works on next.
+// Draws the next query block of a CTA of attend.
 #pragma once
 
 #include "common/attend/draw_args.h"
@@ -6,15 +6,15 @@
 
 namespace pbs::cuda {
 
-// A query block, with all that is needed to attend to its keys.
+// A query block, with everything that attention to its keys needs.
 template <class Element>
 struct AttendWork {
-  KeyTiles tiles;  // total < 0: no more work
+  KeyTiles tiles;  // total < 0: no work is left
   int32_t b;
   int32_t q_head;
   int32_t kv_head;
   int32_t perm_head;
-  int32_t own_begin;  // row of what lies in memory
+  int32_t own_begin;  // row in k and v
   int32_t num_candidates;
   int32_t first_row;
   int32_t num_rows;
@@ -23,7 +23,7 @@ struct AttendWork {
   float* lse;
 };
 
-// Draws query blocks in the order that the workspace holds.
+// Draws query blocks in the order of the workspace.
 class WorkDrawer {
  public:
   __device__ explicit WorkDrawer(const DrawArgs& args) : args_(args) {}
@@ -31,8 +31,7 @@ class WorkDrawer {
   // The number of the next draw.
   __device__ int draw() const { return atomicAdd(args_.workspace + args_.layout.counter, 1); }
 
-  // Fills in the query block that was drawn as number draw_idx, whose keys come in tiles of
-  // tile_keys.
+  // Fills in the query block of draw number draw_idx. Tiles have tile_keys keys.
   template <class Element>
   __device__ void fill(int draw_idx, int tile_keys, AttendWork<Element>& work) {
     const DrawnPlace drawn = drawn_place(args_.groups, draw_idx);
@@ -48,7 +47,7 @@ class WorkDrawer {
     const int2 ordered =
         sorted[static_cast<int64_t>(group_idx_) * args_.groups.blocks_per_group() + drawn.place];
     const WorkTile tile = work_tile(args_.groups, group_idx_, ordered.x);
-    if (tile.head >= args_.groups.num_heads) {  // of a short group
+    if (tile.head >= args_.groups.num_heads) {  // the group is short
       work.tiles.total = 0;
       work.num_rows = 0;
       return;
@@ -77,7 +76,7 @@ class WorkDrawer {
 
  private:
   const DrawArgs& args_;
-  int rank_ = -1;  // of the group drawn from last
+  int rank_ = -1;  // rank of the group of the last draw
   int group_idx_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// What every attend kernel is launched with, and the order of its query blocks. Host side.
+// Launch arguments that all attend kernels share, and the order of their query blocks. Host side.
 #pragma once
 
 #include <limits>
@@ -15,8 +15,8 @@ struct DrawArgs {
   WorkGroups groups;
   OrderLayout layout;
   int32_t* workspace;
-  int32_t num_mask_words;  // of a row of block_mask
-  int32_t page_shift;      // logarithm of the rows of a page; 31 without pages
+  int32_t num_mask_words;  // words per row of block_mask
+  int32_t page_shift;      // base-2 logarithm of the rows of a page; 31 without pages
 };
 
 // Keys and values that are read at about the same time may take l2_bytes.
@@ -31,7 +31,7 @@ inline int64_t order_bytes(const WorkGroups& groups) {
   return order_layout(groups).size * static_cast<int64_t>(sizeof(int32_t));
 }
 
-// Returns an error, or null.
+// Returns an error as text, or null.
 inline const char* fill_draw_args(const AttendParams& params, void* workspace, int64_t l2_bytes,
                                   DrawArgs& args) {
   args.params = params;

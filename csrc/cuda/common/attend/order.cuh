@@ -1,4 +1,4 @@
-// What attend and the kernels that run before it share.
+// Code that attend shares with the kernels that run before it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,14 +13,14 @@ struct OrderArgs {
   Blocking blocking;
   bool is_causal;
   const uint32_t* block_mask;
-  int32_t num_mask_words;  // of a row of block_mask
+  int32_t num_mask_words;  // words per row of block_mask
   WorkGroups groups;
   OrderLayout layout;
   int32_t* workspace;
-  bool is_counted;  // the workspace holds what each query block selects
+  bool is_counted;  // whether the workspace has the counts of selected blocks
 };
 
-// Where masks are long, counts in a kernel of its own what each query block selects.
+// If masks are long, launches a kernel that counts the selected blocks of each query block.
 cudaError_t launch_count(OrderArgs& args, cudaStream_t stream);
 
 }  // namespace pbs::cuda

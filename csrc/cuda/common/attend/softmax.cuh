@@ -1,4 +1,4 @@
-// Online softmax over accumulators, two rows a thread.
+// Online softmax over accumulators, with two rows per thread.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -8,26 +8,26 @@
 
 namespace pbs::cuda {
 
-// By how many powers of two weights may outgrow the maximum that they are relative to before that
-// maximum moves: far from the end of float16, and a maximum that creeps up tile by tile costs
+// A weight may exceed the base of its row by this many powers of two before the base moves. The
+// limit is far below the end of float16, and a maximum that grows slowly from tile to tile costs
 // nothing.
 constexpr float kMaxGrowth = 8.0f;
 constexpr float kMaxSum = 256.0f;  // 2^kMaxGrowth
-// Sums below it have lost nothing to the range of float32.
+// If a sum is no larger, no weight has left the range of float32.
 constexpr float kMaxFiniteSum = 0x1p100f;
 
-// One thread's share of the sums of a tile's weights.
+// The share of one thread in the sums of a tile's weights.
 struct TileSums {
   float row[kThreadRows];
 };
 
 struct Softmax {
   float scale_log2 = 0.0f;                           // scale * log2(e)
-  float base[kThreadRows] = {-INFINITY, -INFINITY};  // about the maximum, in powers of two
-  float row_sum[kThreadRows] = {};                   // this thread's columns only
+  float base[kThreadRows] = {-INFINITY, -INFINITY};  // close to the maximum, in powers of two
+  float row_sum[kThreadRows] = {};                   // over this thread's columns only
 
-  // Looks at new scores. True, for the whole warp, if a base moved: what was summed against the
-  // older one must then shrink by rescale.
+  // Reads new scores. Returns true, for the whole warp, if a base moved. Earlier sums must then be
+  // multiplied by rescale.
   template <class Scores>
   __device__ bool raise(const Scores& scores, float (&rescale)[kThreadRows]) {
     float top[kThreadRows];
@@ -45,15 +45,15 @@ struct Softmax {
     return moves;
   }
 
-  // Scores to weights, exp2(scale_log2 * score - base). Far elements are summed first, in pairs:
-  // ptxas starts exponentials in the order in which their sums need them, and a sum of neighbours
-  // would wait for the one that was started just before.
+  // Turns scores into weights, exp2(scale_log2 * score - base). Distant elements are summed first,
+  // in pairs: ptxas starts exponentials in the order in which their sums need them, and a sum of
+  // neighbours would wait for the exponential that was started just before.
   template <class Scores>
   __device__ TileSums weigh(Scores& scores) const {
     return weigh(scores, base);
   }
 
-  // The same where some rows may have seen nothing yet.
+  // The same if some rows may not have seen any key yet.
   template <class Scores>
   __device__ TileSums weigh_any(Scores& scores) const {
     const float finite[kThreadRows] = {base[0] == -INFINITY ? 0.0f : base[0],
@@ -61,17 +61,17 @@ struct Softmax {
     return weigh(scores, finite);
   }
 
-  // True, for the whole warp, if some weights are too large, or not numbers.
+  // Returns true, for the whole warp, if some weights are too large or NaN.
   __device__ static bool outgrow(const TileSums& sums) {
     return __any_sync(~0u, !(sums.row[0] <= kMaxSum && sums.row[1] <= kMaxSum));
   }
 
-  // True, for the whole warp, if weights left the range of numbers.
+  // Returns true, for the whole warp, if weights are out of range.
   __device__ static bool is_lost(const TileSums& sums) {
     return __any_sync(~0u, !(sums.row[0] <= kMaxFiniteSum && sums.row[1] <= kMaxFiniteSum));
   }
 
-  // Moves bases to where the weights' maxima are, and weights and their sums with them.
+  // Moves the bases to the maxima of the weights, and rescales the weights and their sums.
   template <class Weights>
   __device__ void shrink(Weights& weights, TileSums& sums, float (&rescale)[kThreadRows]) {
     float top[kThreadRows];
@@ -91,8 +91,8 @@ struct Softmax {
   }
 
  private:
-  // Finds the maxima of this thread's columns. Each row has two chains, so that neighbours in
-  // program order do not wait for each other.
+  // Finds the maxima of this thread's columns. Each row has two chains, so that neighbouring
+  // instructions do not wait for each other.
   template <class Values>
   __device__ static void row_maxima(const Values& values, float (&top)[kThreadRows]) {
     float chains[kThreadRows][2];

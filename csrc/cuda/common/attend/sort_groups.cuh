@@ -1,4 +1,4 @@
-// Sorts the query blocks of a group by weight, and groups by theirs.
+// Sorts the query blocks of a group by weight, and the groups by theirs.
 #pragma once
 
 #include "common/attend/order.cuh"
@@ -12,7 +12,7 @@ __device__ inline QueryBlock block_of(const OrderArgs& args, const WorkTile& til
   return query_block(tile.q_block_idx, args.problem, args.blocking, args.is_causal);
 }
 
-// In words first, first + step, ... of the query block's mask.
+// Counts the bits in words first, first + step, ... of the mask of a query block.
 __device__ inline int count_selected(const OrderArgs& args, const WorkTile& tile, int first,
                                      int step) {
   if (tile.head >= args.groups.num_heads) return 0;
@@ -27,7 +27,7 @@ __device__ inline int count_selected(const OrderArgs& args, const WorkTile& tile
   return count;
 }
 
-// Keys that the query block visits.
+// The number of keys that the query block visits.
 __device__ inline int count_keys(const OrderArgs& args, const WorkTile& tile, int num_selected) {
   if (tile.head >= args.groups.num_heads) return 0;
   const QueryBlock block = block_of(args, tile);
@@ -35,7 +35,7 @@ __device__ inline int count_keys(const OrderArgs& args, const WorkTile& tile, in
          static_cast<int>(block.own_end - block.own_begin);
 }
 
-// Exclusive sum over the threads' values.
+// The exclusive prefix sum over the values of the threads.
 __device__ inline int scan(int value, int (&warp_sums)[kOrderThreads / 32]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -74,7 +74,7 @@ __device__ inline void sort_group(const OrderArgs& args, int group_idx) {
     weight += static_cast<float>(num_keys);
     atomicAdd(&bins[order_bin(num_keys, most_keys, bins_per_key)], 1);
   }
-  // One atomic a warp: those on one place in shared memory are served one after the other.
+  // One atomic per warp, because atomics on one address in shared memory run one after the other.
   for (int step = 16; step > 0; step /= 2) weight += __shfl_xor_sync(~0u, weight, step);
   if (threadIdx.x % 32 == 0) atomicAdd(&group_weight, weight);
   __syncthreads();
@@ -94,7 +94,7 @@ __device__ inline void sort_group(const OrderArgs& args, int group_idx) {
   __syncthreads();
 }
 
-// Gives a group its rank among all: the heaviest comes first.
+// Writes the rank of a group among all groups. The heaviest is first.
 __device__ inline void rank_group(const OrderArgs& args, int group_idx) {
   const int num_groups = args.groups.num_groups();
   const int32_t* weights = args.workspace + args.layout.weights;

@@ -1,4 +1,4 @@
-// Normalised output rows and log-sum-exp, from registers to memory.
+// Writes normalised output rows and the log-sum-exp from registers to memory.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -8,7 +8,7 @@
 
 namespace pbs::cuda {
 
-// Word i of lane c of a quad becomes word c of lane i.
+// Transposes words in a quad: word i of lane c becomes word c of lane i.
 __device__ inline void transpose_quad(uint32_t (&words)[4], int lane) {
   const bool is_odd = lane & 1;
   CUTE_UNROLL
@@ -26,7 +26,7 @@ __device__ inline void transpose_quad(uint32_t (&words)[4], int lane) {
   }
 }
 
-// Writes row r of a thread: it is row `row` of the query block.
+// Writes row r of a thread, which is row `row` of the query block.
 template <int kHeadDim, class Element, class Output>
 __device__ __forceinline__ void write_row(const AttendWork<Element>& work, int64_t row_stride,
                                           const Softmax& softmax, const Output& tOrO, int r,
@@ -39,7 +39,7 @@ __device__ __forceinline__ void write_row(const AttendWork<Element>& work, int64
     work.lse[row] = sum == 0.0f ? -INFINITY : log2_sum * 0.6931471805599453f;
   }
   uint4* out = reinterpret_cast<uint4*>(work.out + row * row_stride + lane % 4 * 8);
-  // A quad holds 4 * 8 columns in 4 words a lane; transposed, each lane has 8 in a row.
+  // A quad has 4 * 8 columns in 4 words per lane. After the transpose, each lane has 8 in a row.
   CUTE_UNROLL
   for (int group = 0; group < kHeadDim / 32; ++group) {
     uint32_t words[4];
@@ -56,7 +56,7 @@ __device__ __forceinline__ void write_row(const AttendWork<Element>& work, int64
   }
 }
 
-// A block that visits nothing: zeros, and log(0). Called by one warp.
+// Writes the rows of a block that visits nothing: zeros, and log(0). Called by one warp.
 template <int kHeadDim, class Element>
 __device__ void write_nothing(const AttendWork<Element>& work, int64_t row_stride) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,4 +1,4 @@
-// score_keys where there is nothing to score by: no key is important.
+// score_keys without queries or keys to score: every key has importance 0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace pbs::cuda {
 
-// Returns an error, or null.
+// Returns an error as text, or null.
 inline const char* clear_importance(const ScoreKeysParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const int64_t num_keys = problem.batch * problem.num_perm_heads * problem.num_kv;

@@ -1,4 +1,4 @@
-// What the states that parts of the keys have left come to.
+// Merges the softmax states of the parts of the keys.
 #pragma once
 
 #include "common/row_state.cuh"
@@ -6,7 +6,7 @@
 
 namespace pbs::cuda {
 
-// What one query's states of every step-th part come to.
+// The merged states of every step-th part, for one query.
 __device__ inline RowState merge_parts(const float2* states, int num_parts, int step) {
   RowState all;
 #pragma unroll 8
@@ -21,9 +21,8 @@ constexpr int kMergeThreads = 1024;
 constexpr int kMergeSlices = kMergeThreads / kScoreTileRows;
 using MergeSlices = float2[kMergeSlices][kScoreTileRows];
 
-// Merges all parts of the queries of a head, by a CTA of kMergeThreads: `states` are those of query
-// `row`, of which the thread takes every kMergeSlices-th part. The threads of slice 0 get the
-// result.
+// Merges all parts of the queries of a head, in a CTA of kMergeThreads. `states` are those of query
+// `row`. A thread merges every kMergeSlices-th part, and the threads of slice 0 get the result.
 __device__ inline RowState merge_slices(const float2* states, int num_parts, int slice, int row,
                                         MergeSlices& slices) {
   const RowState own =

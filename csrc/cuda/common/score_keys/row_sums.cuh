@@ -1,4 +1,4 @@
-// The sum of a query's weights, tile of keys after tile.
+// The sum of the weights of a query, computed tile by tile.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -8,16 +8,16 @@
 
 namespace pbs::cuda {
 
-// What a thread knows of its two rows of a product, of its columns only.
+// The state of a thread for its two rows of a product, over its own columns only.
 struct alignas(16) ThreadState {
   float sum[kThreadRows];
   float max[kThreadRows];
 };
 static_assert(sizeof(ThreadState) == 16);
 
-// Sums are taken relative to the maximum of the first tile: nothing is rounded on the way, so that
-// a later score may lie 126 powers of two above it. Where one lies further above, the weights of
-// the tile are computed once more, against its maximum.
+// Sums are relative to the maximum of the first tile. Nothing is rounded on the way, so a later
+// score may exceed it by 126 powers of two. If a score is even larger, the weights of the tile are
+// computed again, relative to its own maximum.
 class RowSums {
  public:
   __device__ explicit RowSums(float factor) : factor_(factor) {}
@@ -47,7 +47,7 @@ class RowSums {
   }
 
  private:
-  // Where all scores are -inf: weights of 0, or of NaN where a score is NaN.
+  // If all scores are -inf: the weights are 0, or NaN if a score is NaN.
   __device__ static float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
   template <class Scores>

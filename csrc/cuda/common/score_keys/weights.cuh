@@ -1,4 +1,4 @@
-// Weights of keys, from products whose rows are keys and whose columns are queries.
+// Weights of keys, computed from products whose rows are keys and whose columns are queries.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -8,20 +8,19 @@
 
 namespace pbs::cuda {
 
-// A weight is exp2(score + shift). A query that sees nothing but -inf weighs nothing, as one that
-// does not exist.
+// A weight is exp2(score + shift). A query whose scores are all -inf has weights of 0, like one
+// that does not exist.
 __device__ inline float shift_of(const RowState& query, bool exists) {
   return exists && query.sum != 0.0f ? -(query.max + log2f(query.sum)) : -INFINITY;
 }
 
-// Where the shift of a query is among those of its head: a thread's columns of two products of 8
-// follow each other.
+// The position of a query's shift among those of its head. The columns of a thread in two products
+// of 8 are contiguous.
 __device__ inline int place_of_shift(int query) {
   return query / 16 * 16 + query % 8 / 2 * 4 + query % 16 / 8 * 2 + query % 2;
 }
 
-// Adds the weights of a thread's columns to those of its keys. `shifts` are those of the products'
-// columns.
+// Adds the weights in a thread's columns to those of its keys. `shifts` are those of the columns.
 template <class Scores>
 __device__ void add_weights(const Scores& scores, const float* shifts, float factor, int lane,
                             float (&totals)[kThreadRows]) {

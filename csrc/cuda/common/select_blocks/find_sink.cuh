@@ -1,4 +1,4 @@
-// The key block that is always visited.
+// Finds the key block that is always visited.
 #pragma once
 
 #include "pbs/params.h"

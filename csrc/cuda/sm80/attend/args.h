@@ -1,4 +1,4 @@
-// What the sm_80 attend kernel is launched with.
+// Launch arguments of the sm_80 attend kernel.
 #pragma once
 
 #include "common/attend/draw_args.h"
@@ -7,11 +7,11 @@
 namespace pbs::cuda::sm80 {
 
 struct AttendArgs : DrawArgs {
-  int32_t* lists;     // (CTAs, 2, list_size): where selected keys are, behind the order
-  int32_t list_size;  // parts of the tiles of a query block at most
+  int32_t* lists;     // (CTAs, 2, list_size): rows of selected keys, stored after the order
+  int32_t list_size;  // the most parts of tiles of a query block
 };
 
-// Of kPartRows rows; the first tile may have absent ones.
+// A tile consists of parts of kPartRows rows. The first tile may have absent parts.
 inline int64_t attend_list_size(const Problem& problem) {
   return ceil_div(problem.num_kv, kPartRows) + kMostParts;
 }

@@ -1,4 +1,4 @@
-// Host side of attend: grid, and the choice of element type, head dim and tile.
+// Host side of attend: the grid, and the choice of element type, head dim and tile.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"
@@ -11,7 +11,8 @@
 namespace pbs::cuda::sm80 {
 namespace {
 
-// Keys and values may fill so much of L2, 40 MB on most GPUs, before they push each other out.
+// Keys and values may fill this much of L2, which is 40 MB on most GPUs, before they evict each
+// other.
 constexpr int64_t kL2Bytes = int64_t{20} << 20;
 
 template <class Element, int kHeadDim>

@@ -1,4 +1,4 @@
-// What a warp computes: scores of its query rows against a tile of keys, their softmax, and the
+// The work of a warp: the scores of its query rows against a tile of keys, their softmax, and the
 // weighted sum of the tile's values.
 #pragma once
 
@@ -27,13 +27,13 @@ class RowTiles {
     }
   }
 
-  // Whether the warp's last row, and with it any, sees a key of the tile.
+  // Whether the last row of the warp, which sees the most keys, sees a key of the tile.
   __device__ bool sees_some(const KeyTiles& tiles, int tile_idx) const {
     return visible_keys(tiles, tile_idx, first_row(renewed(thread_)) + 16 * kRowTiles - 1,
                         Traits::kKeys) > 0;
   }
 
-  // S = Q . K^T, of the tile of keys in shared memory.
+  // S = Q . K^T, for the tile of keys in shared memory.
   __device__ __forceinline__ void multiply_keys() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) cute::clear(scores_[m]);
@@ -59,7 +59,7 @@ class RowTiles {
     }
   }
 
-  // Hides what rows do not see of a tile.
+  // Hides the keys of a tile that rows do not see.
   __device__ __forceinline__ void mask(const KeyTiles& tiles, int tile_idx) {
     const int thread = renewed(thread_);
     const int lane = thread % 32;
@@ -68,7 +68,7 @@ class RowTiles {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
         const int row = first_row(thread) + lane / 4 + 16 * m + 8 * r;
-        // Against constants, counted from this lane's first column.
+        // Compares with constants, counted from the first column of this lane.
         const int limit = visible_keys(tiles, tile_idx, row, Traits::kKeys) - column_of(0, lane);
 #pragma unroll
         for (int i = 0; i < cute::size(scores_[m]); ++i) {
@@ -78,7 +78,7 @@ class RowTiles {
     }
   }
 
-  // Scores to weights. Where a maximum moved, what was summed up before it shrinks.
+  // Turns scores into weights. If a maximum moved, the earlier sums are rescaled.
   __device__ __forceinline__ void weigh() {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -91,7 +91,7 @@ class RowTiles {
     }
   }
 
-  // O += P . V, of the tile of values in shared memory.
+  // O += P . V, for the tile of values in shared memory.
   __device__ __forceinline__ void multiply_values() {
     const int lane = renewed(thread_) % 32;
     const typename Traits::KeyRead values(shared_.v, lane % 16, lane / 16);
@@ -132,7 +132,7 @@ class RowTiles {
  private:
   static constexpr int kRowTiles = Traits::kRowTiles;
 
-  // Of the warp.
+  // The first row of the warp.
   __device__ static int first_row(int thread) { return thread / 32 * 16 * kRowTiles; }
 
   // Adds to 8 columns of the accumulators.

@@ -1,5 +1,5 @@
-// The kernels of attend that attend.cu launches. Each head dim has a small .cu of its own, so that
-// they compile side by side.
+// The kernels of attend that attend.cu launches. Each head dim has its own small .cu file, so that
+// they compile in parallel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace pbs::cuda::sm80 {
 
-// Fills the workspace: the counter with 0, and the order.
+// Fills the workspace: sets the counter to 0 and writes the order.
 cudaError_t launch_order(OrderArgs args, cudaStream_t stream);
 
 template <class Element, int kHeadDim, int kKeys>

@@ -1,6 +1,6 @@
-// The sm_80 attend kernel and its launch. Warps share the tiles of keys and values that they copy
-// together, and have query rows of their own. While a CTA waits or computes exponentials, another
-// one on the same multiprocessor has the tensor cores.
+// The sm_80 attend kernel and its launch. The warps of a CTA copy tiles of keys and values together
+// and share them. Each warp has its own query rows. While a CTA waits or computes exponentials,
+// another CTA on the same multiprocessor uses the tensor cores.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace pbs::cuda::sm80 {
 
-// Draws the next query block that visits anything, and lists its keys. By one warp.
+// Draws the next query block that visits any key, and lists its keys. Runs in one warp.
 template <class Traits>
 __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& shared, int slot) {
   auto& work = shared.work[slot];
@@ -29,15 +29,15 @@ __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& share
   if (work.tiles.total > 0) list_keys<Traits>(args, work, list_of(args, slot));
 }
 
-// All keys that the query block of a slot visits. The next block is drawn, and starts to load,
-// meanwhile.
+// Attends to all keys of the query block of a slot. Meanwhile the next block is drawn and starts to
+// load.
 template <class Traits>
 __device__ __forceinline__ void attend_block(const AttendArgs& args,
                                              typename Traits::Shared& shared, int slot, int thread,
                                              const TileLoader<Traits>& loader) {
   const auto& work = shared.work[slot];
   const KeyTiles& tiles = work.tiles;
-  // What is loaded last is there, and all warps are done with what was in work.
+  // Waits until the last load is complete and all warps have finished the current tile.
   const auto wait_for_tile = [] {
     wait_for_copies<0>();
     __syncthreads();
@@ -49,7 +49,7 @@ __device__ __forceinline__ void attend_block(const AttendArgs& args,
   int tile_idx = 0;
 #pragma unroll 1
   while (true) {
-    // Any tile.
+    // Computes any tile.
     const bool is_masked = tile_idx < tiles.num_masked;
     const bool sees_some = !is_masked || rows.sees_some(tiles, tile_idx);
     if (sees_some) rows.multiply_keys();
@@ -63,8 +63,8 @@ __device__ __forceinline__ void attend_block(const AttendArgs& args,
     if (++tile_idx == tiles.total) break;
     wait_for_tile();
     loader.start_values(slot, tile_idx);
-    // Whole tiles of selected keys, but for the last one, without a branch: products then run
-    // beside exponentials, and beside the waits.
+    // Computes whole tiles of selected keys, except the last one, without a branch: the products
+    // then overlap with the exponentials and the waits.
     if (tile_idx <= tiles.num_own) continue;
 #pragma unroll 1
     for (; tile_idx + 1 < tiles.total; ++tile_idx) {

@@ -1,5 +1,5 @@
-// Where the selected keys of a query block are: a list in device memory, made by one warp while the
-// block before is in work.
+// The list of the selected keys of a query block, in device memory. One warp writes it while the
+// CTA works on the previous block.
 #pragma once
 
 #include "args.h"
@@ -11,13 +11,13 @@ namespace pbs::cuda::sm80 {
 
 constexpr int kAbsent = -1;  // a part without rows
 
-// The list of a slot: for each tile of selected keys the first row of each of its parts, counted
-// through all pages.
+// The list of a slot: the first row of each part of each tile of selected keys, counted through all
+// pages.
 __device__ inline int32_t* list_of(const AttendArgs& args, int slot) {
   return args.lists + (static_cast<int64_t>(blockIdx.x) * 2 + slot) * args.list_size;
 }
 
-// A row of permuted keys. A page that does not exist has none.
+// The row of permuted keys, or kAbsent if its page does not exist.
 __device__ inline int row_in_pages(const AttendArgs& args, int row) {
   const Pages& pages = args.params.pages;
   if (pages.table == nullptr) return row;
@@ -26,14 +26,14 @@ __device__ inline int row_in_pages(const AttendArgs& args, int row) {
   return page << args.page_shift | (row & ((1 << args.page_shift) - 1));
 }
 
-// Lists the selected blocks in ascending order. Each lane takes a word of the mask.
+// Lists the selected blocks in ascending order. Each lane reads a word of the mask.
 template <class Traits>
 __device__ void list_keys(const AttendArgs& args, const typename Traits::Work& work,
                           int32_t* list) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto kv_block_size = static_cast<int>(args.params.blocking.kv_block_size);
   const int parts_per_block = kv_block_size / kPartRows;
-  // The first tile has what does not fill one, and is then full of absent parts.
+  // The first tile has the remainder, and is filled up with absent parts.
   const int num_first = work.tiles.first_selected_size / kPartRows;
   if (lane >= num_first && lane < Traits::kParts) list[lane] = kAbsent;
   const int num_words = (work.num_candidates + 31) / 32;

@@ -1,5 +1,5 @@
-// Loads the tiles of a query block, in the order of KeyTiles: the keys of a tile, then its values,
-// then the keys of the next one.
+// Loads the tiles of a query block in the order of KeyTiles: first the keys of a tile, then its
+// values, then the keys of the next tile.
 #pragma once
 
 #include "key_list.cuh"
@@ -17,14 +17,14 @@ class TileLoader {
   __device__ TileLoader(const AttendArgs& args, Shared& shared, int thread)
       : args_(args), shared_(shared), thread_(thread) {}
 
-  // Starts to copy the queries of the block of a slot and its first keys.
+  // Starts to copy the queries and the first keys of the block of a slot.
   __device__ __forceinline__ void begin(int slot) const {
     start_queries(slot);
     start_keys(slot, 0);
   }
 
-  // Starts to copy the keys of the tile behind tile_idx: the first one of the next block, together
-  // with that block's queries, where it was the last one.
+  // Starts to copy the keys of the tile after tile_idx. After the last tile, these are the first
+  // keys of the next block, together with its queries.
   __device__ __forceinline__ void start_next(int slot, int tile_idx) const {
     const bool is_last = tile_idx + 1 == shared_.work[slot].tiles.total;
     if (is_last) slot ^= 1;
@@ -40,7 +40,7 @@ class TileLoader {
     copy(shared_.v, args_.params.v, args_.params.v_perm, slot, tile_idx);
   }
 
-  // Of the nth tile of selected keys.
+  // Copies keys or values of the nth tile of selected keys.
   __device__ __forceinline__ void start_selected_keys(int slot, int nth) const {
     copy_selected(shared_.k, args_.params.k_perm, slot, nth);
     commit_copies();
@@ -71,7 +71,7 @@ class TileLoader {
     commit_copies();
   }
 
-  // Rows behind the last one do not exist.
+  // Rows after the last one do not exist.
   __device__ __forceinline__ void copy_own(Element* to, const ConstRows& from, const Work& work,
                                            int tile_idx) const {
     const auto num_own = static_cast<int>(args_.params.problem.num_kv - args_.params.first_k_row);

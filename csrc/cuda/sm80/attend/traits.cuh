@@ -18,7 +18,7 @@ struct AttendTraits {
   static_assert(kParts <= kMostParts);
   static constexpr int kWarps = attend_warps(kHeadDim);
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = kTileRows / (16 * kWarps);  // of a warp, 16 rows each
+  static constexpr int kRowTiles = kTileRows / (16 * kWarps);  // of 16 rows each, per warp
   static constexpr int kCtasPerSm = attend_ctas_per_sm(kHeadDim);
   using Work = AttendWork<Element>;
 
@@ -35,7 +35,7 @@ struct AttendTraits {
     alignas(128) Element q[kTileRows * kHeadDim];
     alignas(128) Element k[kKeys * kHeadDim];
     alignas(128) Element v[kKeys * kHeadDim];
-    // Of a query block that is in work, and of the next one.
+    // Slots of the current query block and of the next one.
     Work work[2];
   };
   static_assert(offsetof(Shared, work) == tile_bytes(kHeadDim, kKeys));

@@ -20,7 +20,7 @@ class ScoreBlock {
   // The thread's first row of a row tile.
   __device__ int row(int m) const { return first_row_ + 16 * m + lane_ / 4; }
 
-  // Takes the warp's rows, if they are in the nth stage of the block.
+  // Loads the rows of the warp if they are in the nth stage of the block.
   __device__ __forceinline__ void load(const Stage& stage, int nth) {
     if (first_row_ / Traits::kStageRows != nth) return;
     const typename Traits::Read read(stage.rows, first_row_ % Traits::kStageRows + lane_ % 16,
@@ -34,7 +34,7 @@ class ScoreBlock {
     }
   }
 
-  // The products of the warp's rows by kColumns rows of the stage, from `first` on.
+  // The products of the warp's rows by kColumns rows of the stage, starting with `first`.
   __device__ __forceinline__ void multiply(const Stage& stage, int first,
                                            Scores (&scores)[Traits::kRowTiles]) const {
     const typename Traits::Read read(stage.rows, lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2);
@@ -65,7 +65,7 @@ class ScoreBlock {
   }
 
   int lane_;
-  int first_row_;  // of the warp
+  int first_row_;  // first row of the warp
   uint32_t rows_[Traits::kRowTiles][Traits::kSteps][4];
 };
 

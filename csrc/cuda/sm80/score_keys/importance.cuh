@@ -1,6 +1,7 @@
-// Second pass of score_keys: the mean of the weights that the queries give each key. The block
-// holds keys, the queries of all heads of a key head pass by, so that sums stay in registers.
-// Recomputing the scores of at most 128 queries is cheaper than holding 128 x Nkv of them.
+// Second pass of score_keys: the mean weight that the queries give each key. The block holds keys,
+// and the queries of all heads of a key head stream through shared memory, so that sums stay in
+// registers. Recomputing the scores of at most 128 queries is cheaper than storing 128 x Nkv
+// scores.
 #pragma once
 
 #include "block.cuh"
@@ -8,13 +9,13 @@
 
 namespace pbs::cuda::sm80 {
 
-// What a CTA works on.
+// The work of a CTA.
 struct ImportancePart {
   int64_t b;
   int kv_head;
   int heads_per_kv;
-  int num_q_stages;  // of a head
-  int idx;           // among the parts of the key head
+  int num_q_stages;  // per head
+  int idx;           // index among the parts of the key head
   int first_key;
   int num_keys;
 
@@ -33,7 +34,7 @@ struct ImportancePart {
   }
 };
 
-// The order of the stages: for each block its keys, then the queries of all heads.
+// The order of the stages: for each block, its keys and then the queries of all heads.
 template <class Traits>
 class ImportanceWalk {
  public:
@@ -78,12 +79,12 @@ class ImportanceWalk {
 
   const ScoreArgs& args_;
   const ImportancePart& part_;
-  int block_ = 0;  // its first key, of those of the part
-  int head_ = -1;  // of the key head; -1 for the block itself
-  int stage_ = 0;  // of the head
+  int block_ = 0;  // first key of the block, counted in the part
+  int head_ = -1;  // index in the key head; -1 while the block itself is loaded
+  int stage_ = 0;  // stage of the head
 };
 
-// Where the importance of keys goes.
+// Where the importance of keys is written.
 class ImportanceRows {
  public:
   __device__ ImportanceRows(const ScoreArgs& args, const ImportancePart& part)
@@ -97,8 +98,8 @@ class ImportanceRows {
 
   __device__ bool is_per_query_head() const { return is_per_query_head_; }
 
-  // A thread's totals of the block at first_key, from where on num_keys are the part's. Clears what
-  // it writes.
+  // Writes a thread's totals of the block at first_key, of which num_keys belong to the part. Sets
+  // the totals to 0.
   template <class Traits, int kRowTiles>
   __device__ __forceinline__ void write(const ScoreBlock<Traits>& block, int perm, int first_key,
                                         int num_keys,
@@ -117,7 +118,7 @@ class ImportanceRows {
     }
   }
 
-  // Keys behind the complete segments.
+  // Keys after the complete segments.
   __device__ void clear_from(int64_t first_key) const {
     for (int perm = 0; perm < num_perms_; ++perm) {
       for (int64_t key = first_key + threadIdx.x; key < num_kv_; key += kScoreThreads) {
@@ -129,9 +130,9 @@ class ImportanceRows {
  private:
   int64_t num_kv_;
   bool is_per_query_head_;
-  int num_perms_;  // of the key head
+  int num_perms_;  // permutations of the key head
   float share_;
-  float* first_;  // of the first of them
+  float* first_;  // importance of the first permutation
 };
 
 template <class Traits>

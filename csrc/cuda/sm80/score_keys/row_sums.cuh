@@ -1,5 +1,5 @@
-// First pass of score_keys: the maximum and the sum of each query's weights, over the keys of a
-// part. The block holds the queries of a head, keys pass by.
+// First pass of score_keys: the maximum and the sum of each query's weights over the keys of a
+// part. The block holds the queries of a head, and keys stream through shared memory.
 #pragma once
 
 #include "block.cuh"
@@ -8,16 +8,16 @@
 
 namespace pbs::cuda::sm80 {
 
-// What a CTA works on.
+// The work of a CTA.
 struct SumsPart {
   int64_t b;
   int head;  // query head
   int kv_head;
-  int idx;  // among the parts of the head
+  int idx;  // index among the parts of the head
   int first_key;
   int num_keys;
 
-  // Heads of a key head follow each other: their CTAs read the same keys at about the same time.
+  // Heads of a key head are adjacent: their CTAs read the same keys at about the same time.
   __device__ explicit SumsPart(const ScoreArgs& args) {
     const Problem& problem = args.params.problem;
     const auto num_kv_heads = static_cast<int>(problem.num_kv_heads);
@@ -35,7 +35,7 @@ struct SumsPart {
   }
 };
 
-// The order of the stages: queries, then keys.
+// The order of the stages: first queries, then keys.
 template <class Traits>
 class SumsWalk {
  public:
@@ -65,7 +65,7 @@ class SumsWalk {
   int first_ = -kScoreBlockRows;  // row of the next stage, among the keys
 };
 
-// Merges what the lanes of a quad know of their rows, and writes it.
+// Merges the states of the lanes of a quad for their rows, and writes them.
 template <class Traits>
 __device__ void write_row_sums(const ScoreArgs& args, const SumsPart& part,
                                const ScoreBlock<Traits>& block,

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreCtasPerSm)
   sum_rows<Traits>(args, raw);
 }
 
-// One query head a CTA: merges the parts.
+// Merges the parts, with one CTA per query head.
 __global__ void __launch_bounds__(kMergeThreads)
     score_keys_merge_kernel(const __grid_constant__ ScoreArgs args) {
   __shared__ MergeSlices slices;

@@ -1,5 +1,5 @@
-// Rows that pass by the blocks of score_keys: copied to a ring of stages in shared memory, which
-// all warps read.
+// Rows that stream past the blocks of score_keys. They are copied to a ring of stages in shared
+// memory, which all warps read.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -12,12 +12,12 @@ namespace pbs::cuda::sm80 {
 
 struct ScoreArgs {
   ScoreKeysParams params;
-  ScoreParts sums;        // of the first pass; a walk is a query head
-  ScoreParts importance;  // of the second; a walk is a key head
+  ScoreParts sums;        // first pass; each query head is a walk
+  ScoreParts importance;  // second pass; each key head is a walk
   float2* state;   // (B, Hq, sums.num_parts, kScoreTileRows): maximum and sum of a query's weights
   float* shifts;   // (B, Hq, kScoreTileRows), in the order of place_of_shift
-  int num_rows;    // queries of a head
-  int num_scored;  // keys of a head
+  int num_rows;    // queries per head
+  int num_scored;  // keys per head
 };
 
 template <class Element_, int kHeadDim_>
@@ -25,10 +25,10 @@ struct ScoreTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr int kRowTiles = kScoreBlockRows / (16 * kScoreWarps);  // of a warp
+  static constexpr int kRowTiles = kScoreBlockRows / (16 * kScoreWarps);  // per warp
   static constexpr int kStageRows = score_stage_rows(kHeadDim);
   static constexpr int kNumStages = score_stages(kHeadDim);
-  static constexpr int kBlockStages = kScoreBlockRows / kStageRows;  // that hold a block's rows
+  static constexpr int kBlockStages = kScoreBlockRows / kStageRows;  // per block
   // Accumulators of a row tile: rows of a stage are columns of the products.
   static constexpr int kColumns = 32;
   using Scores = decltype(cute::make_tensor<float>(cute::Shape<cute::Int<kColumns / 2>>{}));
@@ -37,22 +37,22 @@ struct ScoreTraits {
 
   struct Stage {
     alignas(128) Element rows[kStageRows * kHeadDim];
-    float shifts[kStageRows];  // where the rows are queries
+    float shifts[kStageRows];  // only if the rows are queries
   };
   static_assert(sizeof(Stage) == score_stage_bytes(kHeadDim));
   static_assert(kNumStages >= 3);
 };
 
-// What goes to a stage. There is no row where `rows` is null.
+// The contents of a stage. It has no rows if `rows` is null.
 template <class Element>
 struct StageRows {
   const Element* rows;
   int64_t row_stride;
-  int num_rows;         // that exist; the others are zeros
+  int num_rows;         // rows that exist; the others are zeros
   const float* shifts;  // or null
 };
 
-// Rows [first, first + num_rows) of a head; of none, if there are none left.
+// Returns rows [first, first + num_rows) of a head, or no rows at the end.
 template <class Element>
 __device__ __forceinline__ StageRows<Element> stage_rows(const ConstRows& rows, int64_t b, int head,
                                                          int64_t first, int num_rows) {
@@ -69,18 +69,18 @@ class ScoreRing {
 
   __device__ explicit ScoreRing(void* shared) : stages_(static_cast<Stage*>(shared)) {}
 
-  // Walk::next() says what goes to each stage.
+  // Walk::next() returns the contents of each stage.
   template <class Walk>
   __device__ __forceinline__ void start(Walk& walk) {
 #pragma unroll
     for (int i = 0; i < Traits::kNumStages - 1; ++i) fill(i, walk.next());
   }
 
-  // The next stage; the one before is filled anew.
+  // Waits for the next stage, and refills the previous one.
   template <class Walk>
   __device__ __forceinline__ const Stage& advance(Walk& walk) {
     wait_for_copies<Traits::kNumStages - 2>();
-    __syncthreads();  // the stage is there, and all are done with the one before
+    __syncthreads();  // the stage is loaded, and all warps have finished with the previous one
     fill(stage_ == 0 ? Traits::kNumStages - 1 : stage_ - 1, walk.next());
     const Stage& stage = stages_[stage_];
     stage_ = stage_ == Traits::kNumStages - 1 ? 0 : stage_ + 1;

@@ -1,4 +1,4 @@
-// Host side of attend: TMA descriptors, grid, and the choice of element type and head dim.
+// Host side of attend: TMA descriptors, the grid, and the choice of element type and head dim.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"
@@ -12,7 +12,7 @@
 namespace pbs::cuda::sm90 {
 namespace {
 
-// Keys and values may fill so much of the 50 MB of L2 before they push each other out.
+// Keys and values may fill this much of the 50 MB of L2 before they evict each other.
 constexpr int64_t kL2Bytes = int64_t{20} << 20;
 
 const char* encode_all(AttendArgs& args) {
@@ -21,7 +21,7 @@ const char* encode_all(AttendArgs& args) {
   const int64_t keys = tile_keys(static_cast<int>(problem.head_dim));
   const int64_t chunk = smaller(params.blocking.kv_block_size, keys);
   const int64_t all = problem.head_dim;
-  // Less than a tile is put together from column groups.
+  // Parts smaller than a tile are loaded by column groups.
   const int64_t chunk_columns = chunk == keys ? all : group_columns(static_cast<int>(all));
   struct Input {
     CUtensorMap* map;

@@ -1,4 +1,4 @@
-// The consumers: two warpgroups of 64 query rows each, taking turns at the tensor cores.
+// The consumers: two warpgroups of 64 query rows each, which use the tensor cores in turn.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -14,8 +14,8 @@
 
 namespace pbs::cuda::sm90 {
 
-// A consumer works on one tile of keys after the other, whichever query block they belong to: the
-// first product of a block runs beside the last one of the block before.
+// A consumer works on one tile of keys after the other, across query blocks: the first product of a
+// block overlaps with the last one of the previous block.
 template <class Traits>
 class Consumer {
  public:
@@ -73,8 +73,8 @@ class Consumer {
  private:
   template <class Operands>
   CUTLASS_DEVICE void start_scores(Operands& t) {
-    // Where Q begins, as if it were new each time: what follows from it is not carried around
-    // the loop, in registers that D=256 lacks.
+    // The address of Q, recomputed each time. Otherwise values that depend on it would stay in
+    // registers through the loop, which D=256 lacks.
     Element* q = shared_.q;
     asm volatile("" : "+l"(q));
     const cute::Tensor tSrQ = t.qk_thread.partition_fragment_A(cute::make_tensor(
@@ -89,11 +89,11 @@ class Consumer {
                       t.tOrO);
   }
 
-  // Scores of the next tile, and weights times values of this one, at once.
+  // Computes the scores of the next tile and weights times values of this tile at the same time.
   template <class Operands>
   CUTLASS_DEVICE void start_both(Operands& t, bool has_older) {
     shared_.k_full[k_.stage()].wait(k_.parity());
-    cute::warpgroup_arrive();  // or ptxas puts the conversion to weights after the turn is taken
+    cute::warpgroup_arrive();  // otherwise ptxas puts the conversion to weights after the turn
     take_turn();
     start_scores(t);
     start_values(t);
@@ -102,7 +102,7 @@ class Consumer {
     v_.advance();
   }
 
-  // All tiles of a query block but the first.
+  // All tiles of a query block except the first.
   template <class Operands>
   CUTLASS_DEVICE void fold_tiles(Operands& t, int num_tiles) {
     const int num_masked = reader_.current().tiles.num_masked;
@@ -112,7 +112,7 @@ class Consumer {
       fold_tile(t, tile_idx, cute::true_type{});
     }
     if (tile_idx >= num_tiles) return;
-    // The loop's branch is behind start_both, where there is time for it.
+    // The branch of the loop comes after start_both, where it costs no time.
     start_both(t, tile_idx > 1);
     while (true) {
       fold_tile(t, tile_idx, cute::false_type{});
@@ -142,7 +142,7 @@ class Consumer {
 
   template <class Operands>
   CUTLASS_DEVICE void take_first_tile(Operands& t) {
-    bool rescales = false;  // there is nothing yet
+    bool rescales = false;  // there is nothing to rescale yet
     take_scores(t);
     release_keys();
     t.softmax.add(weigh_masked(t, 0, rescales));
@@ -155,9 +155,8 @@ class Consumer {
     cute::warpgroup_fence_operand(t.tSrS);
   }
 
-  // NOTE: ptxas moves a wait to the top of its basic block. Behind the wait for a barrier, which
-  // is a loop, the exponentials stay before it, in the time of P . V. Read the SASS after a
-  // change.
+  // NOTE: ptxas moves a wait to the top of its basic block. The wait for a barrier is a loop. The
+  // exponentials before it stay there, and overlap with P . V. Read the SASS after a change.
   template <class Operands>
   CUTLASS_DEVICE void take_values(Operands& t) {
     cute::warpgroup_fence_operand(t.tSrS);
@@ -171,7 +170,7 @@ class Consumer {
     k_.advance();
   }
 
-  // Weights of a tile that some rows may not see whole, or of the first one: from exact maxima.
+  // Weights of the first tile, or of a tile that some rows see only in part: uses exact maxima.
   template <class Operands>
   CUTLASS_DEVICE TileSums weigh_masked(Operands& t, int tile_idx, bool& rescales) {
     mask(t.tSrS, tile_idx);
@@ -179,9 +178,9 @@ class Consumer {
     return t.softmax.weigh_any(t.tSrS);
   }
 
-  // Weights of any other tile: at once, relative to the maxima that are known. If their sums show
-  // that a score lay far above these, the weights shrink; if they left the range of numbers, the
-  // scores are computed again.
+  // Weights of any other tile: computed at once, relative to the known maxima. If their sums show
+  // that a score is far above these, the weights are rescaled. If they are out of range, the scores
+  // are computed again.
   template <class Operands>
   CUTLASS_DEVICE TileSums weigh(Operands& t, bool& rescales) {
     TileSums sums = t.softmax.weigh(t.tSrS);
@@ -208,7 +207,7 @@ class Consumer {
     fence_weights(t.tOrP);
   }
 
-  // Weights are ready here, before the wait for a turn, and not where they are first used.
+  // The weights are complete here, before the wait for a turn, and not at their first use.
   template <class Weights>
   __device__ static void fence_weights(Weights& tOrP) {
     auto words = cute::recast<uint32_t>(tOrP);
@@ -219,7 +218,7 @@ class Consumer {
   template <class Scores>
   __device__ void mask(Scores& tSrS, int tile_idx) const {
     const KeyTiles& tiles = reader_.current().tiles;
-    // Against constants, counted from this lane's first column.
+    // Compares with constants, counted from the first column of this lane.
     const int limit = visible_keys(tiles, tile_idx, row_, Traits::kKeys) - column_of(0, lane_);
     const int next_limit =
         visible_keys(tiles, tile_idx, row_ + 8, Traits::kKeys) - column_of(0, lane_);
@@ -229,8 +228,8 @@ class Consumer {
     }
   }
 
-  // S = Q . K^T of this warp's rows once more, by the products that a warp can issue alone. They
-  // leave each element where the warpgroup's do.
+  // S = Q . K^T of this warp's rows again, with products that a single warp can issue. They have
+  // the accumulator layout of the warpgroup.
   template <class Scores>
   __device__ void recompute_scores(Scores& tSrS) const {
     using Mma = std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
@@ -265,14 +264,14 @@ class Consumer {
     }
   }
 
-  // In program order, so that few are in flight: registers are short here, and time is not.
+  // In program order, so that few are in flight: registers are scarce here, and time is not.
   __device__ static uint32_t load_pair(uint32_t address) {
     uint32_t pair;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address));
     return pair;
   }
 
-  // While one warpgroup computes its softmax, the other has the tensor cores.
+  // While one warpgroup computes its softmax, the other uses the tensor cores.
   __device__ void take_turn() const {
     cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(warpgroup_));
   }

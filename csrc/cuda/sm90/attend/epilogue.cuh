@@ -1,4 +1,4 @@
-// A warpgroup's output rows and log-sum-exp, from registers to memory.
+// Writes a warpgroup's output rows and log-sum-exp from registers to memory.
 #pragma once
 
 #include "common/attend/write_rows.cuh"

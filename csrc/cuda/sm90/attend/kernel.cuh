@@ -65,7 +65,8 @@ template <class Element, int kHeadDim>
 cudaError_t run_attend(const AttendArgs& args, int num_ctas, cudaStream_t stream) {
   using Traits = AttendTraits<Element, kHeadDim>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage) + kSwizzleBytes;
-  // Starts beside the kernel that orders the query blocks; the scheduler waits for its end.
+  // Starts before the kernel that orders the query blocks has ended. The scheduler waits for its
+  // end.
   return launch_kernel(attend_kernel<Traits>, args, num_ctas, Traits::kThreads, kSharedBytes,
                        stream, true);
 }

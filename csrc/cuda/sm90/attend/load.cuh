@@ -35,7 +35,7 @@ class KeyValueLoader {
   }
 
  private:
-  // All tiles of a query block, in the order of KeyTiles.
+  // Loads all tiles of a query block, in the order of KeyTiles.
   __device__ void load_tiles(const Work& work) {
     b_ = work.b;
     head_ = work.kv_head;
@@ -48,7 +48,7 @@ class KeyValueLoader {
                   work.tiles.first_selected_size / chunk_rows_);
   }
 
-  // Fills tiles with the selected blocks; the first takes `first_chunks`.
+  // Fills tiles with the selected blocks. The first tile takes `first_chunks`.
   __device__ void load_selected(const uint32_t* words, int num_candidates, int first_chunks) {
     packer_.begin(first_chunks, chunk_rows_);
     const int kv_block_size = static_cast<int>(params_.blocking.kv_block_size);
@@ -70,7 +70,7 @@ class KeyValueLoader {
     }
   }
 
-  // Of a row of the sequence, counted through all pages.
+  // The position of a row of the sequence, counted through all pages.
   __device__ int row_in_pages(int row) const {
     const int32_t* table = params_.pages.table;
     if (table == nullptr) return row;
@@ -78,8 +78,8 @@ class KeyValueLoader {
     return page << args_.page_shift | (row & ((1 << args_.page_shift) - 1));
   }
 
-  // Loads one tile from the rows in packer_, box_rows at a time. Pages, which are the batch then,
-  // have 2^page_shift rows.
+  // Loads one tile from the rows in packer_, box_rows at a time. Pages are then the batch, and have
+  // 2^page_shift rows.
   __device__ void load_tile(const CUtensorMap& map, int box_rows, int page_shift) {
     auto& full = kLoadsKeys ? shared_.k_full[ring_.stage()] : shared_.v_full[ring_.stage()];
     auto& empty = kLoadsKeys ? shared_.k_empty[ring_.stage()] : shared_.v_empty[ring_.stage()];

@@ -1,4 +1,4 @@
-// What a thread of a consumer warpgroup multiplies and what it gets, in CuTe's names.
+// Operands and accumulators of a thread in a consumer warpgroup, with CuTe's names.
 #pragma once
 
 #include "common/attend/softmax.cuh"
@@ -17,10 +17,10 @@ struct ConsumerOperands {
   S tSrS;
   P tOrP;
   Softmax softmax;
-  float rescale[kThreadRows];  // of the rows so far, where a tile asks for it
+  float rescale[kThreadRows];  // factor for the sums so far, if a tile asks for it
 };
 
-// Of warpgroup 0 or 1.
+// Operands of warpgroup 0 or 1.
 template <class Traits>
 CUTLASS_DEVICE auto make_operands(typename Traits::SharedStorage& shared, int warpgroup,
                                   float scale_log2) {

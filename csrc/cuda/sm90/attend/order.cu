@@ -9,11 +9,11 @@
 namespace pbs::cuda::sm90 {
 namespace {
 
-constexpr int kClusterCtas = 8;  // all there are: they wait for each other before groups are ranked
+constexpr int kClusterCtas = 8;  // all CTAs: they wait for each other before groups are ranked
 
 __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kOrderThreads, 1)
     attend_order_kernel(const __grid_constant__ OrderArgs args) {
-  cudaTriggerProgrammaticLaunchCompletion();  // attend may start, and waits where it needs this
+  cudaTriggerProgrammaticLaunchCompletion();  // attend may start; it waits before it uses this
   const int num_groups = args.groups.num_groups();
   if (blockIdx.x == 0 && threadIdx.x == 0) args.workspace[args.layout.counter] = 0;
   for (int group_idx = blockIdx.x; group_idx < num_groups; group_idx += kClusterCtas) {

@@ -1,5 +1,5 @@
-// The scheduler: a warp that draws query blocks from a counter, ahead of everybody else, and loads
-// their Q.
+// The scheduler: a warp that draws query blocks from a counter before the other warps need them,
+// and loads their Q.
 #pragma once
 
 #include "epilogue.cuh"
@@ -23,7 +23,7 @@ class Scheduler {
         drawer_(args) {}
 
   __device__ void run() {
-    cudaGridDependencySynchronize();  // the order is written
+    cudaGridDependencySynchronize();  // the order is complete
     while (true) {
       const Work& work = draw();
       if (work.tiles.total < 0) return;
@@ -32,7 +32,7 @@ class Scheduler {
   }
 
  private:
-  // Draws the next query block that visits anything, and publishes it.
+  // Draws the next query block that visits any key, and publishes it.
   __device__ const Work& draw() {
     Work& work = shared_.work[work_.stage()];
     shared_.work_empty[work_.stage()].wait(work_.parity() ^ 1);

@@ -42,8 +42,8 @@ struct AttendTraits {
   static constexpr int kQStages = q_stages(kHeadDim);
   static constexpr int kConsumerWarps = 8;
   static constexpr int kThreads = 384;
-  // NOTE: 168 a thread are there at launch (65536 / 384, in steps of 8); asking for more than
-  // 3 * 168 in all makes setmaxnreg wait for ever.
+  // NOTE: the launch gives 168 registers per thread (65536 / 384, in steps of 8). If the roles ask
+  // for more than 3 * 168 in total, setmaxnreg waits forever.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
   static constexpr int kGroupColumns = group_columns(kHeadDim);
@@ -70,7 +70,7 @@ struct AttendTraits {
                                                Shape<Int<kRows>, Int<kHeadDim>, Int<kQStages>>{}));
   using LayoutK = decltype(cute::tile_to_shape(RowAtom<kKeys>{},
                                                Shape<Int<kKeys>, Int<kHeadDim>, Int<kKStages>>{}));
-  // V as the second product reads it, (D, keys): the same bytes that a K tile would have.
+  // V as the second product reads it, (D, keys), in the same bytes as a K tile.
   using LayoutVt = decltype(cute::tile_to_shape(
       ColumnAtom{}, Shape<Int<kHeadDim>, Int<kKeys>, Int<kVStages>>{}, Step<_2, _1, _3>{}));
 

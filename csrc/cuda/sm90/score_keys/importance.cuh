@@ -1,6 +1,6 @@
-// Second pass of score_keys: the mean of the weights that the queries give each key. Blocks of keys
-// are the rows of the products, the queries of a head their columns. Recomputing the scores of at
-// most 128 queries is cheaper than holding 128 x Nkv of them.
+// Second pass of score_keys: the mean weight that the queries give each key. Blocks of keys are the
+// rows of the products, the queries of a head are their columns. Recomputing the scores of at most
+// 128 queries is cheaper than storing 128 x Nkv scores.
 #pragma once
 
 #include "common/score_keys/weights.cuh"
@@ -29,7 +29,7 @@ class Importance {
                         args.params.problem.num_kv),
         shifts_(static_cast<float*>(part.table)) {}
 
-  // The shifts, from what the parts found in the first pass. By all consumers.
+  // Computes the shifts from the states of the parts in the first pass. Runs in all consumers.
   __device__ void prepare() {
     const int64_t first_head = part_.first_head(args_);
     for (int i = threadIdx.x; i < part_.heads_per_kv * kScoreTileRows; i += kScoreConsumers) {
@@ -41,15 +41,15 @@ class Importance {
     cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   }
 
-  // A warpgroup takes every fourth block of a visit, for all heads of the group, so that what it
-  // adds up stays in its registers.
+  // A warpgroup takes every fourth block of a visit, for all heads of the group, so that its sums
+  // stay in registers.
   __device__ void run() {
     ScoreBarriers& barriers = *part_.barriers;
     const ScoreProduct<Traits> multiply(part_.keys, part_.queries);
     const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
     const ScoreTurns turns(warpgroup);
     DynamicRingState first{args_.plan.num_stages};
-    uint32_t passed = 0;  // parities of the warpgroup's barriers
+    uint32_t passed = 0;  // parities of the barriers of the warpgroup
     for_each_visit<Traits, true>(args_, part_, [&](const ScoreVisit& visit) {
       DynamicRingState k = first;
       k.advance(warpgroup);
@@ -69,7 +69,7 @@ class Importance {
         if (!is_per_query_head_) write(0, key, visit.group == 0, totals);
         k.advance(kScoreWarpgroups);
       }
-      // Those without a block in the last round have turns like the others.
+      // Warpgroups without a block in the last round take turns like the others.
       const int num_in_last = (visit.num_stages - 1) % kScoreWarpgroups + 1;
       for (int head = 0; warpgroup >= num_in_last && head < visit.num_heads; ++head) {
         turns.await();
@@ -84,7 +84,7 @@ class Importance {
     });
   }
 
-  // Keys behind the complete segments.
+  // Keys after the complete segments.
   __device__ void clear_rest() {
     if (part_.idx != args_.plan.num_parts - 1) return;
     const int64_t num_kv = args_.params.problem.num_kv;
@@ -96,7 +96,7 @@ class Importance {
   }
 
  private:
-  // The thread's keys, from `key` on 8 apart. Clears what it writes.
+  // The keys of the thread, 8 apart, starting with `key`. Writes the totals and sets them to 0.
   __device__ void write(int perm, int key, bool is_first, float (&totals)[kThreadRows]) const {
     float* importance = importance_ + perm * args_.params.problem.num_kv;
     CUTE_UNROLL
@@ -117,7 +117,7 @@ class Importance {
   float factor_;
   bool is_per_query_head_;
   float share_;
-  float* importance_;  // of the first permutation that the part's heads belong to
+  float* importance_;  // starts at the first permutation of the part's heads
   float* shifts_;      // (heads_per_kv, kScoreTileRows), in the order of place_of_shift
 };
 

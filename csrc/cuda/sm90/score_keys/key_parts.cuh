@@ -1,6 +1,6 @@
-// How the CTAs of score_keys walk over keys and queries. One warp loads them by TMA; four
-// warpgroups multiply them, each for itself, so that the tensor cores are busy while others turn
-// products into weights. The queries of some heads stay in shared memory, keys pass by.
+// How the CTAs of score_keys walk over keys and queries. One warp loads them with TMA. Four
+// warpgroups multiply independently, so that the tensor cores are busy while others turn products
+// into weights. The queries of several heads stay in shared memory, and keys stream through it.
 #pragma once
 
 #include <cutlass/gemm/collective/builders/sm90_common.inl>
@@ -23,17 +23,17 @@ struct ScoreArgs {
   ScoreKeysParams params;
   ScorePlan plan;
   float2* state;   // (B, Hq, num_states, kScoreTileRows): maximum and sum of each query's weights
-  int num_states;  // parts of the first pass
-  int num_merged;  // of them that the second pass has to merge
-  int num_rows;    // queries of a head
-  int num_scored;  // keys of a head
-  int chunk_keys;  // of a part, that one group of heads after the other works on
+  int num_states;  // parts in the first pass
+  int num_merged;  // parts that the second pass has to merge
+  int num_rows;    // queries per head
+  int num_scored;  // keys per head
+  int chunk_keys;  // keys of a part that each group of heads reads before the next group does
   CUtensorMap q;   // boxes of a block in the first pass, of a tile in the second
-  CUtensorMap k;   // the other way round
+  CUtensorMap k;   // the opposite
 };
 
 constexpr int kScoreConsumers = 128 * kScoreWarpgroups;
-constexpr int kScoreThreads = kScoreConsumers + 128;  // the producer, in a warpgroup of its own
+constexpr int kScoreThreads = kScoreConsumers + 128;  // with the producer in its own warpgroup
 
 template <class Element_, int kHeadDim_>
 struct ScoreTraits {
@@ -46,16 +46,15 @@ struct ScoreTraits {
           Shape<Int<kScoreBlockRows>, Int<kScoreTileRows>, Int<kHeadDim>>>()));
   using Atom = decltype(cutlass::gemm::collective::detail::ss_smem_selector<
                         cute::GMMA::Major::K, Element, Int<kScoreTileRows>, Int<kHeadDim>>());
-  // The last dimension counts blocks or tiles, of which there are as many as the launch made room
-  // for.
+  // The last dimension counts blocks or tiles. Only as many exist as the launch allocated.
   using Blocks = decltype(cute::tile_to_shape(
       Atom{}, Shape<Int<kScoreBlockRows>, Int<kHeadDim>, Int<2 * kMostScoreStages>>{}));
   using Tiles = decltype(cute::tile_to_shape(
       Atom{}, Shape<Int<kScoreTileRows>, Int<kHeadDim>, Int<kMostScoreStages>>{}));
 };
 
-// Where a stage of keys is for one warpgroup, each has a barrier of its own: one that all shared
-// could pass twice between two waits of the same warpgroup.
+// Each warpgroup has its own barrier per stage of keys. A shared barrier could complete twice
+// between two waits of the same warpgroup.
 struct ScoreBarriers {
   cutlass::arch::ClusterTransactionBarrier q_full[kMostScoreHeads];
   cutlass::arch::ClusterTransactionBarrier k_full[kScoreWarpgroups][kMostScoreStages];
@@ -64,7 +63,7 @@ struct ScoreBarriers {
 };
 static_assert(sizeof(ScoreBarriers) <= kScoreBarrierBytes);
 
-// What a CTA works on, and its shared memory.
+// The work of a CTA, and its shared memory.
 template <class Traits, bool kKeysAreRows>
 struct ScorePart {
   using Element = typename Traits::Element;
@@ -105,7 +104,7 @@ struct ScorePart {
     return b * args.params.problem.num_q_heads + kv_head * heads_per_kv;
   }
 
-  int idx;  // among the parts of its key head
+  int idx;  // index among the parts of its key head
   int b;
   int kv_head;
   int heads_per_kv;
@@ -116,16 +115,16 @@ struct ScorePart {
   Element* queries;  // heads_per_group tiles
   Element* keys;     // num_stages of kStageRows
   ScoreBarriers* barriers;
-  void* table;  // of the pass
+  void* table;  // table of the pass
 };
 
-// Keys that one group of heads works on before the next one does.
+// The keys that one group of heads reads before the next group does.
 struct ScoreVisit {
   int idx;  // in the order of the CTA
   int group;
   int num_heads;
   int first_key;
-  int num_stages;  // loads of keys
+  int num_stages;  // stages of keys to load
 };
 
 template <class Traits, bool kKeysAreRows, class Body>
@@ -144,7 +143,7 @@ __device__ void for_each_visit(const ScoreArgs& args, const ScorePart<Traits, kK
   }
 }
 
-// Loads what the products read. By one warp.
+// Loads the operands of the products. Runs in one warp.
 template <class Traits, bool kKeysAreRows>
 class ScoreLoader {
  public:
@@ -153,8 +152,8 @@ class ScoreLoader {
   __device__ ScoreLoader(const ScoreArgs& args, const Part& part)
       : args_(args), part_(part), k_{args.plan.num_stages} {}
 
-  // About in the order of the products. But no product ends before the queries of all heads are
-  // there, so that none of them may wait for a stage that a product has to free.
+  // Loads are roughly in the order of the products. But no product ends before the queries of all
+  // heads are loaded, so the queries must not wait for a stage that a product frees.
   __device__ void run() {
     for_each_visit<Traits, kKeysAreRows>(args_, part_, [&](const ScoreVisit& visit) {
       int stage = 0;
@@ -172,7 +171,8 @@ class ScoreLoader {
     ScoreBarriers& barriers = *part_.barriers;
     barriers.q_empty[i].wait((visit.idx & 1) ^ 1);
     if (cute::elect_one_sync()) {
-      // The last group may have fewer heads; the barriers of the others pass with them.
+      // The last group may have fewer heads. The barriers of the missing heads complete with the
+      // others.
       const bool exists = i < visit.num_heads;
       barriers.q_full[i].arrive_and_expect_tx(exists ? score_tile_bytes(Traits::kHeadDim) : 0);
       const int head =
@@ -205,12 +205,12 @@ class ScoreLoader {
   DynamicRingState k_;
 };
 
-// The first barrier that CUTLASS leaves to its users is that of all consumers.
+// The first barrier that CUTLASS leaves to its users is the one of all consumers.
 constexpr int kScoreTurnBarrier =
     static_cast<int>(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier) + 1;
 using ScoreTurns = Turns<kScoreWarpgroups, kScoreTurnBarrier>;
 
-// Products of a block by a tile, by one warpgroup: scores = rows . columns^T.
+// Multiplies a block by a tile, in one warpgroup: scores = rows . columns^T.
 template <class Traits>
 class ScoreProduct {
  public:

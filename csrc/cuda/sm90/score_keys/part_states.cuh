@@ -1,4 +1,4 @@
-// The states of queries that parts of the keys have left.
+// Softmax states of queries, one for each part of the keys.
 #pragma once
 
 #include "common/score_keys/part_states.cuh"
@@ -6,7 +6,7 @@
 
 namespace pbs::cuda::sm90 {
 
-// Points to the states of all queries of a head (b * num_q_heads + hq), one part after the other.
+// Returns the states of all queries of a head (b * num_q_heads + hq), one part after the other.
 __device__ inline float2* row_states(const ScoreArgs& args, int64_t head) {
   return args.state + head * args.num_states * kScoreTileRows;
 }

@@ -1,5 +1,5 @@
-// First pass of score_keys: the maximum and the sum of each query's weights, over the keys of a
-// part. Blocks of queries are the rows of the products, tiles of keys their columns.
+// First pass of score_keys: the maximum and the sum of each query's weights over the keys of a
+// part. Blocks of queries are the rows of the products, tiles of keys are their columns.
 #pragma once
 
 #include "common/score_keys/row_sums.cuh"
@@ -14,7 +14,7 @@ __device__ ThreadState& thread_state(const Part& part, int nth_block, int thread
   return static_cast<ThreadState*>(part.table)[nth_block * kScoreConsumers + thread];
 }
 
-// Sums up the products of a warpgroup: every fourth of all tiles by all blocks, in this order.
+// Sums the products of a warpgroup: every fourth pair of a tile and a block, in this order.
 template <class Traits>
 __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
   ScoreBarriers& barriers = *part.barriers;
@@ -30,7 +30,7 @@ __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& 
   DynamicRingState k{args.plan.num_stages};
   int block = uniform(thread / 128);
   const ScoreTurns turns(block);
-  int nth = 0;  // of its states
+  int nth = 0;  // index of its state
   bool is_first = true;
   for (int tile = 0; tile * kScoreTileRows < part.num_keys; ++tile) {
     const int num_left = part.num_keys - tile * kScoreTileRows;
@@ -58,7 +58,7 @@ __device__ void sum_rows(const ScoreArgs& args, const ScorePart<Traits, false>& 
   }
 }
 
-// Merges all threads' partial states per query, for the queries of the part's heads.
+// Merges the partial states of all threads, for each query of the part's heads.
 template <class Traits>
 __device__ void write_row_sums(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
   const int num_heads = part.heads_in_group(args, part.first_group);
@@ -68,7 +68,7 @@ __device__ void write_row_sums(const ScoreArgs& args, const ScorePart<Traits, fa
   cutlass::arch::NamedBarrier::sync(kScoreConsumers, 0);
   for (int i = threadIdx.x; i < num_heads * kScoreTileRows; i += kScoreConsumers) {
     const int row = i % kScoreBlockRows;
-    const int thread = row / 16 * 32 + row % 8 * 4;  // the first of a quad
+    const int thread = row / 16 * 32 + row % 8 * 4;  // first thread of a quad
     RowState all;
     for (int warpgroup = 0; warpgroup < kScoreWarpgroups; ++warpgroup) {
       for (int nth = 0; nth < num_states; ++nth) {

@@ -17,20 +17,20 @@
 namespace pbs::cuda::sm90 {
 namespace {
 
-// States of one query, over parts and heads, that each CTA of the second pass merges for itself.
+// States of one query, over parts and heads, that each CTA of the second pass merges itself.
 constexpr int kMostMergedInPass = 256;
 
-// 96 a thread are there at launch.
+// The launch gives 96 registers per thread.
 constexpr int kScoreProducerRegisters = 32;
 constexpr int kScoreConsumerRegisters = 112;
 
 constexpr int kWarpsPerGroup = 4;
 
-// Keys of a part that one group of heads after the other works on: what all CTAs have in work at
-// once stays in L2.
+// Keys of a part that each group of heads reads before the next group does. The keys that all CTAs
+// read at once then stay in L2.
 constexpr int kChunkKeys = 1024;
 
-// How many warps free a stage of keys.
+// The number of warps that free a stage of keys.
 template <class Traits>
 __device__ int readers_of_keys(const ScoreArgs& args, const ScorePart<Traits, false>& part) {
   return kWarpsPerGroup * min(kScoreWarpgroups, 2 * part.heads_in_group(args, part.first_group));
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   });
 }
 
-// One query head a CTA: merges the parts into the first, so that not every CTA of the second pass
-// has to.
+// Merges the parts into the first one, with one CTA per query head, so that the CTAs of the second
+// pass need not do so.
 __global__ void __launch_bounds__(kMergeThreads)
     score_keys_merge_kernel(const __grid_constant__ ScoreArgs args) {
   __shared__ MergeSlices slices;
@@ -97,14 +97,14 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
     score_keys_importance_kernel(const __grid_constant__ ScoreArgs args) {
   run_pass<Traits, true>(args, [&](const ScorePart<Traits, true>& part) {
     Importance<Traits> importance(args, part);
-    cudaGridDependencySynchronize();  // the first pass is written
+    cudaGridDependencySynchronize();  // the first pass is complete
     importance.prepare();
     importance.run();
     importance.clear_rest();
   });
 }
 
-// Both passes, which differ in how they deal out the work and in what they load at once.
+// Launches both passes. They differ in how they distribute the work and in what they load at once.
 struct Passes {
   ScoreArgs sums;
   ScoreArgs importance;
@@ -163,7 +163,7 @@ const char* encode_operands(ScoreArgs& args, int64_t q_box_rows, int64_t k_box_r
                      problem.head_dim);
 }
 
-// Returns an error, or null.
+// Returns an error as text, or null.
 const char* plan_passes(const ScoreKeysParams& params, void* workspace, int num_sms,
                         Passes& passes) {
   ScoreArgs args{};

@@ -1,4 +1,4 @@
-// From a row of logits to the cut of its weights, by one warp.
+// Computes the cut of a row of logits, in one warp.
 #pragma once
 
 #include "mean_args.cuh"
@@ -6,8 +6,8 @@
 
 namespace pbs::cuda {
 
-// Logits of the own segment's key blocks behind those of the candidates. Returns how many there are
-// in all.
+// Appends the logits of the own segment's key blocks to those of the candidates. Returns the total
+// number.
 template <class ReadMean>
 __device__ int add_own_logits(const MeanArgs& args, const SelectTile& tile, const QueryBlock& block,
                               const ReadMean& q_mean, float* logits) {
@@ -32,8 +32,8 @@ __device__ int add_own_logits(const MeanArgs& args, const SelectTile& tile, cons
   return n;
 }
 
-// The cut of a row, whose mean query has the elements q_mean(d). Leaves weights of candidates in
-// `logits`.
+// The cut of a row whose mean query has the elements q_mean(d). Replaces the logits of candidates
+// by their weights.
 template <class ReadMean>
 __device__ Cut cut_row(const MeanArgs& args, const SelectTile& tile, const QueryBlock& block,
                        const ReadMean& q_mean, float* logits, uint32_t* scratch) {
@@ -49,7 +49,7 @@ __device__ Cut cut_row(const MeanArgs& args, const SelectTile& tile, const Query
     logits[i] = 0.0f;
   }
   __syncwarp();
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
+  // With NaN among the inputs no order is meaningful: visit everything, as dense attention would.
   if (args.params.rule.threshold >= 1.0 || !(total >= 0.0f)) return Cut{0, num_candidates, true};
   const float needed = static_cast<float>(args.params.rule.threshold) * total - warp_sum(own);
   const float of_candidates =

@@ -1,4 +1,4 @@
-// From a row of weights and its cut to a row of the block mask, by one warp.
+// Turns a row of weights and its cut into a row of the block mask, in one warp.
 #pragma once
 
 #include "pbs/bitmask.h"
@@ -7,7 +7,7 @@
 
 namespace pbs::cuda {
 
-// Sets the bits of a row, and counts them. Candidates from num_scored on are visited anyhow.
+// Sets the bits of a row and counts them. Candidates from num_scored on are always visited.
 __device__ inline void write_row(const SelectBlocksParams& params, int num_words, int64_t row,
                                  int num_scored, int num_candidates, int sink, const float* weights,
                                  const Cut& cut) {
@@ -16,7 +16,7 @@ __device__ inline void write_row(const SelectBlocksParams& params, int num_words
   int num_equal = 0;
   int count = 0;
   for (int first = 0; first < num_words; first += 32) {
-    uint32_t own_word = 0;  // of the lane's place
+    uint32_t own_word = 0;  // the word at the lane's place
     const int num_filled = min(32, (num_candidates + 31) / 32 - first);
 #pragma unroll 4
     for (int w = 0; w < num_filled; ++w) {

@@ -1,4 +1,4 @@
-// What every kernel of mean scores is launched with.
+// Launch arguments that all kernels of mean scores share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@ namespace pbs::cuda {
 
 struct MeanArgs {
   SelectBlocksParams params;
-  float* own_means;  // (B, Hkv, num_kv_blocks, D) of keys in their own order; with causal mass
+  float* own_means;  // (B, Hkv, num_kv_blocks, D), keys in original order; causal mass only
   int num_q_blocks;
   int num_kv_blocks;
   int num_words;
@@ -46,7 +46,7 @@ inline int64_t own_means_bytes(const SelectBlocksParams& params) {
          problem.head_dim * static_cast<int64_t>(sizeof(float));
 }
 
-// Returns an error, or null.
+// Returns an error as text, or null.
 inline const char* fill_mean_args(const SelectBlocksParams& params, void* workspace,
                                   MeanArgs& args) {
   const Problem& problem = params.problem;
@@ -63,7 +63,7 @@ inline const char* fill_mean_args(const SelectBlocksParams& params, void* worksp
   return nullptr;
 }
 
-// Writes own_means, where the rule needs them.
+// Writes own_means if the rule needs them.
 cudaError_t launch_own_means(const MeanArgs& args, cudaStream_t stream);
 
 }  // namespace pbs::cuda

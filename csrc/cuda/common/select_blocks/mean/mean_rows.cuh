@@ -11,8 +11,8 @@ namespace pbs::cuda {
 template <class T>
 using Piece = cutlass::AlignedArray<T, 16 / sizeof(T), 16>;
 
-// Calls write(d, mean) with the mean of rows [begin, end) of one head, times `factor`, by one warp:
-// its lanes hold pieces of as many rows as they can.
+// Calls write(d, mean) with the mean of rows [begin, end) of one head, times `factor`, in one warp.
+// Each lane holds pieces of as many rows as possible.
 template <class T, class Write>
 __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int64_t end,
                           int head_dim, float factor, Write write) {
@@ -20,7 +20,8 @@ __device__ void mean_rows(const T* rows, int64_t row_stride, int64_t begin, int6
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cutlass::NumericArrayConverter<float, T, kPiece> to_floats;
   const float share = factor / static_cast<float>(end - begin);
-  // A row of few pieces leaves lanes for others; those of one piece are summed at the end.
+  // If a row has few pieces, other lanes take more rows. At the end, lanes of the same piece are
+  // summed.
   const int num_pieces = head_dim / kPiece;
   const int lanes_per_row = num_pieces <= 8 ? 8 : num_pieces <= 16 ? 16 : 32;
   for (int first = 0; first < num_pieces; first += lanes_per_row) {

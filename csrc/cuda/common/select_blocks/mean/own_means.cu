@@ -1,4 +1,4 @@
-// Means of key blocks in their own order, whose mass counts with MassRule::kCausal.
+// Means of key blocks in original order, whose mass counts with MassRule::kCausal.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMeanKeysThreads = 256;
 
-// One warp a key block.
+// One warp per key block.
 template <class T>
 __global__ void __launch_bounds__(kMeanKeysThreads)
     select_blocks_mean_keys_kernel(const __grid_constant__ MeanArgs args) {

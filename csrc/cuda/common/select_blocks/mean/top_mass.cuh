@@ -1,5 +1,5 @@
-// The smallest set of weights that reaches a mass, by one warp. Rows of weights start at a multiple
-// of 16 bytes, and where their number is no multiple of four, zeros follow.
+// Finds the smallest set of weights that reaches a mass, in one warp. Rows of weights start at a
+// multiple of 16 bytes, and are padded with zeros to a multiple of four.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace pbs::cuda {
 
-// Calls body(values, i) for each four values of a row that this lane takes.
+// Calls body(values, i) for every four values of a row that this lane reads.
 template <class Body>
 __device__ void for_each_four(float* row, int n, Body body) {
 #pragma unroll 4
@@ -19,8 +19,8 @@ __device__ void for_each_four(float* row, int n, Body body) {
   }
 }
 
-// Logits in powers of two to weights relative to the largest. Returns their sum; NaN where a logit
-// is NaN or infinite.
+// Turns logits, in powers of two, into weights relative to the largest. Returns their sum, which is
+// NaN if a logit is NaN or infinite.
 __device__ inline float weigh(float* logits, int n) {
   const int lane = threadIdx.x % 32;
   if (n % 4 != 0 && lane < 4 - n % 4) logits[n + lane] = -INFINITY;
@@ -40,20 +40,20 @@ __device__ inline float weigh(float* logits, int n) {
   return warp_sum(total);
 }
 
-// What belongs to the smallest set that reaches a mass: every weight above one, and of those that
-// equal it the first few.
+// The smallest set that reaches a mass: every weight above a limit, and the first few of those that
+// equal it.
 struct Cut {
-  uint32_t weight;  // as bits, which order like the floats: no weight is negative
-  int num_equal;    // to take
+  uint32_t weight;  // as bits, which have the order of the floats, as no weight is negative
+  int num_equal;    // how many of these to take
   bool takes_all_equal;
 };
 
-// Weights at or above one, of a lane or of a warp.
+// The number and the sum of the weights at or above a limit, in a lane or a warp.
 struct Part {
   float mass = 0.0f;
   int count = 0;
 
-  // As three instructions; the compiler makes five of it.
+  // Written as three instructions: the compiler makes five of it.
   __device__ void add(float x, uint32_t least) {
     asm("{\n"
         ".reg .pred is_in;\n"
@@ -71,7 +71,7 @@ struct Part {
   __device__ Part over_lanes() const { return Part{warp_sum(mass), __reduce_add_sync(~0u, count)}; }
 };
 
-// This lane's share. Zeros that follow the row count where `least` is 0.
+// The share of this lane. The padding zeros count if `least` is 0.
 __device__ inline Part lane_part_from(float* weights, int n, uint32_t least) {
   Part parts[2];
   for_each_four(weights, n, [&](const float4& x, int) {
@@ -84,8 +84,8 @@ __device__ inline Part lane_part_from(float* weights, int n, uint32_t least) {
   return parts[0];
 }
 
-// A range of weights, in which the cut is: at or above `low` there is enough, at or above `high`
-// there is not.
+// A range of weights that contains the cut: the weights at or above `low` reach the mass, those at
+// or above `high` do not.
 class CutRange {
  public:
   __device__ explicit CutRange(const Part& all) : from_low_(all) {}
@@ -96,8 +96,9 @@ class CutRange {
   __device__ int num_between() const { return from_low_.count - from_high_.count; }
   __device__ bool holds_one_value() const { return high_ - low_ <= 1; }
 
-  // Where to divide it: at the mean, which few weights of the usual long tail exceed. From the
-  // seventh time on in turn with the middle, so that it comes to an end whatever the weights are.
+  // Divides the range at the mean, which few weights of a typical long tail exceed. From the
+  // seventh division on, every second one is at the middle, so that the search ends for any
+  // weights.
   __device__ uint32_t middle() {
     const float mean =
         __fdividef(from_low_.mass - from_high_.mass, static_cast<float>(num_between()));
@@ -107,7 +108,7 @@ class CutRange {
     return is_usable ? bits : low_ + (high_ - low_) / 2;
   }
 
-  // Returns whether there is enough from `middle` on.
+  // Returns whether the weights from `middle` on reach the mass.
   __device__ bool divide(uint32_t middle, const Part& from_middle, float needed) {
     const bool is_enough = from_middle.mass >= needed;
     if (is_enough) {
@@ -130,13 +131,13 @@ class CutRange {
 
 constexpr int kKeptPerLane = kCutScratch / 32;
 
-// Weights in a range, at most kCutScratch of them, without those that follow: weight i of them is
-// kept[i / 32] of lane i % 32.
+// The weights in a range, at most kCutScratch, without padding. Weight i of them is kept[i / 32] of
+// lane i % 32.
 struct KeptWeights {
   float kept[kKeptPerLane];
   int count;
 
-  // `before` of them are lower lanes'.
+  // `before` of them belong to lower lanes.
   __device__ KeptWeights(float* weights, int n, const CutRange& range, int before,
                          uint32_t* scratch)
       : count(range.num_between()) {
@@ -161,7 +162,7 @@ struct KeptWeights {
     }
   }
 
-  // least > 0.
+  // Requires least > 0.
   __device__ Part lane_part_from(uint32_t least) const {
     Part part;
 #pragma unroll
@@ -170,7 +171,7 @@ struct KeptWeights {
   }
 };
 
-// The values of the lanes in descending order.
+// Sorts the values of the lanes in descending order.
 __device__ inline uint32_t sort_lanes(uint32_t x) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -185,7 +186,7 @@ __device__ inline uint32_t sort_lanes(uint32_t x) {
   return x;
 }
 
-// Where the cut lies in a range of at most 32 weights.
+// Finds the cut in a range of at most 32 weights.
 __device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range, float needed,
                               uint32_t* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -205,7 +206,7 @@ __device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range,
   const uint32_t sorted = sort_lanes(lane < count ? scratch[lane] : 0);
   const float reached = sum_up_to(lane == 0 ? range.from_high().mass + __uint_as_float(sorted)
                                             : __uint_as_float(sorted));
-  // The last one, too, where rounding makes the sum of all fall short.
+  // The last weight counts even if rounding keeps the sum of all below the mass.
   const uint32_t enough = __ballot_sync(~0u, lane < count && reached >= needed) | 1u << (count - 1);
   const int last = __ffs(enough) - 1;
   const uint32_t weight = __shfl_sync(~0u, sorted, last);
@@ -214,9 +215,9 @@ __device__ inline Cut cut_few(const KeptWeights& weights, const CutRange& range,
   return Cut{weight, num_equal, num_equal == __popc(equal)};
 }
 
-// The smallest set of n weights, of sum `total`, with a mass of at least `needed`, without a sort
-// of them all: the range of the cut is divided until its weights fit into registers, and there
-// until a lane can hold each. By one warp with kCutScratch words of shared memory.
+// The smallest set of n weights, of sum `total`, with a mass of at least `needed`. It does not sort
+// all weights: it divides the range of the cut until the weights in it fit in registers, and then
+// until each lane can hold one. Runs in one warp with kCutScratch words of shared memory.
 __device__ inline Cut find_cut(float* weights, int n, float total, float needed,
                                uint32_t* scratch) {
   constexpr uint32_t kAboveAll = 0x7f800000;
@@ -242,7 +243,7 @@ __device__ inline Cut find_cut(float* weights, int n, float total, float needed,
       from_middle.add(above);
       range.divide(middle, from_middle, needed);
     }
-    // Two sums of the same weights, rounded differently.
+    // Two sums of the same weights, with different rounding.
     if (range.num_between() == 0) return Cut{range.low(), 0, true};
     if (range.num_between() <= 32) return cut_few(kept, range, needed, scratch);
   }

@@ -1,4 +1,4 @@
-// From the sums of a pair's samples to its row of the block mask, by single warps.
+// Turns the sums of a pair's samples into its row of the block mask, in single warps.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,12 +19,12 @@ __device__ inline BFloat16Pair pair_of(uint32_t bits) {
 
 // Sums of one pair's samples.
 struct PairSums {
-  const char* table;        // from the first row of the pair on
-  const uint32_t* weights;  // of its rows
+  const char* table;        // starts at the first row of the pair
+  const uint32_t* weights;  // one weight per row
   int num_rows;
 };
 
-// The largest share that a sample gives to each block of the tiles that a lane reads at once.
+// The largest share of a sample in each block of the tiles that a lane reads at once.
 template <int kSumsPerBlock>
 struct ReadShares {
   static constexpr int kBlocks = kSumsPerRead / kSumsPerBlock;
@@ -94,7 +94,7 @@ class PairMask {
   }
 
  private:
-  // Sets the bits of the blocks that reach the threshold, or need not, and counts them.
+  // Sets and counts the bits of the blocks that reach the threshold or are always visited.
   template <int kSumsPerBlock>
   __device__ void write_pair(const SampledUnit& unit, const SampledPair& pair, const PairSums& sums,
                              int sink) const {
@@ -110,7 +110,7 @@ class PairMask {
     const int64_t first_row =
         (unit.b * problem.num_q_heads + pair.hq) * static_cast<int64_t>(args_.num_q_blocks) +
         pair.block_idx;
-    // What a lane reads are bits of one byte of the mask.
+    // A lane reads the sums of the blocks in one byte of the mask.
     const int num_bytes = 4 * args_.num_words;
     int count = 0;
     for (int first = 0; first < num_bytes * kSumsPerBlock; first += 32) {
@@ -144,7 +144,7 @@ class PairMask {
     }
   }
 
-  // With a NaN among the inputs no order means anything: visit everything, as dense would.
+  // With NaN among the inputs no order is meaningful: visit everything, as dense attention would.
   __device__ bool is_ordered(const PairSums& sums) const {
     bool is_ordered = true;
     for (int row = lane_; row < sums.num_rows; row += 32) {

@@ -1,4 +1,4 @@
-// The sampled queries of each stack, and what they know of their own segments.
+// The sampled queries of each stack, and their weights on their own segments.
 #pragma once
 
 #include <cutlass/array.h>
@@ -13,7 +13,7 @@
 
 namespace pbs::cuda {
 
-constexpr int kSampleThreads = 128;  // a warp for 16 rows, and a part of the keys
+constexpr int kSampleThreads = 128;  // each warp has 16 rows and a part of the keys
 
 // 8 elements of two bytes.
 union Words {
@@ -21,10 +21,10 @@ union Words {
   uint32_t word[4];
 };
 
-// A warp's 16 queries. A lane has pieces of two of them, 8 rows apart: those of columns
-// 8 * (lane % 4) of every 32. The order of columns does not matter to a product as long as the keys
-// have the same. `Image` is what a family makes of a stack: it may copy the queries, and says how
-// the weights of the own segment shift the row.
+// The 16 queries of a warp. A lane has pieces of two of them, 8 rows apart: columns 8 * (lane % 4)
+// and the following of every 32. A product allows any order of columns that queries and keys share.
+// `Image` is the format of a stack in a GPU family: it may copy the queries, and computes the shift
+// of a row from the weights of the own segment.
 template <class Image, class Element, int kHeadDim, int kKeyParts>
 class SampledQueries {
  public:
@@ -56,25 +56,25 @@ class SampledQueries {
   }
 
  private:
-  static constexpr int kChunks = kHeadDim / 32;            // pieces of a row that a lane has
-  static constexpr int kGroups = kHeadDim <= 128 ? 2 : 1;  // of 8 keys, at once
+  static constexpr int kChunks = kHeadDim / 32;            // pieces of a row per lane
+  static constexpr int kGroups = kHeadDim <= 128 ? 2 : 1;  // groups of 8 keys at once
   static constexpr int kStep = 8 * kGroups;
 
-  // Of a lane: of each group the key lane / 4.
+  // A lane has key lane / 4 of each group.
   struct Keys {
     Words pieces[kGroups][kChunks];
   };
 
-  // A row of the stack: its query, the keys that tell its shift, and how many are candidates.
+  // A row of the stack: its query, the keys that determine its shift, and its number of candidates.
   struct Row {
     int hq;
-    int query;  // negative where the row does not exist
+    int query;  // negative if the row does not exist
     int begin;
     int end;
     int candidate_end;
   };
 
-  // Each lane finds one of the 16 rows, and asks the others for the two that it works on.
+  // Each lane finds one of the 16 rows, and gets the two rows that it works on from other lanes.
   __device__ void find_rows() {
     const int first = row_of_thread(thread_ / 32 * 32);
     const Row own = find_row(first + lane_ % 16);
@@ -94,7 +94,7 @@ class SampledQueries {
     Row found{sample.hq, static_cast<int>(block.first_row) + sample.row, 0, 0, 0};
     found.candidate_end =
         static_cast<int>(block.num_candidates * args_.params.blocking.kv_block_size);
-    if (!args_.has_own) {  // the first candidates tell what to compare with
+    if (!args_.has_own) {  // the first candidates determine the shift
       found.end = min(kSumKeys, args_.num_candidate_rows);
       return found;
     }
@@ -116,7 +116,7 @@ class SampledQueries {
     }
   }
 
-  // The largest score of a row's keys and the sum of their weights, a lane's share of them.
+  // A lane's share of the largest score of a row's keys and of the sum of their weights.
   __device__ void add_keys() {
     const ConstRows& from = args_.has_own ? args_.params.k : args_.params.k_perm;
     keys_ = static_cast<const Element*>(from.data) + unit_.b * from.batch_stride +
@@ -149,7 +149,7 @@ class SampledQueries {
     return keys;
   }
 
-  // Two sums a group, so that fewer products wait for each other.
+  // Two sums per group, so that fewer products wait for each other.
   __device__ void multiply(const Keys& keys, float (&scores)[kGroups][4]) const {
     float odd[kGroups][4] = {};
 #pragma unroll
@@ -189,7 +189,7 @@ class SampledQueries {
         const int key = first + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
         const bool is_seen = key >= rows_[r].begin && key < rows_[r].end;
         logits[i] = is_seen ? scores[i / 2][2 * r + i % 2] * factor : -INFINITY;
-        top = fmaxf(top, logits[i]);  // a NaN stays one in the sum
+        top = fmaxf(top, logits[i]);  // NaN is kept in the sum
       }
       const float base = top == -INFINITY ? 0.0f : top;
       float sum = sums_[r] * exp2_approx(tops_[r] - base);
@@ -200,7 +200,7 @@ class SampledQueries {
     }
   }
 
-  // Whether it is the first part, which then has the sums of all.
+  // Whether this is the first part, which then has the sums of all parts.
   __device__ bool merge_parts() {
     __shared__ float2 states[kMostKeyParts - 1][kSampleThreads][kThreadRows];
     if (part_ > 0) {
@@ -228,7 +228,7 @@ class SampledQueries {
     const float top = quad_max(tops_[r]);
     const float base = top == -INFINITY ? 0.0f : top;
     const float sum = quad_sum(sums_[r] * exp2_approx(tops_[r] - base));
-    SampledRow state{0.0f, 0.0f, 0.0f, -1};  // there is no such row
+    SampledRow state{0.0f, 0.0f, 0.0f, -1};  // the row does not exist
     if (rows_[r].query >= 0) {
       state.factor = scales_[r] * args_.params.scale * kLog2e;
       Image::set_own(state, base + log2f(sum), args_.has_own);
@@ -239,8 +239,8 @@ class SampledQueries {
 
   const SampledArgs& args_;
   int thread_;
-  int part_;          // of the keys
-  SampledUnit unit_;  // any of the permutation
+  int part_;          // part of the keys
+  SampledUnit unit_;  // any unit of the permutation
   StackPairs pairs_;
   Image image_;
   SampledRow* states_;
@@ -248,14 +248,14 @@ class SampledQueries {
   int row_;
   Row rows_[kThreadRows];
   Words queries_[kThreadRows][kChunks];
-  float scales_[kThreadRows] = {};  // of what the image holds
-  const Element* keys_ = nullptr;   // the lane's columns
+  float scales_[kThreadRows] = {};  // scales of the rows of the image
+  const Element* keys_ = nullptr;   // starts at the lane's columns
   int64_t row_stride_ = 0;
   float tops_[kThreadRows] = {-INFINITY, -INFINITY};
   float sums_[kThreadRows] = {};
 };
 
-// One CTA a stack.
+// One CTA per stack.
 template <class Image, class Element, int kHeadDim, int kKeyParts>
 __global__ void __launch_bounds__(kSampleThreads* kKeyParts,
                                   kHeadDim <= 128 ? kSampleCtasPerSm / kKeyParts : 2)

@@ -1,4 +1,4 @@
-// What CTAs of sampled scores work on, and in which order.
+// The work units of the CTAs of sampled scores, and their order.
 #pragma once
 
 #include <limits>
@@ -13,17 +13,17 @@ struct SampledArgs {
   SelectBlocksParams params;
   SampledPlan plan;
   // Parts of the workspace (SampledWorkspace).
-  char* key_tiles;  // empty in a family that makes no copies
-  char* stacks;     // so are these
+  char* key_tiles;  // empty if the family makes no copies
+  char* stacks;     // the same
   SampledRow* rows;
   char* tables;
-  int* counter;  // of drawn units, without the first of each CTA
+  int* counter;  // drawn units, without the first unit of each CTA
   float factor;  // scale * log2(e)
   int num_kv;
   int num_candidate_rows;
   int num_q_blocks;
   int num_words;
-  bool has_own;  // some keys are nobody's candidates
+  bool has_own;  // whether some keys are candidates of no query
 };
 
 inline SampledArgs sampled_args(const SelectBlocksParams& params, const SampledPlan& plan,
@@ -54,22 +54,22 @@ inline bool exceeds_grid(const SampledPlan& plan) {
   return most_per_head * plan.num_perm_heads > std::numeric_limits<int32_t>::max();
 }
 
-// A query block of a selection; its first head.
+// A query block of a selection, and its first head.
 struct SampledPair {
   int hq;
   int block_idx;
 };
 
-// Those of a stack.
+// The pairs of a stack.
 struct StackPairs {
   int first;
-  int count;  // 0: there is no such stack
+  int count;  // 0: the stack does not exist
 };
 
-// What the rows of a stack see.
+// The keys that the rows of a stack see.
 struct SampledStack {
   int end_of_whole;   // keys before it are candidates of every pair
-  int candidate_end;  // keys from it on are candidates of none; 0 where no scores are needed
+  int candidate_end;  // keys from it on are candidates of no pair; 0 if no scores are needed
 };
 
 __device__ inline int num_units(const SampledArgs& args) {
@@ -158,7 +158,7 @@ struct Sample {
 
 __device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& unit,
                                    const StackPairs& pairs, int row) {
-  // Rows of a pair are a power of two, and a division takes twenty instructions.
+  // The number of rows per pair is a power of two. A division takes twenty instructions.
   const int nth_pair = row >> (31 - __clz(args.plan.rows_per_pair));
   const int nth = row & (args.plan.rows_per_pair - 1);
   Sample sample{};
@@ -175,8 +175,8 @@ __device__ inline Sample sample_of(const SampledArgs& args, const SampledUnit& u
   return sample;
 }
 
-// Units are numbered by groups of heads, so that all CTAs read keys that stay in L2, and in a group
-// from the longest to the shortest.
+// Units are ordered by groups of heads, so that all CTAs read keys that stay in L2. Inside a group,
+// the longest unit comes first.
 __device__ inline SampledUnit unit_of(const SampledArgs& args, int idx) {
   const SampledPlan& plan = args.plan;
   const int per_group = plan.units_per_perm * plan.heads_per_group;

@@ -1,7 +1,7 @@
 // Logits of a few query blocks against all key blocks, in float32.
 //
-// The lanes of a quad share their keys and have a quarter of the dimensions each, so that a warp
-// reads whole sectors of keys, which come from L2, and mean queries without a bank conflict.
+// The lanes of a quad share their keys, and each has a quarter of the dimensions. A warp then reads
+// whole sectors of keys, which come from L2, and reads mean queries without bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,11 @@ namespace pbs::cuda::sm80 {
 
 constexpr int kKeysPerLane = 4;
 constexpr int kKeysPerWarp = 8 * kKeysPerLane;
-constexpr int kDimsPerStep = 16;  // of a quad
-constexpr int kStepsAtOnce = 2;   // whose keys are loaded together
+constexpr int kDimsPerStep = 16;  // per quad
+constexpr int kStepsAtOnce = 2;   // steps whose keys are loaded together
 
-// Where a lane's keys are, from its first dimensions on. Those past the end repeat the last one.
+// Where the keys of a lane are, starting with its first dimensions. Keys past the end repeat the
+// last one.
 template <int kHeadDim>
 struct KeyRows {
   const float* k_means;
@@ -31,7 +32,7 @@ struct KeyRows {
     }
   }
 
-  // Those of the steps from `step` on.
+  // Loads the keys of the steps from `step` on.
   __device__ void load(int step, float4 (&keys)[kStepsAtOnce][kKeysPerLane]) const {
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
@@ -44,7 +45,7 @@ struct KeyRows {
   }
 };
 
-// The sums of a quad's lanes: each is left with those of one key, number key_of_lane().
+// Sums over the lanes of a quad. Each lane gets the sum of one key, key_of_lane().
 template <int kRows>
 __device__ void add_over_quad(const float (&sums)[kKeysPerLane][kRows], float (&totals)[kRows]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -87,8 +88,8 @@ __device__ void add_step(const float4 (&keys)[kKeysPerLane], const float* q_mean
   }
 }
 
-// logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys and row < num_rows, of
-// kRows rows of mean queries (kLogitRows, kHeadDim) in shared memory. By all warps of the CTA,
+// logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys and row < num_rows, with
+// kRows rows of mean queries (kLogitRows, kHeadDim) in shared memory. Runs in all warps of the CTA,
 // which take 32 keys in turn.
 template <int kHeadDim, int kRows>
 __device__ void compute_logits(const float* q_means, const float* k_means, int num_keys,

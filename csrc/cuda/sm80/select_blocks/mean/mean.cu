@@ -1,7 +1,7 @@
-// select_blocks with score="mean": the mean of each query block, its logits against all mean keys,
-// and the smallest set of key blocks whose softmax mass reaches the threshold, in one kernel that
-// reads every query once. While a CTA waits for its queries, another one on the same multiprocessor
-// computes.
+// select_blocks with score="mean", in one kernel that reads every query once: the mean of each
+// query block, its logits against all mean keys, and the smallest set of key blocks whose softmax
+// mass reaches the threshold. While a CTA waits for its queries, another CTA on the same
+// multiprocessor computes.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"
@@ -28,13 +28,13 @@ struct SelectArgs : MeanArgs {
 
 template <int kHeadDim>
 struct SelectShared {
-  float means[kLogitRows][kHeadDim];  // of queries, times what makes their logits powers of two
+  float means[kLogitRows][kHeadDim];  // mean queries, scaled so that the logits are powers of two
   uint32_t scratch[kLogitRows][kCutScratch];
   alignas(16) int sink;
 };
 
-// Tiles of heads that share a permutation follow each other, so that their keys stay in L2, from
-// the longest rows to the shortest.
+// Tiles of heads that share a permutation are adjacent, so that their keys stay in L2. The longest
+// rows come first.
 __device__ SelectTile tile_of_cta(const SelectArgs& args) {
   const Problem& problem = args.params.problem;
   const auto num_heads = static_cast<int>(heads_per_perm(problem));
@@ -72,7 +72,7 @@ __device__ void find_logits(const SelectArgs& args, const SelectTile& tile, cons
     compute_logits<kHeadDim, decltype(num_rows)::value>(q_means, k_means, num_keys, tile.num_blocks,
                                                         args.row_stride, logits);
   };
-  // Long sequences have room for few rows.
+  // With long sequences, few rows fit.
   if (tile.num_blocks <= kLogitRows / 4) {
     compute(std::integral_constant<int, kLogitRows / 4>{});
   } else if (tile.num_blocks <= kLogitRows / 2) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
   auto* logits = reinterpret_cast<float*>(raw + sizeof(shared));
   const Problem& problem = args.params.problem;
   const SelectTile tile = tile_of_cta(args);
-  const int r = uniform(static_cast<int>(threadIdx.x) / 32);  // of the warp
+  const int r = uniform(static_cast<int>(threadIdx.x) / 32);  // index of the warp
   if (r == kLogitRows - 1) {
     const int sink = find_sink(args.params, tile.b, tile.hq / heads_per_perm(problem));
     if (threadIdx.x % 32 == 0) shared.sink = sink;

@@ -1,5 +1,5 @@
-// The kernels that sampled.cu launches. Each head dim has a small .cu of its own, so that they
-// compile side by side.
+// The kernels that sampled.cu launches. Each head dim has its own small .cu file, so that they
+// compile in parallel.
 #pragma once
 
 #include <cuda_runtime.h>

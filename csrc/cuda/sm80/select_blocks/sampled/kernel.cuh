@@ -1,5 +1,5 @@
-// The kernel of sampled scores. Warps share the tiles of permuted keys that they copy together,
-// have sampled queries of their own in registers, and then choose blocks.
+// The kernel of sampled scores. The warps of a CTA copy tiles of permuted keys together and share
+// them. Each warp has its own sampled queries in registers. Then the warps select blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ struct SampledTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kStacks = kStacks_;
   static constexpr int kThreads = 32 * kSampledWarps;
-  static constexpr int kRowTiles = kStacks * kStackRows / (16 * kSampledWarps);  // of a warp
+  static constexpr int kRowTiles = kStacks * kStackRows / (16 * kSampledWarps);  // per warp
   static constexpr int kStages = sampled_stages(kHeadDim);
   static constexpr int kCtasPerSm = sampled_ctas_per_sm(kHeadDim);
   using Rows = StackRows<Element, kHeadDim, kRowTiles>;
@@ -25,7 +25,7 @@ struct SampledTraits {
     alignas(128) char k[kStages][stage_bytes(kHeadDim)];
     int drawn;
 
-    // 1 / (sum of a row), as two equal bfloat16, where the keys were.
+    // 1 / (sum of a row), as two equal bfloat16, in the memory of the keys.
     __device__ uint32_t* weights() { return reinterpret_cast<uint32_t*>(k[0]); }
   };
   static_assert(sizeof(Shared::k[0]) >= 4 * kStacks * kStackRows);
@@ -65,7 +65,7 @@ class StageLoader {
   Shared& shared_;
 };
 
-// A lane's two neighbouring sums of a stage.
+// Two neighbouring sums of a stage in a lane.
 template <class Traits>
 __device__ __forceinline__ void write_sums(const SampledArgs& args, char* tables, int stage,
                                            const float (&sums)[2][Traits::Rows::kSumRows]) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_sums(const SampledArgs& args, char* tables
   }
 }
 
-// Sums of all candidates of a unit, and what to multiply them by.
+// The sums of all candidates of a unit, and the factors of their rows.
 template <class Traits>
 __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledUnit& unit,
                                          typename Traits::Shared& shared, char* tables) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledU
 #pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // the keys are there, and all are done with those before
+    __syncthreads();  // the keys are loaded, and all warps have finished with the previous ones
     const int ahead = stage + kStages - 1;
     if (ahead < num_stages) loader.start(slot == 0 ? kStages - 1 : slot - 1, ahead * kStageKeys);
     commit_copies();
@@ -110,11 +110,11 @@ __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledU
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   wait_for_copies<0>();
-  __syncthreads();  // all are done with the keys
+  __syncthreads();  // all warps have finished with the keys
   rows.write_weights(unit, shared.weights());
 }
 
-// Rows of the block mask of a unit, by one warp after the other.
+// Writes the rows of the block mask of a unit. The warps take them in turn.
 template <class Traits>
 __device__ __forceinline__ void select_unit(const SampledArgs& args, const SampledUnit& unit,
                                             typename Traits::Shared& shared, const char* tables) {
@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   int idx = static_cast<int>(blockIdx.x);
   while (idx < num_units(args)) {
     int drawn = 0;
-    if (threadIdx.x == 0) drawn = atomicAdd(args.counter, 1);  // while this one is in work
+    if (threadIdx.x == 0) drawn = atomicAdd(args.counter, 1);  // while the CTA works on this unit
     const SampledUnit unit = unit_of(args, idx);
     sum_unit<Traits>(args, unit, shared, tables);
     if (threadIdx.x == 0) shared.drawn = drawn;
-    __syncthreads();  // sums, in memory, and weights are there
+    __syncthreads();  // sums, in memory, and weights are complete
     idx = static_cast<int>(gridDim.x) + shared.drawn;
     select_unit<Traits>(args, unit, shared, tables);
-    __syncthreads();  // all have read them
+    __syncthreads();  // all warps have read them
   }
 }
 

@@ -1,5 +1,5 @@
-// Both kernels of sampled scores: what the sampled queries know of their own segments, then their
-// sums over all candidates and the choice of blocks.
+// The two kernels of sampled scores: the weights of the sampled queries on their own segments, then
+// their sums over all candidates and the selection of blocks.
 #pragma once
 
 #include "common/select_blocks/sampled/sample_queries.cuh"
@@ -8,7 +8,7 @@
 
 namespace pbs::cuda::sm80 {
 
-// Rows of sampled queries need no copy: the keys of the own segment weigh 1 together.
+// Rows of sampled queries need no copy. The keys of the own segment have a total weight of 1.
 struct NoImage {
   __device__ NoImage(const SampledArgs&, int64_t) {}
   __device__ static void begin() {}
@@ -19,7 +19,7 @@ struct NoImage {
   __device__ static void set_own(SampledRow& state, float log2_own, bool has_own) {
     state.offset = -log2_own;
     state.own_sum = has_own ? 1.0f : 0.0f;
-    if (!isfinite(log2_own)) state.own_sum = NAN;  // nothing to compare with: selects everything
+    if (!isfinite(log2_own)) state.own_sum = NAN;  // no finite reference: selects everything
   }
 };
 

@@ -1,5 +1,5 @@
-// select_blocks with score="sampled": the attention of some queries of each block to the keys they
-// may see, summed by key block, and the blocks that matter most to any of them.
+// select_blocks with score="sampled": the attention of some queries of each block to the keys that
+// they may see, summed by key block, and the selection of the key blocks with the largest shares.
 #include <cuda_runtime.h>
 
 #include "common/elements.h"

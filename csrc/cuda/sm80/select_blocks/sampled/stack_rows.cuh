@@ -1,5 +1,4 @@
-// What a warp knows of its rows of sampled queries, and the sums of the weights that they give to
-// keys, 32 keys each.
+// The rows of sampled queries of a warp, and the sums of their weights over 32 keys each.
 #pragma once
 
 #include "common/exp2.cuh"
@@ -10,20 +9,20 @@
 
 namespace pbs::cuda::sm80 {
 
-// A weight larger than this times those of the own segment counts as if it were as large, so that
-// all sums are finite.
+// A weight is limited to this factor times the weights of the own segment, so that all sums are
+// finite.
 constexpr float kMostAbove = 80.0f;  // powers of two
-// No weight of a smaller sum is that large.
+// No weight of a smaller sum reaches the limit.
 constexpr float kSmallSum = 0x1p80f;
 
-// kRowTiles times 16 rows of a unit, whose queries the warp has in registers. Of a row tile a lane
-// has two rows of the products; of the sums it has those that row_of_sum says.
+// kRowTiles times 16 rows of a unit, whose queries the warp has in registers. In a row tile, a lane
+// has two rows of the products. It has the sums of the rows that row_of_sum returns.
 template <class Element, int kHeadDim, int kRowTiles>
 class StackRows {
  public:
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kSumsPerStage = kStageKeys / kSumKeys;
-  // Of a lane: sums of a stage, as many rows.
+  // The sums of a stage in a lane, one per row.
   static constexpr int kSumRows = kRowTiles == 4 ? 2 : 1;
   using KeyRead = TileRead<kHeadDim, kStageKeys>;
 
@@ -52,15 +51,15 @@ class StackRows {
     if constexpr (kRowTiles == 2) return first_row() + quad / 2 * 16 + quad % 2 * 8 + lane / 4;
     return first_row() + quad % 2 * 8 + lane / 4;
   }
-  // Where two lanes have the same sum, one of them writes it.
+  // If two lanes have the same sum, one of them writes it.
   __device__ static bool writes_sums() { return kRowTiles > 1 || read_thread() % 4 < 2; }
 
-  // Sums of a stage of keys, of which first_key is the first.
+  // The sums of a stage of keys that starts with first_key.
   __device__ __forceinline__ void add(const char* stage, int first_key,
                                       float (&sums)[kSumsPerStage][kSumRows]) {
     const int lane = read_thread() % 32;
     const KeyRead keys(stage, lane % 8, lane / 8);
-    // The products of the next keys run beside the exponentials of these.
+    // The products of the next keys overlap with the exponentials of these keys.
     float scores[2][kRowTiles][4];
     float parts[kRowTiles * kThreadRows];
     bool is_small = true;
@@ -81,7 +80,8 @@ class StackRows {
     for (int nth = 0; nth < kSumsPerStage; ++nth) {
 #pragma unroll
       for (int i = 0; i < kSumRows; ++i) {
-        // Candidates are whole sums. What lies behind them weighs nothing, whatever it is.
+        // Sums contain candidates only, or none. Keys after the candidates have weight 0, whatever
+        // their values.
         const bool is_candidate = first_key + nth * kSumKeys < candidate_end_[i];
         sums[nth][i] = is_candidate ? sums[nth][i] : 0.0f;
         total_[i] += sums[nth][i];
@@ -89,14 +89,14 @@ class StackRows {
     }
   }
 
-  // What the weights of a row are to be multiplied by, as two equal bfloat16.
+  // Returns the factor for the weights of a row, as two equal bfloat16.
   __device__ void write_weights(const SampledUnit& unit, uint32_t* weights) const {
     if (!writes_sums()) return;
     const SampledRow* rows =
         args_.rows + stack_idx(args_, unit.perm_head, unit.first_stack) * kStackRows;
 #pragma unroll
     for (int i = 0; i < kSumRows; ++i) {
-      // A row that does not exist weighs nothing; in one that sees nothing all shares are 0.
+      // A row that does not exist has factor 0. In a row that sees nothing, all shares are 0.
       const bool exists = candidate_end_[i] >= 0;
       const float total = total_[i] + (exists ? rows[row_of_sum(i)].own_sum : 0.0f);
       const float weight = exists && total != 0.0f ? 1.0f / total : 0.0f;
@@ -105,19 +105,19 @@ class StackRows {
   }
 
  private:
-  // Rows of the unit: the warp's first one, and the lane's in products.
+  // Rows of the unit: the first row of the warp, and of the lane in products.
   __device__ static int first_row() { return read_thread() / 32 * 16 * kRowTiles; }
   __device__ static int row(int m, int r) {
     return first_row() + 16 * m + read_thread() % 32 / 4 + 8 * r;
   }
 
-  // Of an infinite score, as of one that is no number, NaN: dense attention has no number, either.
+  // An infinite score gives NaN, like a NaN score: dense attention gives NaN too.
   __device__ static float limited(float above) {
     if (above == INFINITY) return NAN;
     return above > kMostAbove ? kMostAbove : above;
   }
 
-  // A lane's elements of both of its rows in every row tile, as products take them.
+  // The elements of a lane in both of its rows of every row tile, as operands of products.
   __device__ void load_queries(const SampledArgs& args, const SampledUnit& unit) {
     const ConstRows& q = args.params.q;
 #pragma unroll
@@ -148,8 +148,8 @@ class StackRows {
     for (float& part : parts) part = 0.0f;
   }
 
-  // The sums of a stage once more, with weights that are limited. Rare code: it is not unrolled, as
-  // the registers are for the other.
+  // The sums of a stage once more, with limited weights. The code runs rarely, so it is not
+  // unrolled and leaves the registers to the main path.
   __device__ __forceinline__ void add_limited(const KeyRead& keys,
                                               float (&sums)[kSumsPerStage][kSumRows]) const {
 #pragma unroll
@@ -180,8 +180,8 @@ class StackRows {
     }
   }
 
-  // Scores of 8 keys, of which the first is row `key` of the stage. Two steps at once: four
-  // matrices of 8 keys by 8 columns.
+  // Scores of 8 keys, starting with row `key` of the stage. Two steps at once: four matrices of 8
+  // keys by 8 columns.
   __device__ __forceinline__ void multiply(const KeyRead& keys, int key,
                                            float (&scores)[kRowTiles][4]) const {
 #pragma unroll
@@ -205,7 +205,7 @@ class StackRows {
     }
   }
 
-  // Adds up what the lanes of a quad have of each row, and leaves to each lane its own rows.
+  // Sums over the lanes of a quad. Each lane gets its own rows.
   __device__ __forceinline__ void share_quad(const float (&parts)[kRowTiles * kThreadRows],
                                              float (&sums)[kSumRows]) const {
     const int lane = read_thread();
@@ -227,8 +227,8 @@ class StackRows {
     }
   }
 
-  // Of a lane that keeps the second of two values, or the first, and of its neighbour that keeps
-  // the other: the sum of both lanes' values.
+  // Each lane keeps one of two values, and its neighbour keeps the other. Returns the sum of the
+  // two lanes' values.
   __device__ __forceinline__ static float exchanged(float first, float second, bool keeps_second,
                                                     int mask) {
     const float received = __shfl_xor_sync(~0u, keeps_second ? first : second, mask);

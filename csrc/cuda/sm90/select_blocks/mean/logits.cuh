@@ -1,8 +1,8 @@
 // Logits of a few query blocks against all key blocks, on tensor cores in float32.
 //
-// A product has key blocks as rows, from registers, and query blocks as columns, from shared
-// memory. Its dimensions may stand in any order that both sides share: a thread loads four that
-// follow each other, of two keys, and these feed two products.
+// The rows of a product are key blocks, from registers. Its columns are query blocks, from shared
+// memory. Its dimensions may have any order that both sides share: a thread loads four adjacent
+// dimensions of two keys, which are the operands of two products.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -20,8 +20,8 @@ constexpr int kKeysPerProduct = 64;
 constexpr int kDimsPerProduct = 8;
 constexpr int kDimsPerPart = 16;  // loaded together
 
-// A float32 as two TF32s, of which the tensor core ignores the last 13 bits: all but 2^-21 of it. A
-// NaN is one in `low`.
+// A float32 as the sum of two TF32 numbers. The tensor core ignores their last 13 bits, and the
+// error is 2^-21. A NaN becomes a NaN in `low`.
 struct Halves {
   uint32_t high;
   uint32_t low;
@@ -33,7 +33,7 @@ __device__ inline Halves split(float x) {
 }
 
 using LogitMma = cute::SM90::GMMA::MMA_64x16x8_F32TF32TF32_RS_TN<>;
-constexpr int kLogits = 8;  // of a thread and product
+constexpr int kLogits = 8;  // per thread and product
 
 // One product's part of the mean queries: (query, dimension) in units of 8 x 4, without a swizzle.
 using QueryLayout = cute::Layout<
@@ -41,7 +41,8 @@ using QueryLayout = cute::Layout<
     cute::Stride<cute::Stride<cute::_4, cute::_32>,
                  cute::Stride<cute::_1, cute::Int<4 * kLogitRows>>>>;
 
-// Mean queries as such halves, so that each is split once. Their sum is the float32 again.
+// Mean queries as two halves, so that each query is split once. The sum of the halves is the
+// float32.
 struct SplitQueries {
   uint32_t* high;  // (head_dim / 4, kLogitRows, 4)
   uint32_t* low;
@@ -73,7 +74,7 @@ struct KeyPart {
   float4 second;
 };
 
-// Where a thread's keys are. Those past the end repeat the last one.
+// Where the keys of a thread are. Keys past the end repeat the last one.
 template <int kHeadDim>
 struct KeyRows {
   const float* first;
@@ -112,17 +113,17 @@ __device__ inline void add_product(const uint32_t (&a)[4], uint64_t b, float (&s
                 sums[6], sums[7]);
 }
 
-// Mean queries as products read them.
+// Mean queries in the layout of the products' operands.
 struct QueryOperands {
   OperandDescriptor high;
   OperandDescriptor low;
 };
 
-// Adds the products of a part's dimensions.
+// Adds the products of the dimensions of a part.
 __device__ inline void add_part(const KeyPart& part, int nth, const QueryOperands& queries,
                                 float (&sums)[kLogits]) {
   constexpr int kProducts = kDimsPerPart / kDimsPerProduct;
-  constexpr int kQueryBytes = kDimsPerProduct * kLogitRows * sizeof(uint32_t);  // of a product
+  constexpr int kQueryBytes = kDimsPerProduct * kLogitRows * sizeof(uint32_t);  // bytes per product
   const float4& x = part.first;
   const float4& y = part.second;
   const KeyOperands operands[kProducts] = {{x.x, y.x, x.y, y.y}, {x.z, y.z, x.w, y.w}};
@@ -140,9 +141,9 @@ __device__ inline void add_part(const KeyPart& part, int nth, const QueryOperand
   fence_operands(sums);
 }
 
-// logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, of kLogitRows rows of
-// which the first num_rows are written. By the row warps, whose warpgroups take 64 keys in turn,
-// and call wait() for the mean queries when the first keys are on their way.
+// logits[row * stride + j] = q_means[row] . k_means[j] for j < num_keys, for kLogitRows rows, of
+// which the first num_rows are written. Runs in the row warps, whose warpgroups take 64 keys in
+// turn. Calls wait() for the mean queries when the first keys are being loaded.
 template <int kHeadDim, class Wait>
 __device__ void compute_logits(const SplitQueries& q_means, const float* k_means, int num_keys,
                                int num_rows, int stride, float* logits, Wait wait) {

@@ -1,6 +1,6 @@
-// select_blocks with score="mean": the mean of each query block, its logits against all mean keys,
-// and the smallest set of key blocks whose softmax mass reaches the threshold, in one kernel that
-// reads every query once.
+// select_blocks with score="mean", in one kernel that reads every query once: the mean of each
+// query block, its logits against all mean keys, and the smallest set of key blocks whose softmax
+// mass reaches the threshold.
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -19,7 +19,7 @@
 namespace pbs::cuda::sm90 {
 namespace {
 
-// 96 a thread are there at launch (65536 / 640, in steps of 8).
+// The launch gives 96 registers per thread (65536 / 640, in steps of 8).
 constexpr int kRowRegisters = 104;
 constexpr int kMeanRegisters = 64;
 static_assert(kRowWarps * kRowRegisters + kMeanWarps * kMeanRegisters ==
@@ -39,7 +39,7 @@ __device__ void write_means(const SelectArgs& args, const SelectShared<kHeadDim>
     shared.barriers->means_empty[buffer].wait(parity ^ 1);
     if (thread == 0) shared.barriers->sinks[buffer] = sink;
     means.add_tile(tile, shared.means_of(buffer));
-    cutlass::arch::fence_view_async_shared();  // read by the tensor cores
+    cutlass::arch::fence_view_async_shared();  // the tensor cores read it
     shared.barriers->means_full[buffer].arrive();
   }
 }
@@ -74,7 +74,7 @@ __device__ void select_rows(const SelectArgs& args, const SelectShared<kHeadDim>
                 num_scored, static_cast<int>(block.num_candidates), sink, row, cut);
     }
     shared.barriers->means_empty[buffer].arrive();
-    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile writes over the logits
+    cutlass::arch::NamedBarrier::sync(32 * kRowWarps, 0);  // the next tile overwrites the logits
   }
 }
 

@@ -1,6 +1,6 @@
-// Means of query blocks. Of 2-byte elements, TMA brings column groups into slots and the tensor
-// cores add up their rows, as the product of the group, transposed, with a matrix of ones: all its
-// columns are alike, and still it takes less than conversions and sums would.
+// Means of query blocks. For 2-byte elements, TMA loads column groups into slots, and the tensor
+// cores sum their rows as the product of the transposed group with a matrix of ones. All columns of
+// the result are equal, but this is still faster than conversions and additions.
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -19,7 +19,7 @@
 
 namespace pbs::cuda::sm90 {
 
-// Loads all query blocks of all tiles of a CTA, one slot after the other. By one warp.
+// Loads all query blocks of all tiles of a CTA, one slot after the other. Runs in one warp.
 template <class Element, int kHeadDim>
 class QueryLoads {
  public:
@@ -63,21 +63,21 @@ class QueryLoads {
   const SelectShared<kHeadDim>& shared_;
   TileWalk walk_;
   DynamicRingState slot_;
-  // What comes next.
+  // The next block to load.
   int row_ = 0;
   int group_ = 0;
   int head_ = 0;
   int batch_ = 0;
-  int rows_left_ = 0;  // query blocks of the tile
+  int rows_left_ = 0;  // query blocks left in the tile
 };
 
-// How the columns of a slot are summed up: 64 of them are the rows of a product.
+// The product that sums the columns of a slot: 64 columns are its rows.
 template <class Element, int kHeadDim>
 class ColumnSums {
  public:
   static constexpr int kGroupColumns = group_columns(kHeadDim);
   static constexpr int kGroups = query_slot_columns(kHeadDim) / kGroupColumns;
-  static constexpr int kSums = 4;  // of a thread: two columns, twice
+  static constexpr int kSums = 4;  // per thread: two columns, twice
 
   __device__ explicit ColumnSums(const SelectShared<kHeadDim>& shared)
       : slots_(cute::GMMA::make_gmma_desc<cute::GMMA::Major::MN>(
@@ -85,7 +85,7 @@ class ColumnSums {
         ones_(cute::GMMA::make_gmma_desc<cute::GMMA::Major::K>(
             tensor_of(static_cast<const Element*>(shared.ones), Ones{}))) {}
 
-  // Sums the rows of the slot that starts `slot` bytes behind the first one.
+  // Sums the rows of the slot that starts `slot` bytes after the first one.
   __device__ void compute(uint32_t slot, int num_rows, float (&sums)[kGroups][kSums]) const {
     constexpr uint32_t kRowBytes = 2 * kGroupColumns;
     for (int row = 0; row < num_rows; row += kAtOnce * kRows) {
@@ -108,8 +108,8 @@ class ColumnSums {
   }
 
  private:
-  static constexpr int kRows = 16;   // of the slot, in a product
-  static constexpr int kAtOnce = 2;  // products; a query block has 32 rows at least
+  static constexpr int kRows = 16;   // rows of the slot per product
+  static constexpr int kAtOnce = 2;  // products at once; a query block has at least 32 rows
   using Op = decltype(cute::GMMA::ss_op_selector<Element, Element, float,
                                                  cute::Shape<cute::_64, cute::_8, cute::Int<kRows>>,
                                                  cute::GMMA::Major::MN, cute::GMMA::Major::K>());
@@ -117,7 +117,7 @@ class ColumnSums {
                                             cute::Shape<cute::_8, cute::Int<kRows>>{}));
   static_assert(cute::cosize_v<Ones> * sizeof(Element) == kOnesBytes);
 
-  // (64, kRows). A group that is narrower than a product is high counts twice.
+  // (64, kRows). A group narrower than a product is read twice.
   __device__ static auto layout() {
     using Atom = std::conditional_t<kGroupColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
@@ -146,8 +146,7 @@ class ColumnSums {
   OperandDescriptor ones_;
 };
 
-// The mean queries of a tile, times what makes of their products logits in powers of two. By a
-// warpgroup.
+// The mean queries of a tile, scaled so that their logits are powers of two. Runs in a warpgroup.
 template <class Element, int kHeadDim>
 class QueryMeans {
  public:
@@ -159,7 +158,7 @@ class QueryMeans {
         loads_(args, shared),
         slot_{args.tiles.num_slots} {
     if constexpr (!std::is_same_v<Element, float>) {
-      // The last slot is filled when the first one is averaged.
+      // The last slot is loaded while the first one is averaged.
       for (int i = 1; i < args.tiles.num_slots && thread_ < 32; ++i) loads_.start_next();
     }
   }
@@ -190,7 +189,7 @@ class QueryMeans {
     const Sums columns(shared_);
     const auto block_size = static_cast<int>(args_.params.blocking.block_size);
     const auto num_q = static_cast<int>(args_.params.problem.num_q);
-    // A quad of threads has the same two columns of each group.
+    // The threads of a quad have the same two columns of each group.
     const int nth = thread_ % 4;
     const int column = row_of_thread(thread_) + nth * 8;
     const bool writes = nth < kThreadRows && column < Sums::kGroupColumns;
@@ -198,7 +197,8 @@ class QueryMeans {
       const int num_rows = min(block_size, num_q - (tile.first_block + r) * block_size);
       const float share = factor_ / static_cast<float>(num_rows);
       for (int first = 0; first < kHeadDim; first += query_slot_columns(kHeadDim)) {
-        // Into the slot that was averaged before this one: all warps are, or are about to be, done.
+        // Loads into the slot that was averaged before this one: all warps have finished it, or are
+        // about to.
         if (thread_ < 32) loads_.start_next();
         shared_.barriers->slot_full[slot_.stage].wait(slot_.parity);
         float sums[Sums::kGroups][Sums::kSums] = {};

@@ -1,7 +1,7 @@
-// What the CTAs of select_blocks work on, in which order, and their shared memory.
+// The tiles that the CTAs of select_blocks work on, their order, and the shared memory of a CTA.
 //
-// A CTA takes one tile of query blocks of one head after the other. A warpgroup loads and averages
-// the queries, a tile ahead of those that find and cut the rows of logits.
+// A CTA works on one tile after the other, each of query blocks of one head. A warpgroup loads and
+// averages the queries, one tile ahead of the warps that compute and cut the rows of logits.
 #pragma once
 
 #include <cuda.h>
@@ -18,17 +18,17 @@ constexpr int kSelectThreads = 32 * (kRowWarps + kMeanWarps);
 
 struct SelectArgs : MeanArgs {
   SelectTiles tiles;
-  CUtensorMap q;  // not of float32
+  CUtensorMap q;  // unused for float32
 };
 
 struct SelectBarriers {
   cutlass::arch::ClusterTransactionBarrier slot_full[kMaxQuerySlots];
   cutlass::arch::ClusterBarrier slot_empty[kMaxQuerySlots];
-  // Every thread arrives for itself: racecheck does not see that __syncwarp puts a whole warp
-  // before the one lane that would.
+  // Every thread arrives itself: racecheck does not see that __syncwarp orders a whole warp before
+  // the one lane that would arrive.
   cutlass::arch::ClusterBarrier means_full[kMeanBuffers];
   cutlass::arch::ClusterBarrier means_empty[kMeanBuffers];
-  int sinks[kMeanBuffers];  // beside the means
+  int sinks[kMeanBuffers];  // with the same buffers as the means
 };
 static_assert(sizeof(SelectBarriers) <= kSelectBarrierBytes);
 
@@ -56,13 +56,13 @@ struct SelectShared {
   uint32_t* means;    // (kMeanBuffers, 2, kHeadDim / 4, kLogitRows, 4)
   float* logits;      // (tile_rows, row_stride)
   uint32_t* scratch;  // (kRowWarps, kCutScratch)
-  void* ones;         // the matrix that sums up queries
+  void* ones;         // the matrix of ones that sums the queries
   SelectBarriers* barriers;
 };
 
-// The tiles of a CTA. Tiles are numbered from the longest rows to the shortest, across heads, and
-// taken from both ends in turn: what is loaded for a short one comes in while a long one is in
-// work.
+// The tiles of a CTA. Tiles are ordered from the longest rows to the shortest, across heads, and
+// taken from both ends in turn: the data of a short tile is loaded while the CTA works on a long
+// one.
 class TileWalk {
  public:
   __device__ explicit TileWalk(const SelectArgs& args) : args_(args) {

@@ -1,4 +1,4 @@
-// The permuted keys in e4m3, tile by tile, as shared memory holds them.
+// The permuted keys in e4m3, tile by tile, in the layout of shared memory.
 #pragma once
 
 #include "common/pages.cuh"
@@ -7,18 +7,18 @@
 
 namespace pbs::cuda::sm90 {
 
-constexpr int kPiece = 8;  // elements that a thread handles at once
+constexpr int kPiece = 8;  // elements that a thread converts at once
 
 template <int kHeadDim>
 constexpr int kImageThreads = 2 * kHeadDim;
 
-// One CTA a tile. A thread keeps its pieces until the largest element of the tile is known.
+// One CTA per tile. A thread keeps its pieces until the largest element of the tile is known.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kImageThreads<kHeadDim>)
     select_blocks_key_images_kernel(const __grid_constant__ SampledArgs args) {
   using Source = cutlass::AlignedArray<Element, kPiece, 16>;
   constexpr int kThreads = kImageThreads<kHeadDim>;
-  constexpr int kPieces = kHeadDim / kPiece;  // of a key
+  constexpr int kPieces = kHeadDim / kPiece;  // per key
   constexpr int kItems = kSampledKeys * kPieces / kThreads;
   static_assert(kSampledKeys * kPieces % kThreads == 0);
   const cutlass::NumericArrayConverter<float, Element, kPiece> to_floats;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kImageThreads<kHeadDim>)
     *reinterpret_cast<uint2*>(to + place) = reinterpret_cast<const uint2&>(narrow);
   }
   if (threadIdx.x == 0) *reinterpret_cast<float*>(to + kSampledKeys * kHeadDim) = scale.scale;
-  // Whoever follows waits for this kernel, and needs the one before, too.
+  // The next kernel waits for this one, and also needs the results of the previous one.
   cudaGridDependencySynchronize();
 }
 

@@ -1,5 +1,5 @@
-// Operands of one byte: where the elements of a stack and of a tile lie in shared memory, and in
-// the images of it that device memory holds.
+// One-byte operands: where the elements of a stack and of a tile are in shared memory, and in their
+// copies in device memory.
 #pragma once
 
 #include <cutlass/float8.h>
@@ -14,8 +14,8 @@
 namespace pbs::cuda::sm90 {
 
 using Narrow = cutlass::float_e4m3_t;
-// Operands are multiples of it: so large that few of them are subnormal, so small that the sum of
-// 256 products fits half precision.
+// The largest operand after scaling: large enough that few operands are subnormal, small enough
+// that the sum of 256 products fits in half precision.
 constexpr float kMostNarrow = 15.0f;
 
 template <int kHeadDim>
@@ -35,11 +35,12 @@ struct SampledLayouts {
       decltype(cute::tile_to_shape(Atom<Columns>{}, cute::Shape<Columns, cute::Int<kHeadDim>>{}));
 };
 
-// The absolute value as an integer, which orders numbers, infinity and NaN like this.
+// The bits of the absolute value as an integer, which has the same order, including infinity and
+// NaN.
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// What to divide by so that the largest of some numbers becomes kMostNarrow. Where one is infinite
-// or NaN, so is the scale, and with it all scores.
+// The divisor that maps the largest of some numbers to kMostNarrow. If one is infinite or NaN, so
+// is the scale, and all scores with it.
 struct NarrowScale {
   float scale;
   float inverse;
@@ -48,7 +49,7 @@ struct NarrowScale {
     const float top = __uint_as_float(largest);
     scale = top * (1.0f / kMostNarrow);
     inverse = top > 0.0f ? kMostNarrow / top : 0.0f;
-    if (isinf(inverse)) scale = inverse = 0.0f;  // of nearly nothing
+    if (isinf(inverse)) scale = inverse = 0.0f;  // all numbers are nearly 0
   }
 };
 

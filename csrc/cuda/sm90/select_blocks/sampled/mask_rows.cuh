@@ -1,4 +1,4 @@
-// From the sums of a stack to rows of the block mask, by single warps.
+// Turns the sums of a stack into rows of the block mask, in single warps.
 #pragma once
 
 #include "common/select_blocks/sampled/pair_mask.cuh"

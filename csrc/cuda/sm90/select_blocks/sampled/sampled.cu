@@ -1,8 +1,8 @@
-// select_blocks with score="sampled": the attention of some queries of each block to the keys they
-// may see, summed by key block, and the blocks that matter most to any of them. Two small kernels
-// prepare the operands: the keys in e4m3, the sampled queries and what they know of their own
-// segments. In the third a warp loads keys, warpgroups multiply and sum, other warps choose blocks
-// of the unit before.
+// select_blocks with score="sampled": the attention of some queries of each block to the keys that
+// they may see, summed by key block, and the selection of the key blocks with the largest shares.
+// Two small kernels prepare the operands: the keys in e4m3, and the sampled queries with their
+// weights on their own segments. In the third kernel, one warp loads keys, warpgroups multiply and
+// sum, and other warps select the blocks of the previous unit.
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.k_full[stage].init(1);
       shared.k_empty[stage].init(
-          4 * Traits::kStacks);  // of each stack, the warpgroup that has the tile
+          4 * Traits::kStacks);  // for each stack, the warpgroup that has the tile
     }
     for (int unit = 0; unit < kDrawnUnits; ++unit) {
       shared.unit_full[unit].init(1);

@@ -1,4 +1,4 @@
-// The sampled queries of a stack in e4m3, as shared memory holds them.
+// The sampled queries of a stack in e4m3, in the layout of shared memory.
 #pragma once
 
 #include "common/select_blocks/sampled/sample_queries.cuh"
@@ -7,7 +7,7 @@
 
 namespace pbs::cuda::sm90 {
 
-// Powers of two that the rounding of an offset may move the own segment by.
+// The rounding of an offset may move the own segment by this many powers of two.
 constexpr float kMostOwnShift = 4.0f;
 
 template <int kHeadDim>
@@ -16,10 +16,10 @@ class StackImage {
   __device__ StackImage(const SampledArgs& args, int64_t stack_idx)
       : image_(args.stacks + stack_idx * stack_bytes(kHeadDim)) {}
 
-  // The images of the keys may start: they are another matter.
+  // The kernel that copies keys may start, because it does not depend on this one.
   __device__ static void begin() { cudaTriggerProgrammaticLaunchCompletion(); }
 
-  // Writes a row, of which the lanes of a quad have pieces, and returns the scale of its elements.
+  // Writes a row, of which the lanes of a quad have pieces. Returns the scale of its elements.
   template <class Element, int kChunks>
   __device__ float write(int row, const Words (&query)[kChunks]) const {
     uint32_t largest = 0;
@@ -42,8 +42,8 @@ class StackImage {
     return scale.scale;
   }
 
-  // From the logarithm of the own keys' weights. NaN, which selects everything, where half
-  // precision cannot hold it.
+  // Computed from the logarithm of the own keys' weights. If half precision cannot hold it, it is
+  // NaN, which selects everything.
   __device__ static void set_own(SampledRow& state, float log2_own, bool has_own) {
     state.offset = __half2float(__float2half_rn(kWeightOffset - log2_own * (1.0f / kWeightRange)));
     const float rest = log2_own + (state.offset - kWeightOffset) * kWeightRange;

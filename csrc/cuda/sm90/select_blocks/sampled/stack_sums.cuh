@@ -1,6 +1,6 @@
-// Sums of the weights that the sampled queries of one stack give to keys, 32 keys each, from
-// accumulators that a warpgroup holds. Stacked queries are the rows of a product, a tile of
-// permuted keys its columns.
+// Sums of the weights that the sampled queries of one stack give to keys, 32 keys each, from the
+// accumulators of a warpgroup. Stacked queries are the rows of a product, a tile of permuted keys
+// is its columns.
 #pragma once
 
 #include "common/exp2.cuh"
@@ -10,19 +10,19 @@
 
 namespace pbs::cuda::sm90 {
 
-// A weight larger than this times those of the own segment counts as if it were as large, so that
-// all sums are finite.
+// A weight is limited to this factor times the weights of the own segment, so that all sums are
+// finite.
 constexpr float kMostAbove = 80.0f;  // powers of two
-// What half precision holds above the weights of the own segment, or above where a row has moved
-// to.
+// The range of half precision above the weights of the own segment, or above the current offset of
+// a row.
 constexpr float kPackedAbove = 16.0f - kOwnExponent;
 
-// A lane's sums of a tile: of both of its rows, and of the 32 keys that its place in the quad says.
+// The sums of a lane for a tile: for both of its rows, over the 32 keys of its place in the quad.
 using LaneSums = float[kThreadRows];
 static_assert(kSumsPerTile == 4, "a lane of a quad has one");
 
-// Of a lane that keeps the second of two values, or the first, and of its neighbour that keeps the
-// other: the sum of both lanes' values.
+// Each lane keeps one of two values, and its neighbour keeps the other. Returns the sum of the two
+// lanes' values.
 __device__ __forceinline__ __half2 exchanged_sum(__half2 first, __half2 second, bool keeps_second,
                                                  int mask) {
   const uint32_t low = half_bits_of(first), high = half_bits_of(second);
@@ -30,9 +30,9 @@ __device__ __forceinline__ __half2 exchanged_sum(__half2 first, __half2 second, 
   return __hadd2(half_pair_of(keeps_second ? high : low), half_pair_of(received));
 }
 
-// Adds up what the lanes of a quad have of 32 keys, in pairs of columns, and leaves to each lane
-// the sums of both rows and the keys that are its own. NOTE: a product with ones does this in fewer
-// instructions, and waits for all other products.
+// Sums over the lanes of a quad for 32 keys, in pairs of columns. Each lane gets the sums of both
+// rows over its own keys. NOTE: a product with ones takes fewer instructions, but waits for all
+// other products.
 __device__ __forceinline__ __half2 share_quad(const __half2 (&parts)[kSumsPerTile][kThreadRows]) {
   const bool is_second_half = threadIdx.x & 2;
   __half2 rows[kSumsPerTile];
@@ -67,7 +67,7 @@ class StackSums {
     place_ = table + (first_row() + lane % 2 * 8) * kSumsPerRead * 2 + lane / 2 % 2 * kSumsPerTile;
   }
 
-  // With kHides, rows may see a part of the tile, or nothing of it.
+  // With kHides, rows may see only a part of the tile, or none of it.
   template <bool kHides>
   __device__ __forceinline__ void add(Scores& scores, int tile, float scale) {
     if (kHides) hide(scores, tile * kSampledKeys);
@@ -82,13 +82,13 @@ class StackSums {
     write_sums(sums, tile);
   }
 
-  // Of all keys so far, by row of the thread.
+  // The total over all keys so far, by row of the thread.
   __device__ float total(int r) const { return quad_sum(total_[r]); }
 
-  // Writes what the weights of a row are to be multiplied by, as two equal bfloat16.
+  // Writes the factor for the weights of a row, as two equal bfloat16.
   __device__ void write_weight(uint32_t* weights, int r, float total) const {
     total += own_sum_[r];
-    // A row that does not exist weighs nothing; in one that sees nothing all shares are 0.
+    // A row that does not exist has factor 0. In a row that sees nothing, all shares are 0.
     const float weight = candidate_end_[r] >= 0 && total != 0.0f ? 1.0f / total : 0.0f;
     if (threadIdx.x % 4 == 0) {
       weights[first_row() + 8 * r] = bits_of(__float2bfloat162_rn(weight));
@@ -98,9 +98,9 @@ class StackSums {
   __device__ static int first_row() { return row_of_thread(static_cast<int>(threadIdx.x) % 128); }
 
  private:
-  // A lane gives one of its sums away, and writes two neighbours of one row.
+  // A lane passes one of its sums to its neighbour, and writes two adjacent sums of one row.
   __device__ __forceinline__ void write_sums(const LaneSums& sums, int tile) const {
-    constexpr int kTileBytes = kSumsPerTile * 2;  // of the bytes of a row that are read at once
+    constexpr int kTileBytes = kSumsPerTile * 2;  // in one read of a row
     constexpr int kReadBytes = kStackRows * kSumsPerRead * 2;
     const uint32_t own = bits_of(__floats2bfloat162_rn(sums[0], sums[1]));
     const uint32_t other = __shfl_xor_sync(~0u, own, 1);
@@ -111,7 +111,7 @@ class StackSums {
     *reinterpret_cast<uint32_t*>(place) = both;
   }
 
-  // NOTE: whoever takes single elements of accumulators makes ptxas wait for every product.
+  // NOTE: access to single elements of accumulators makes ptxas wait for every product.
   __device__ __forceinline__ void hide(Scores& scores, int begin) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     cute::Tensor pairs = cute::recast<uint32_t>(scores);
@@ -123,7 +123,7 @@ class StackSums {
     }
   }
 
-  // The lane's sums, in half precision and multiples of unit_.
+  // The sums of the lane, in half precision and multiples of unit_.
   __device__ __forceinline__ __half2 weigh(const Scores& scores,
                                            const float (&factor)[kThreadRows]) const {
     const cute::Tensor pairs = cute::recast<uint32_t>(scores);
@@ -143,15 +143,15 @@ class StackSums {
     return share_quad(parts);
   }
 
-  // A hidden key weighs nothing, whatever the factor of its tile. A NaN stays.
+  // A hidden key has weight 0, whatever the factor of its tile. NaN is kept.
   __device__ static float exact_weight(float score, float factor, float shift, float most) {
     if (score == -INFINITY) return 0.0f;
     const float above = __fmaf_rn(score, factor, shift);
     return exp2_approx(above > most ? most : above);
   }
 
-  // In single precision, and as large as they are. Rows of which this tile weighs much find room
-  // for the next ones.
+  // The sums in single precision, without the range of half precision. Rows with large weights in
+  // this tile raise their offset, so that the next tiles fit.
   __device__ void weigh_exactly(const Scores& scores, const float (&factor)[kThreadRows],
                                 LaneSums& sums) {
     const cute::Tensor pairs = cute::recast<uint32_t>(scores);
@@ -175,7 +175,7 @@ class StackSums {
         row_sum += part;
         if (static_cast<int>(threadIdx.x) % 4 == nth) sums[r] = part * unit;
       }
-      // No further than to where all that half precision holds lies below the limit.
+      // The offset moves at most to where the largest half-precision number is below the limit.
       const float moved = fminf(log2f(row_sum), most - kPackedAbove);
       if (row_sum > kOwnWeight && moved > 0.0f) {
         offset_[r] = __float2half2_rn(offset - moved * (1.0f / kWeightRange));
@@ -191,11 +191,11 @@ class StackSums {
 
   float factor_[kThreadRows];
   __half2 offset_[kThreadRows];
-  float unit_[kThreadRows];  // of sums in half precision; changes with offset_
+  float unit_[kThreadRows];  // unit of the sums in half precision; changes with offset_
   int candidate_end_[kThreadRows];
   float own_sum_[kThreadRows];
   float total_[kThreadRows];
-  char* place_;  // of the lane, in the first tile of the table
+  char* place_;  // address of the lane in the first tile of the table
 };
 
 }  // namespace pbs::cuda::sm90

@@ -33,14 +33,15 @@ class SampledSums {
   }
 
  private:
-  // Warpgroups that share a stack; each has every kParts-th tile.
+  // Warpgroups that share a stack. Each works on every kParts-th tile.
   static constexpr int kParts = kSumWarpgroups / Traits::kStacks;
   using Scores = typename StackSums<Traits>::Scores;
 
   __device__ static int warpgroup() { return uniform(static_cast<int>(threadIdx.x) / 128); }
   __device__ void sync_stack() const { sync_barrier(kStackBarrier + stack_idx_, 128 * kParts); }
 
-  // The image of the stack, all its loads in flight, and what the thread's rows may see.
+  // The copy of the stack, with all its loads in flight, and the keys that the thread's rows may
+  // see.
   __device__ void load_stack(const SampledUnit& unit, int table) {
     constexpr int kThreads = 128 * kParts;
     constexpr int kAll = stack_bytes(Traits::kHeadDim) / 16;
@@ -54,7 +55,7 @@ class SampledSums {
     for (int i = 0; i < kPieces; ++i) pieces[i] = from[min(i * kThreads + thread, kAll - 1)];
     sums_.start(args_.rows + idx * kStackRows, table_of(args_, table, stack_idx_));
     auto* to = reinterpret_cast<uint4*>(shared_.q[stack_idx_]);
-    // A warp writes rows of the others, which may be behind: at their last product of these rows.
+    // A warp writes rows of other warps, which may still be at their last product of these rows.
     sync_stack();
     CUTE_UNROLL
     for (int i = 0; i < kPieces; ++i) {
@@ -65,8 +66,8 @@ class SampledSums {
     sync_stack();
   }
 
-  // All tiles of the unit, in as many turns for every warpgroup. Most of them are seen whole by
-  // every row, the last ones by fewer stacks.
+  // Sums over all tiles of the unit. Every warpgroup has the same number of turns. Every row sees
+  // most tiles whole, and fewer stacks see the last tiles.
   __device__ __forceinline__ void add_tiles(int num_tiles, int num_seen, int num_whole) {
     int tile = part_;
     for (; tile < min(num_whole, num_seen); tile += kParts) add_tile<false>(tile);
@@ -100,10 +101,10 @@ class SampledSums {
     const int stage = wait_for_keys(tile);
     turns_.await();
     multiply(scores, stage);
-    turns_.pass_on();  // the next one's product waits behind this one
+    turns_.pass_on();  // the product of the next warpgroup waits for this one
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    // By the lane that frees the stage for all.
+    // Called by the lane that frees the stage for all.
     float scale = 0.0f;
     if (threadIdx.x % 32 == 0) {
       scale = *reinterpret_cast<const float*>(shared_.k[stage] + kSampledKeys * Traits::kHeadDim);
@@ -150,10 +151,10 @@ class SampledSums {
   const SampledArgs& args_;
   Shared& shared_;
   Turns<kSumWarpgroups, kTurnBarrier> turns_;
-  int stack_idx_;  // in the unit
+  int stack_idx_;  // index in the unit
   int part_;
   StackSums<Traits> sums_;
-  uint32_t num_tiles_before_ = 0;  // in units before this one
+  uint32_t num_tiles_before_ = 0;  // in earlier units
 };
 
 }  // namespace pbs::cuda::sm90

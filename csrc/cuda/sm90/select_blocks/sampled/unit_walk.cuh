@@ -1,4 +1,4 @@
-// How the units of sampled scores reach the warps of a CTA, and its shared memory.
+// How the units of sampled scores reach the warps of a CTA, and the shared memory of a CTA.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -14,11 +14,11 @@ namespace pbs::cuda::sm90 {
 template <int kHeadDim_, int kStacks_>
 struct SampledTraits {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kStacks = kStacks_;  // of a unit
+  static constexpr int kStacks = kStacks_;  // per unit
   static constexpr int kStages = sampled_key_stages(kHeadDim);
   static constexpr int kConsumers = 128 * kSumWarpgroups;
   static constexpr int kOthers = 256;
-  static constexpr int kSelectWarps = kOthers / 32 - 1;  // and one that loads
+  static constexpr int kSelectWarps = kOthers / 32 - 1;  // the remaining warp loads
   static constexpr int kThreads = kConsumers + kOthers;
   static constexpr int kOtherRegisters = 64;
   static constexpr int kConsumerRegisters = 88;
@@ -49,14 +49,14 @@ struct SampledTraits {
   static_assert(kSharedBytes <= kSharedBytesPerCta);
 };
 
-// The units of a CTA, one after the other, as its loader draws them; for everybody else.
+// The units of a CTA, one after the other, for all warps except the one that draws and loads.
 template <class Traits>
 class DrawnUnits {
  public:
   __device__ DrawnUnits(const SampledArgs& args, typename Traits::Shared& shared)
       : args_(args), shared_(shared) {}
 
-  // Whether there is one more.
+  // Whether there is another unit.
   __device__ bool next() {
     ++nth_;
     shared_.unit_full[ring_.stage()].wait(ring_.parity());
@@ -77,16 +77,17 @@ class DrawnUnits {
   int idx_ = 0;
 };
 
-// Named barriers of the hardware, from each of these on; 0 is that of all threads. They are more
-// than CUTLASS leaves to its users, and it uses none of its own here.
+// Hardware numbers of named barriers. Each name is the first of its range, and 0 is the barrier of
+// all threads. They include numbers that CUTLASS reserves for itself, but it uses none of these
+// here.
 constexpr int kStackBarrier = 1;
 constexpr int kTurnBarrier = kStackBarrier + kManyStacks;
 constexpr int kTableBarrier = kTurnBarrier + kSumWarpgroups;
 static_assert(kTableBarrier + kSampledTables <= 16);
 
-// Whether the sums of a table are there, for selecting warps. They wait long: at a barrier in
-// shared memory alone they would wake up whenever any of them changes, and take turns from those
-// that multiply. So a named barrier wakes them, after the one that orders what they read.
+// Whether the sums of a table are complete, for selecting warps. They wait long. At a barrier in
+// shared memory alone, they would wake up at every change of any barrier, and take issue slots from
+// the warps that multiply. So a named barrier wakes them, after the barrier that orders the data.
 template <class Traits>
 class TableFull {
  public:
@@ -102,7 +103,7 @@ class TableFull {
   }
 
  private:
-  static constexpr int kThreads = Traits::kThreads - 32;  // without the warp that loads
+  static constexpr int kThreads = Traits::kThreads - 32;  // all but the warp that loads
 };
 
 // The sums of a stack of the unit.
@@ -113,7 +114,7 @@ __device__ inline char* table_of(const SampledArgs& args, int table, int stack) 
   return args.tables + idx * table_bytes(args.plan);
 }
 
-// Draws units from the counter of the grid and loads their keys. By one warp.
+// Draws units from the counter of the grid and loads their keys. Runs in one warp.
 template <class Traits>
 class SampledLoader {
  public:
@@ -135,7 +136,7 @@ class SampledLoader {
   }
 
  private:
-  // The first ones are the CTAs' own.
+  // The first units are fixed for each CTA.
   __device__ int draw() const {
     int drawn = 0;
     if (threadIdx.x % 32 == 0) drawn = atomicAdd(args_.counter, 1);
