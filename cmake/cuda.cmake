@@ -1,10 +1,10 @@
-# Decides PBS_WITH_CUDA and says why in PBS_CUDA_STATUS, which build_info() repeats.
+# Sets PBS_WITH_CUDA, and the reason in PBS_CUDA_STATUS, which build_info() shows.
 #
-# AUTO builds the kernels wherever nvcc is on PATH. If nvcc is there and something else is missing, the
-# build fails: pip hides a warning, and the owner of a GPU would get a library without kernels.
+# AUTO builds the kernels if nvcc is on PATH. If nvcc is found but something else is missing, the
+# build fails: pip hides warnings, so the owner of a GPU would get a library without kernels.
 set(PBS_WITH_CUDA OFF)
-# One folder of csrc/cuda for each GPU family, and the architectures that it is compiled for. GPUs
-# that are newer than all of them take the PTX of the virtual one.
+# Each GPU family has a folder in csrc/cuda and is compiled for these architectures. GPUs that are
+# newer than all of them use the PTX of the virtual one.
 set(PBS_GPU_FAMILIES sm90 sm80)
 set(PBS_ARCH_sm90 90a-real)
 set(PBS_ARCH_sm80 80-real 86-real 89-real 100-real 120-real 80-virtual
@@ -16,7 +16,7 @@ endif()
 if(PBS_CUDA STREQUAL "OFF")
   set(PBS_CUDA_STATUS "switched off (PBS_CUDA=OFF)")
 else()
-  # As setup.py looks for it, which fetches the headers for an isolated build.
+  # Same search as in setup.py, which fetches the headers for an isolated build.
   find_program(PBS_NVCC NAMES $ENV{CUDACXX} nvcc NO_CMAKE_PATH NO_CMAKE_SYSTEM_PATH)
   if(PBS_NVCC)
     execute_process(COMMAND ${PBS_NVCC} --version OUTPUT_VARIABLE nvcc_version)
@@ -24,7 +24,7 @@ else()
     set(nvcc_version ${CMAKE_MATCH_1})
   endif()
   if(NOT CUTLASS_DIR)
-    # The package's own import pulls in more than its headers need, so only find_spec.
+    # Importing the package would load more than the headers need, so only find_spec is used.
     execute_process(
       COMMAND
         ${Python_EXECUTABLE} -c
@@ -38,7 +38,7 @@ else()
   elseif(NOT EXISTS "${CUTLASS_DIR}/include/cute/tensor.hpp")
     set(PBS_CUDA_STATUS "no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0")
   else()
-    # If nvcc does not work, CMake shows its output and ends here.
+    # If nvcc does not work, CMake shows its output and stops here.
     message(STATUS "pbs_attn: CUDA kernels with ${PBS_NVCC} (PBS_CUDA=OFF leaves them out)")
     set(CMAKE_CUDA_COMPILER ${PBS_NVCC})
     foreach(family ${PBS_GPU_FAMILIES})
@@ -75,7 +75,7 @@ function(pbs_add_cuda_objects name architectures)
     ${name} PRIVATE --expt-relaxed-constexpr -Xcompiler=-fvisibility=hidden,-Werror=switch
                     -Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=,-ffile-prefix-map=${CUTLASS_DIR}/=
                     -Xptxas=-v,--warn-on-spills)
-  # For profilers. It holds the full paths of the sources.
+  # Profilers need it. It contains the full paths of the sources.
   if(NOT PBS_PORTABLE)
     target_compile_options(${name} PRIVATE -lineinfo)
   endif()
@@ -93,7 +93,7 @@ function(pbs_add_cuda_kernels target)
     pbs_add_cuda_objects(pbs_${family} "${PBS_ARCH_${family}}" ${sources})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_${family}>)
   endforeach()
-  # What all families use.
+  # The code that all families share.
   file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
   file(GLOB_RECURSE common_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/common/*.cu)
   pbs_add_cuda_objects(pbs_cuda_common "${PBS_CUDA_ARCH}" ${sources} ${common_sources})
@@ -105,6 +105,6 @@ function(pbs_add_cuda_kernels target)
     ${target} PRIVATE PBS_WITH_CUDA PBS_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
                       PBS_CUTLASS_VERSION="${cutlass_version}")
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
-  # The static runtime's symbols stay inside: torch brings its own copy.
+  # The symbols of the static runtime are not exported, because torch has its own copy.
   target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)
 endfunction()

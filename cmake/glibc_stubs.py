@@ -1,10 +1,10 @@
-"""Stubs of libdl, libpthread and librt, which bind a library to the versions of their functions
-that every glibc has.
+"""Makes stubs of libdl, libpthread and librt, which bind a library to the versions of their
+functions that every glibc has.
 
 glibc 2.34 moved these functions into libc, under a new version (dlopen@GLIBC_2.34). The old names
-(dlopen@GLIBC_2.2.5 in libdl.so.2) are the same code, and stay. A library that is linked against
-these stubs asks for the old names, and so loads on older systems too. The static CUDA runtime uses
-about fifty of them.
+(dlopen@GLIBC_2.2.5 in libdl.so.2) are the same code, and still exist. A library that is linked
+against these stubs needs only the old names, so it also loads on older systems. The static CUDA
+runtime uses about fifty of them.
 
 usage: glibc_stubs.py COMPILER FOLDER      prints the stubs' paths, none before glibc 2.34
 """

@@ -1,10 +1,10 @@
-# PBS_PORTABLE=ON: a library for every Linux with glibc 2.28 (manylinux_2_28, as torch's own), also
-# where the build machine's glibc and C++ library are newer: up to GCC 12, which csrc/portable.cpp
-# is made for. auditwheel, in tools/release.sh, names what a later one takes beyond it. In the
-# manylinux_2_28 container, which is as old as the target, all of this changes nothing.
+# PBS_PORTABLE=ON builds a library for every Linux with glibc 2.28 (manylinux_2_28, like torch). The
+# glibc and C++ library of the build machine may be newer: csrc/portable.cpp supports up to GCC 12.
+# For later compilers, auditwheel in tools/release.sh lists the symbols that are too new. In the
+# manylinux_2_28 container, which is as old as the target, this option changes nothing.
 #
-# libstdc++ stays shared, as torch's is: a static one would bring code of its own that was compiled
-# for the build machine's glibc.
+# libstdc++ stays shared, like that of torch: a static one would contain code that was compiled for
+# the glibc of the build machine.
 function(pbs_make_portable target)
   target_sources(${target} PRIVATE csrc/portable.cpp)
   execute_process(
@@ -12,7 +12,7 @@ function(pbs_make_portable target)
             ${PROJECT_BINARY_DIR}/glibc
     OUTPUT_VARIABLE stubs OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   string(REPLACE "\n" ";" stubs "${stubs}")
-  # After the static CUDA runtime, which needs them; --as-needed drops those that nothing needs.
+  # They come after the static CUDA runtime, which needs them. --as-needed drops unused ones.
   target_link_libraries(${target} PRIVATE ${stubs})
   target_link_options(${target} PRIVATE -Wl,--strip-all)
 endfunction()

@@ -1,5 +1,5 @@
-# pbs_native: the header-only parts as a Python module. Only the tests use it; unlike the library
-# it belongs to one Python.
+# pbs_native: the header-only parts as a Python module. Only the tests use it. Unlike the library,
+# it works with one version of Python only.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir OUTPUT_VARIABLE pybind11_DIR
                 OUTPUT_STRIP_TRAILING_WHITESPACE)

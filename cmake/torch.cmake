@@ -1,6 +1,6 @@
-# pbs_torch: the headers of the installed torch and the one library that holds its stable C ABI.
+# pbs_torch: the headers of the installed torch, and the library that has its stable C ABI.
 #
-# find_package(Torch) would enable CUDA and link everything; the stable ABI needs neither.
+# find_package(Torch) would enable CUDA and link all libraries. The stable ABI needs neither.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c "import os, torch; print(os.path.dirname(torch.__file__)); print(torch.__version__)"
   OUTPUT_VARIABLE torch_facts OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_missing)
@@ -17,5 +17,5 @@ endif()
 add_library(pbs_torch INTERFACE)
 target_include_directories(pbs_torch SYSTEM INTERFACE ${PBS_TORCH_DIR}/include)
 target_link_libraries(pbs_torch INTERFACE ${PBS_TORCH_DIR}/lib/libtorch_cpu.so)
-# Dependencies of libtorch_cpu itself (MKL, OpenMP) are found when torch loads it, not here.
+# The dependencies of libtorch_cpu (MKL, OpenMP) are found when torch loads it, not here.
 target_link_options(pbs_torch INTERFACE -Wl,--unresolved-symbols=ignore-in-shared-libs)

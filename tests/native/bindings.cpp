@@ -26,7 +26,7 @@ namespace cpu = pbs::cpu::native_test;
 namespace sm80 = pbs::cuda::sm80;
 namespace sm90 = pbs::cuda::sm90;
 
-// Of select_blocks with mean scores, with as many queries as keys.
+// Params of select_blocks with mean scores, with as many queries as keys.
 static pbs::SelectBlocksParams select_params(int64_t num_heads, int64_t num_tokens,
                                              int64_t head_dim, bool is_float, int64_t block_size,
                                              int64_t kv_block_size, int64_t segment_size) {
@@ -41,7 +41,7 @@ static pbs::SelectBlocksParams select_params(int64_t num_heads, int64_t num_toke
   return params;
 }
 
-// Where the multiprocessors are among the arguments of sampled_plan.
+// The index of the number of multiprocessors among the arguments of sampled_plan.
 static constexpr size_t kNumSms = 13;
 
 static pbs::SelectBlocksParams sampled_params(const py::args& args) {
@@ -75,7 +75,7 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("key_tiles", &pbs::key_tiles);
   m.def("own_tile_begin", &pbs::own_tile_begin);
   m.def("visible_keys", &pbs::visible_keys);
-  // Tiles of `chunks_per_tile` <= 4 rows, newest first; the first takes first_chunks.
+  // Tiles of `chunks_per_tile` <= 4 rows, newest first. The first tile takes first_chunks.
   m.def("pack", [](const std::vector<int32_t>& rows, int32_t first_chunks, int32_t chunks_per_tile,
                    int32_t chunk_rows) {
     pbs::TilePacker<4> packer{};
@@ -131,7 +131,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("keys_per_part", &sm80::ScoreParts::keys_per_part)
       .def_readonly("num_parts", &sm80::ScoreParts::num_parts);
   m.def("score_parts", &sm80::score_parts);
-  // Rows of a stage, stages, and bytes of shared memory.
+  // Returns the rows of a stage, the number of stages, and the bytes of shared memory.
   m.def("score_ring", [](int head_dim) {
     return std::make_tuple(sm80::score_stage_rows(head_dim), sm80::score_stages(head_dim),
                            sm80::score_shared_bytes(head_dim));
@@ -141,7 +141,7 @@ PYBIND11_MODULE(pbs_native, m) {
       .def_readonly("rows", &sm90::SelectTiles::rows)
       .def_readonly("num_slots", &sm90::SelectTiles::num_slots)
       .def_readonly("shared_bytes", &sm90::SelectTiles::shared_bytes);
-  // These return the most key blocks that have room, too.
+  // These also return the largest number of key blocks that fit.
   m.def("select_tiles", [](int64_t num_heads, int64_t num_tokens, int64_t head_dim, bool is_float,
                            int64_t block_size, int64_t kv_block_size, int64_t segment_size) {
     const auto params = select_params(num_heads, num_tokens, head_dim, is_float, block_size,
@@ -184,7 +184,7 @@ PYBIND11_MODULE(pbs_native, m) {
   m.def("sampled_plan_sm80", [](py::args args) {
     return sm80::sampled_plan(sampled_params(args), args[kNumSms].cast<int64_t>());
   });
-  // Where its parts begin, in order, and where the last one ends.
+  // Returns where the parts of the workspace begin, in order, and where the last one ends.
   const auto ends = [](const pbs::cuda::SampledWorkspace& at) {
     return std::vector<int64_t>{at.key_tiles, at.stacks, at.rows, at.tables, at.counter, at.end};
   };
@@ -207,8 +207,8 @@ PYBIND11_MODULE(pbs_native, m) {
   m.attr("sum_warpgroups") = sm90::kSumWarpgroups;
   m.attr("stacks_per_unit") =
       std::make_tuple(pbs::cuda::kFewestStacks, pbs::cuda::kFewStacks, pbs::cuda::kManyStacks);
-  // Of one query block: how many of its candidates a score chooses among, and whether it is in the
-  // dense tail.
+  // Returns how many candidates of a query block are selected by score, and whether the block is in
+  // the dense tail.
   m.def("scored_blocks", [](int64_t q_block_idx, int64_t num_q, int64_t num_kv, int64_t block_size,
                             int64_t kv_block_size, int64_t segment_size, bool is_causal,
                             int64_t window, int64_t dense_tail) {
