@@ -5,8 +5,8 @@ from preset_tables import (
     PIPELINE,
     QUALITY,
     best_dense,
-    contestants,
     of_preset,
+    ruler_runs,
     ruler_scores,
 )
 
@@ -66,8 +66,8 @@ def rows_of(preset):
 
 def front_quality():
     """Density, loss and pass keys at one length, and scores of RULER by length."""
-    ruler = read("ruler_qwen_h200.csv")
-    lengths = lengths_of(ruler)
+    runs = {preset: rows for rows, preset, _ in ruler_runs()}
+    lengths = lengths_of(runs["dense"])
     names = ["preset", "density", "loss", "keys", *(f"RULER, {length}" for length in lengths)]
     lines = []
     for preset in ROWS:
@@ -76,9 +76,9 @@ def front_quality():
         keys = [row for row in rows if row["probe"] == "pass key"]
         line = [preset if preset == "dense" else f"`{preset}`"]
         line += [mean(texts, "density"), mean(texts, "loss_above_dense"), mean(keys, "right")]
-        scores = ruler_scores(ruler, preset) if preset in contestants(ruler) else {}
+        scores = ruler_scores(runs[preset], preset)
         for length in lengths:
             of_length = [score for place, score in scores.items() if place[0] == length]
-            line.append(rounded(average(of_length).mean, 1) if of_length else "not measured")
+            line.append(rounded(average(of_length).mean, 1))
         lines.append(line)
     return names, lines

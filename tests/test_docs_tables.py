@@ -121,6 +121,12 @@ def test_figures_of_ruler():
     for tokens in ("8192", "16384", "32768"):
         score = average(list(scores_of("balanced", tokens=[tokens])))
         assert score.above > -score.error
+    papers = ruler_scores(read("ruler_paper_qwen_h100.csv"), "paper")
+    papers = [
+        -average([score for place, score in papers.items() if place[0] == tokens]).above
+        for tokens in ("16384", "32768")
+    ]
+    assert_figures("loses # points at 16384 tokens and # at 32768", papers, CHOOSING)
     for preset in ("balanced", "fast"):
         scores = [average(list(scores_of(preset, tokens=[t]))) for t in ("8192", "16384", "32768")]
         cells = " | ".join(f"{score.above:+.1f} ± {score.error:.1f}" for score in scores)
@@ -176,12 +182,10 @@ def test_figures_of_time():
     assert_figures(
         "SmolLM2 has less than the # of its texts", [statistics.fmean(visited)], CHOOSING
     )
-    words = (
-        "takes # ms at 32768 tokens and density 0.05 on an H100 (32 query and 8 KV heads), `fast` #"
-    )
-    dense = float(find(read(PIPELINE["balanced"]), tokens="32768")["fa4_dense_ms"])
-    values = [times[preset, "32768"] for preset in PIPELINE]
-    assert_figures(f"{words}, and FlashAttention-4 #.", [*values, dense], CHANGELOG)
+    words = "is faster than every dense kernel from # tokens on with the heads of Llama-3.1-8B, "
+    words += "from # with those of Qwen2.5-1.5B, and from # with those of SmolLM2-135M"
+    crossovers = [float(row["crossover"]) for row in read("pipeline_crossover_h100.csv")]
+    assert_figures(words, crossovers, BENCHMARKS)
 
 
 def test_figures_of_serving():
@@ -198,14 +202,19 @@ def test_figures_of_serving():
     targets = targets_of(ServeOptions().densities)
     values = [gains["whole", FIRST_TOKEN, str(tokens)] for tokens in targets]
     assert values == sorted(values)
-    words = "# times as early at 32768 tokens, # times at 65536 and # times at 131072"
+    words = "# times as early at 8192 tokens, # times at 16384, # times at 32768, # times at 65536 "
+    words += "and # times at 131072"
     assert_figures(f"the first token comes {words}", values, SERVING)
-    assert_figures("visits about #, # and # of the causal block pairs", targets.values(), SERVING)
+    assert_figures("visits about #, #, #, # and # of the causal", targets.values(), SERVING)
     for row in rows:
         if row["what"] == FIRST_TOKEN and row["mode"] != "dense":
-            assert float(row["density"]) == pytest.approx(targets[int(row["tokens"])], rel=0.05)
+            # The highest threshold that is tried visits more than the density asked for.
+            is_capped = float(row["threshold"]) == 0.2
+            asked = targets[int(row["tokens"])]
+            above = float(row["density"]) - asked
+            assert abs(above) < 0.05 * asked or (is_capped and above > 0)
     shares = [100 * share for share in gains_in_chunks(rows).values()]
-    assert len(shares) == 3
+    assert len(shares) == 5
     words = "the gain in chunks of 8192 is # to # % of that in one piece"
     assert_figures(words, [min(shares), max(shares)], SERVING)
     tokens = 16 * (32768 + 128)

@@ -12,7 +12,7 @@ image = pytest.importorskip("matplotlib.image")
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 DRAWN = {
-    "speedup": "prefill_h200.csv",
+    "speedup": "prefill_h100.csv",
     "quality": "quality_smollm2_h200.csv",
     "heads": "heads_qwen_32768_h200.csv",
     "stages": "pipeline_h200.csv",
