@@ -10,6 +10,7 @@ import string
 from doc_tables import BENCHMARKS, README, ROOT, find, lengths_of, mean, read, rounded, signed
 from front_tables import front_quality, speed
 from preset_tables import (
+    PIPELINE,
     best_dense,
     held_out_texts,
     memory,
@@ -271,6 +272,20 @@ def attend_on_sm80():
     return names, lines
 
 
+def other_kernels():
+    """How many times as fast the default is as each dense kernel."""
+    kernels = {"FlashAttention-4": "fa4", "cuDNN": "cudnn"}
+    kernels |= {"FlashAttention 2": "flash", "FlexAttention": "flex"}
+    lines = []
+    for row in read(PIPELINE["balanced"]):
+        if best_dense(row) is None:
+            continue
+        times = [float(row[f"{kernel}_dense_ms"]) for kernel in kernels.values()]
+        gains = [f"{time / float(row['attention_ms']):.1f}" for time in times]
+        lines.append([row["tokens"], rounded(float(row["density"])), *gains])
+    return ["tokens", "density", *kernels], lines
+
+
 def operator_on_sm80():
     """Milliseconds of the default and of dense attention, in turn with FA2 alone and with all dense
     kernels."""
@@ -305,6 +320,7 @@ TABLES = [
     (EXPERIMENTS, tuning_ruler),
     (EXPERIMENTS, tuning_texts),
     (BENCHMARKS, attend_on_sm80),
+    (BENCHMARKS, other_kernels),
     (BENCHMARKS, operator_on_sm80),
     (EXPERIMENTS, held_out_texts),
     (EXPERIMENTS, operator_with_summary),
