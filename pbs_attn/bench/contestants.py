@@ -49,13 +49,14 @@ def dense_calls(
         return {}
     if q.device.type == "cpu":
         return {"sdpa_dense": lambda: dense_attention(q, k, v)}
-    makers: dict[str, Callable[..., Call | None]] = {
-        "cudnn": functools.partial(functools.partial, sdpa_through("cudnn")),
-        "flash": functools.partial(functools.partial, sdpa_through("flash")),
-        "fa4": flash4,
-        "flex": flex_dense,
-    }
-    return keep_running({f"{kernel}_dense": makers[kernel](q, k, v) for kernel in kernels})
+    makers = {"fa4": flash4, "flex": flex_dense}  # the others are backends of SDPA
+
+    def make(kernel: str) -> Call | None:
+        if kernel in makers:
+            return makers[kernel](q, k, v)
+        return functools.partial(sdpa_through(kernel), q, k, v)
+
+    return keep_running({f"{kernel}_dense": make(kernel) for kernel in kernels})
 
 
 def sparse_calls(

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from pbs_attn import _arguments
 from pbs_attn._rows import GIVEN, PROBES
 from pbs_attn.config import CHOICES, PBSConfig
 
 # Presets by their names in rows; on the command line, "default" is another name of "balanced".
-PRESETS = {
-    "balanced": PBSConfig.balanced(),
-    "fast": PBSConfig.fast(),
-    "accurate": PBSConfig.accurate(),
-    "paper": PBSConfig.paper(),
-}
 DEFAULT = "default"
+PRESETS = {
+    "balanced" if name == DEFAULT else name: config for name, config in _arguments.PRESETS.items()
+}
 SETTINGS = (DEFAULT, *PRESETS)
 
 # Default densities of synthetic inputs, by tokens.
