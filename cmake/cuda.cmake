@@ -93,6 +93,11 @@ function(pbs_add_cuda_kernels target)
     pbs_add_cuda_objects(pbs_${family} "${PBS_ARCH_${family}}" ${sources})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:pbs_${family}>)
   endforeach()
+  # With the default of 5, ptxas spills in the loop of these kernels on sm_100.
+  set_source_files_properties(
+    ${PROJECT_SOURCE_DIR}/csrc/cuda/sm80/select_blocks/sampled/sampled_d128.cu
+    ${PROJECT_SOURCE_DIR}/csrc/cuda/sm80/select_blocks/sampled/sampled_d256.cu
+    PROPERTIES COMPILE_OPTIONS -Xptxas=--register-usage-level=2)
   # The code that all families share.
   file(GLOB sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
   file(GLOB_RECURSE common_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/common/*.cu)

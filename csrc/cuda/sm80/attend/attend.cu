@@ -39,6 +39,7 @@ const char* launch_attend(const AttendParams& params, void* workspace, void* str
   if (has_no_work(args)) return nullptr;
   args.lists = args.workspace + args.layout.size;
   args.list_size = static_cast<int32_t>(attend_list_size(params.problem));
+  args.page_mask = static_cast<int32_t>((uint32_t{1} << args.page_shift) - 1);
   int num_sms = 0;
   if (const char* error = count_sms(&num_sms)) return error;
   int64_t shared_bytes = 0;

@@ -13,6 +13,14 @@
 
 namespace pbs::cuda::sm80 {
 
+// The first row of a head of permuted keys or values.
+template <class Traits>
+__device__ const typename Traits::Element* head_of(const ConstRows& rows,
+                                                   const typename Traits::Work& work) {
+  return static_cast<const typename Traits::Element*>(rows.data) +
+         row_start(rows, RowPlace{work.b, 0}, work.perm_head);
+}
+
 // Draws the next query block that visits any key, and lists its keys. Runs in one warp.
 template <class Traits>
 __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& shared, int slot) {
@@ -26,7 +34,12 @@ __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& share
       __syncwarp();
     }
   } while (work.tiles.total == 0);
-  if (work.tiles.total > 0) list_keys<Traits>(args, work, list_of(args, slot));
+  if (work.tiles.total < 0) return;
+  if (threadIdx.x % 32 == 0) {
+    shared.k_head[slot] = head_of<Traits>(args.params.k_perm, work);
+    shared.v_head[slot] = head_of<Traits>(args.params.v_perm, work);
+  }
+  list_keys<Traits>(args, work, list_of(args, slot));
 }
 
 // Attends to all keys of the query block of a slot. Meanwhile the next block is drawn and starts to
@@ -90,7 +103,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   __syncthreads();
   if (shared.work[0].tiles.total < 0) return;
   const int thread = read_thread();
-  const TileLoader<Traits> loader(args, shared, thread);
+  const TileLoader<Traits> loader(args, shared);
   loader.begin(0);
 #pragma unroll 1
   for (int slot = 0; shared.work[slot].tiles.total > 0; slot ^= 1) {

@@ -23,7 +23,7 @@ __device__ inline int row_in_pages(const AttendArgs& args, int row) {
   if (pages.table == nullptr) return row;
   const int page = pages.table[row >> args.page_shift];
   if (page < 0 || page >= pages.num_pages) return kAbsent;
-  return page << args.page_shift | (row & ((1 << args.page_shift) - 1));
+  return page << args.page_shift | (row & args.page_mask);
 }
 
 // Lists the selected blocks in ascending order. Each lane reads a word of the mask.

@@ -37,6 +37,9 @@ struct AttendTraits {
     alignas(128) Element v[kKeys * kHeadDim];
     // Slots of the current query block and of the next one.
     Work work[2];
+    // The first permuted row of the head of each slot, in keys and in values.
+    const Element* k_head[2];
+    const Element* v_head[2];
   };
   static_assert(offsetof(Shared, work) == tile_bytes(kHeadDim, kKeys));
   static_assert(kKeys > tile_keys(kHeadDim, false) ||

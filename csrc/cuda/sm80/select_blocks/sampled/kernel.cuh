@@ -104,7 +104,7 @@ __device__ __forceinline__ void sum_unit(const SampledArgs& args, const SampledU
     const int ahead = stage + kStages - 1;
     if (ahead < num_stages) loader.start(slot == 0 ? kStages - 1 : slot - 1, ahead * kStageKeys);
     commit_copies();
-    float sums[2][Traits::Rows::kSumRows];
+    float sums[2][Traits::Rows::kSumRows] = {};
     rows.add(shared.k[slot], stage * kStageKeys, sums);
     write_sums<Traits>(args, tables, stage, sums);
     slot = slot == kStages - 1 ? 0 : slot + 1;

@@ -15,6 +15,17 @@ constexpr float kMostAbove = 80.0f;  // powers of two
 // No weight of a smaller sum reaches the limit.
 constexpr float kSmallSum = 0x1p80f;
 
+// Whether the loop over the sums of a stage is unrolled, which lets the first products of the
+// second sum overlap with the first sum. With few columns, ptxas then issues all products before
+// any exponential, which is slower and spills on some architectures. With 256, it spills on sm_100.
+template <int kHeadDim, int kRowTiles>
+__device__ constexpr bool unrolls_sums() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+  if (kHeadDim == 256) return false;
+#endif
+  return kRowTiles < 4 || kHeadDim >= 128;
+}
+
 // kRowTiles times 16 rows of a unit, whose queries the warp has in registers. In a row tile, a lane
 // has two rows of the products. It has the sums of the rows that row_of_sum returns.
 template <class Element, int kHeadDim, int kRowTiles>
@@ -22,8 +33,13 @@ class StackRows {
  public:
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kSumsPerStage = kStageKeys / kSumKeys;
+  static constexpr int kUnrolledSums = unrolls_sums<kHeadDim, kRowTiles>() ? kSumsPerStage : 1;
   // The sums of a stage in a lane, one per row.
   static constexpr int kSumRows = kRowTiles == 4 ? 2 : 1;
+  // Times eight keys, whose products are independent of each other and hide each other's latency.
+  static constexpr int kEights = kRowTiles == 4 ? 1 : 2;
+  static constexpr int kMultipliesPerSum = kSumKeys / (8 * kEights);
+  static_assert(kMultipliesPerSum % 2 == 0, "in a loop over sums, scores alternate");
   using KeyRead = TileRead<kHeadDim, kStageKeys>;
 
   __device__ StackRows(const SampledArgs& args, const SampledUnit& unit) : args_(args) {
@@ -59,21 +75,26 @@ class StackRows {
                                       float (&sums)[kSumsPerStage][kSumRows]) {
     const int lane = read_thread() % 32;
     const KeyRead keys(stage, lane % 8, lane / 8);
-    // The products of the next keys overlap with the exponentials of these keys.
-    float scores[2][kRowTiles][4];
+    float scores[2][kEights][kRowTiles][4];
     float parts[kRowTiles * kThreadRows];
     bool is_small = true;
     multiply(keys, 0, scores[0]);
+#pragma unroll kUnrolledSums
+    for (int nth = 0; nth < kSumsPerStage; ++nth) {
+      clear(parts);
 #pragma unroll
-    for (int i = 0; i < kStageKeys / 8; ++i) {
-      constexpr int kPerSum = kSumKeys / 8;
-      if (i + 1 < kStageKeys / 8) multiply(keys, (i + 1) * 8, scores[(i + 1) % 2]);
-      if (i % kPerSum == 0) clear(parts);
-      weigh<false>(scores[i % 2], parts);
-      if (i % kPerSum != kPerSum - 1) continue;
-      share_quad(parts, sums[i / kPerSum]);
+      for (int i = 0; i < kMultipliesPerSum; ++i) {
+        // The products of the next keys overlap with the exponentials of these keys.
+        const int next = nth * kSumKeys + (i + 1) * 8 * kEights;
+        if (next < kStageKeys) multiply(keys, next, scores[(i + 1) % 2]);
 #pragma unroll
-      for (float sum : sums[i / kPerSum]) is_small &= sum < kSmallSum;
+        for (const auto& eight : scores[i % 2]) {
+          weigh<false>(eight, parts);
+        }
+      }
+      push(parts, sums);
+#pragma unroll
+      for (float sum : sums[kSumsPerStage - 1]) is_small &= sum < kSmallSum;
     }
     if (!__all_sync(~0u, is_small)) add_limited(keys, sums);
 #pragma unroll
@@ -158,9 +179,9 @@ class StackRows {
       clear(parts);
 #pragma unroll 1
       for (int key = nth * kSumKeys; key < (nth + 1) * kSumKeys; key += 8) {
-        float scores[kRowTiles][4];
+        float scores[1][kRowTiles][4];
         multiply(keys, key, scores);
-        weigh<true>(scores, parts);
+        weigh<true>(scores[0], parts);
       }
       share_quad(parts, sums[nth]);
     }
@@ -180,29 +201,54 @@ class StackRows {
     }
   }
 
-  // Scores of 8 keys, starting with row `key` of the stage. Two steps at once: four matrices of 8
-  // keys by 8 columns.
+  // Scores of kMany times 8 keys, starting with row `key` of the stage.
+  template <int kMany>
   __device__ __forceinline__ void multiply(const KeyRead& keys, int key,
-                                           float (&scores)[kRowTiles][4]) const {
+                                           float (&scores)[kMany][kRowTiles][4]) const {
 #pragma unroll
-    for (float (&four)[4] : scores) {
+    for (auto& eight : scores) {
 #pragma unroll
-      for (float& score : four) score = 0.0f;
+      for (float (&four)[4] : eight) {
+#pragma unroll
+        for (float& score : four) score = 0.0f;
+      }
     }
+    // Two steps at once: four matrices of 8 keys by 8 columns.
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
-      uint32_t words[4];
-      load_matrices(keys.at(step, key), words);
+      uint32_t words[kMany][4];
+#pragma unroll
+      for (int i = 0; i < kMany; ++i) load_matrices(keys.at(step, key + 8 * i), words[i]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          const uint32_t (&a)[4] = queries_[m][step + half];
-          multiply_16x8x16<Element>(scores[m], a[0], a[1], a[2], a[3], words[2 * half],
-                                    words[2 * half + 1]);
+        for (int i = 0; i < kMany; ++i) {
+          multiply_step(step + half, words[i][2 * half], words[i][2 * half + 1], scores[i]);
         }
       }
     }
+  }
+
+  // Adds the products of 16 columns of 8 keys.
+  __device__ __forceinline__ void multiply_step(int step, uint32_t b0, uint32_t b1,
+                                                float (&scores)[kRowTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      const uint32_t (&a)[4] = queries_[m][step];
+      multiply_16x8x16<Element>(scores[m], a[0], a[1], a[2], a[3], b0, b1);
+    }
+  }
+
+  // Appends the sums of a quad and drops the oldest ones. If sums are computed in a loop, the
+  // compiler does not know their index, which would put the array into local memory.
+  __device__ __forceinline__ void push(const float (&parts)[kRowTiles * kThreadRows],
+                                       float (&sums)[kSumsPerStage][kSumRows]) const {
+#pragma unroll
+    for (int nth = 1; nth < kSumsPerStage; ++nth) {
+#pragma unroll
+      for (int i = 0; i < kSumRows; ++i) sums[nth - 1][i] = sums[nth][i];
+    }
+    share_quad(parts, sums[kSumsPerStage - 1]);
   }
 
   // Sums over the lanes of a quad. Each lane gets its own rows.
