@@ -26,14 +26,13 @@ template <class Traits>
 __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& shared, int slot) {
   auto& work = shared.work[slot];
   WorkDrawer drawer(args);
-  do {
+  while (true) {
     if (threadIdx.x % 32 == 0) drawer.fill(drawer.draw(), Traits::kKeys, work);
     __syncwarp();
-    if (work.tiles.total == 0) {
-      write_nothing<Traits::kHeadDim>(work, args.params.out.row_stride);
-      __syncwarp();
-    }
-  } while (work.tiles.total == 0);
+    if (work.tiles.total != 0) break;
+    write_nothing<Traits::kHeadDim>(work, args.params.out.row_stride);
+    __syncwarp();  // all lanes have read the work before it is filled in again
+  }
   if (work.tiles.total < 0) return;
   if (threadIdx.x % 32 == 0) {
     shared.k_head[slot] = head_of<Traits>(args.params.k_perm, work);
