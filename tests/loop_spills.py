@@ -8,6 +8,7 @@ products: rare paths do not hide the loop around them.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -65,13 +66,13 @@ def parse(lines: list[str]) -> list[Instruction]:
         name = found[2].split(".")[0]
         target = re.search(r"0x([0-9a-f]+)\s*$", found[3].strip())
         is_branch = name in ("BRA", "BSSY") and target is not None
-        unconditional = name != "BRA" or re.search(r"@|\.DIV|\.CONV|U?P\w+,", found[0])
+        is_conditional = re.search(r"@|\.DIV|\.CONV|[!U]*P\w+,", found[0]) is not None
         instructions.append(
             Instruction(
                 int(found[1], 16),
                 name,
                 int(target[1], 16) if is_branch and target else None,
-                bool(unconditional),
+                is_conditional,
             )
         )
     return instructions
@@ -82,7 +83,7 @@ def main_loops(lines: list[str]) -> list[Loop]:
     if not any(i.name in PRODUCTS for i in code):
         return []
     starts = {code[0].address}
-    for this, following in zip(code, code[1:], strict=False):
+    for this, following in itertools.pairwise(code):
         if this.target is not None:
             starts.add(this.target)
         if this.target is not None or this.name in LEAVES:
@@ -116,8 +117,8 @@ def edges_of(blocks: dict[int, list[Instruction]]) -> dict[int, list[int]]:
     for (start, block), after in zip(blocks.items(), following, strict=True):
         last = block[-1]
         targets = [last.target] if last.target in blocks else []
-        ends = last.name in LEAVES or (last.name == "BRA" and not last.is_conditional)
-        if after is not None and (not ends or "@" in last.name):
+        ends = last.name in (*LEAVES, "BRA") and not last.is_conditional
+        if after is not None and not ends:
             targets.append(after)
         edges[start] = targets
     return edges
