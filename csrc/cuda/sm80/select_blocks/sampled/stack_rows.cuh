@@ -36,7 +36,8 @@ class StackRows {
   static constexpr int kUnrolledSums = unrolls_sums<kHeadDim, kRowTiles>() ? kSumsPerStage : 1;
   // The sums of a stage in a lane, one per row.
   static constexpr int kSumRows = kRowTiles == 4 ? 2 : 1;
-  // Times eight keys, whose products are independent of each other and hide each other's latency.
+  // Groups of eight keys that are multiplied together. With few row tiles, one group has too few
+  // independent products to hide their latency.
   static constexpr int kEights = kRowTiles == 4 ? 1 : 2;
   static constexpr int kMultipliesPerSum = kSumKeys / (8 * kEights);
   static_assert(kMultipliesPerSum % 2 == 0, "in a loop over sums, scores alternate");
