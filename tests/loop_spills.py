@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import networkx  # torch depends on it
+
 from pbs_attn import _library
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);")
@@ -126,63 +128,23 @@ def edges_of(blocks: dict[int, list[Instruction]]) -> dict[int, list[int]]:
 
 def natural_loops(entry: int, edges: dict[int, list[int]]) -> dict[int, set[int]]:
     """The blocks of each loop, by its first block, which dominates all others."""
-    order: list[int] = []
-    seen = {entry}
-    stack = [(entry, iter(edges[entry]))]
-    while stack:
-        start, targets = stack[-1]
-        for target in targets:
-            if target not in seen:
-                seen.add(target)
-                stack.append((target, iter(edges[target])))
-                break
-        else:
-            order.append(start)
-            stack.pop()
-    order.reverse()
-    sources: dict[int, list[int]] = {start: [] for start in order}
-    for start in order:
-        for target in edges[start]:
-            sources[target].append(start)
-    place = {start: i for i, start in enumerate(order)}
-    dominator = {entry: entry}
+    graph = networkx.DiGraph(edges)
+    graph = graph.subgraph(networkx.descendants(graph, entry) | {entry})
+    parents = networkx.immediate_dominators(graph, entry)
+    parents.pop(entry, None)  # some versions have it
 
-    def common(a: int, b: int) -> int:
-        while a != b:
-            while place[a] > place[b]:
-                a = dominator[a]
-            while place[b] > place[a]:
-                b = dominator[b]
-        return a
-
-    is_changed = True
-    while is_changed:
-        is_changed = False
-        for start in order[1:]:
-            known = [s for s in sources[start] if s in dominator]
-            found = known[0]
-            for source in known[1:]:
-                found = common(found, source)
-            is_changed |= dominator.get(start) != found
-            dominator[start] = found
-
-    def dominates(a: int, b: int) -> bool:
-        while place[b] > place[a]:
-            b = dominator[b]
-        return a == b
+    def dominates(first: int, start: int) -> bool:
+        while start != first and start in parents:
+            start = parents[start]
+        return start == first
 
     loops: dict[int, set[int]] = {}
-    for source in order:
-        for first in edges[source]:
-            if not dominates(first, source):
-                continue
+    for source, first in graph.edges:
+        if dominates(first, source):
             members = loops.setdefault(first, {first})
-            todo = [source]
-            while todo:
-                start = todo.pop()
-                if start not in members:
-                    members.add(start)
-                    todo += sources[start]
+            if source != first:
+                inside = graph.subgraph(set(graph) - {first})
+                members |= networkx.ancestors(inside, source) | {source}
     return loops
 
 
