@@ -37,6 +37,7 @@ __device__ void draw_work(const AttendArgs& args, typename Traits::Shared& share
   if (threadIdx.x % 32 == 0) {
     shared.k_head[slot] = head_of<Traits>(args.params.k_perm, work);
     shared.v_head[slot] = head_of<Traits>(args.params.v_perm, work);
+    shared.list[slot] = list_of(args, slot);
   }
   list_keys<Traits>(args, work, list_of(args, slot));
 }

@@ -95,8 +95,15 @@ class TileLoader {
                                                    from.own.row_stride, num_own - first);
   }
 
+  // With 256 columns, the address is read again for each tile, so that it occupies no registers in
+  // between. With fewer columns, ptxas needs fewer registers if it is computed.
+  __device__ __forceinline__ const int32_t* list(int slot) const {
+    if constexpr (Traits::kHeadDim == 256) return shared_.list[slot];
+    return list_of(args_, slot);
+  }
+
   __device__ __forceinline__ void copy_selected(const Source& from, int slot, int nth) const {
-    const int32_t* found = list_of(args_, slot) + nth * Traits::kParts;
+    const int32_t* found = list(slot) + nth * Traits::kParts;
 #pragma unroll
     for (int i = 0; i < Traits::kParts; ++i) {
       const int row = max(found[i], 0);

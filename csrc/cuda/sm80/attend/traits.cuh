@@ -40,6 +40,7 @@ struct AttendTraits {
     // The first permuted row of the head of each slot, in keys and in values.
     const Element* k_head[2];
     const Element* v_head[2];
+    const int32_t* list[2];  // of the selected keys (key_list.cuh)
   };
   static_assert(offsetof(Shared, work) == tile_bytes(kHeadDim, kKeys));
   static_assert(kKeys > tile_keys(kHeadDim, false) ||
