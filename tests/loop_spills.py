@@ -22,6 +22,7 @@ from pbs_attn import _library
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);")
 PRODUCTS = ("HMMA", "HGMMA", "QGMMA")
 SPILLS = ("STL", "LDL")
+BRANCHES = ("BRA", "BSSY")
 LEAVES = ("EXIT", "RET")
 
 
@@ -66,14 +67,13 @@ def parse(lines: list[str]) -> list[Instruction]:
         if not (found := INSTRUCTION.search(line)):
             continue
         name = found[2].split(".")[0]
-        target = re.search(r"0x([0-9a-f]+)\s*$", found[3].strip())
-        is_branch = name in ("BRA", "BSSY") and target is not None
+        target = re.search(r"0x([0-9a-f]+)\s*$", found[3]) if name in BRANCHES else None
         is_conditional = re.search(r"@|\.DIV|\.CONV|[!U]*P\w+,", found[0]) is not None
         instructions.append(
             Instruction(
                 int(found[1], 16),
                 name,
-                int(target[1], 16) if is_branch and target else None,
+                int(target[1], 16) if target else None,
                 is_conditional,
             )
         )
@@ -164,6 +164,8 @@ def main() -> None:
                     num_spilling += 1
                     print(f"{kernel.architecture} {kernel.name} at {loop.first:#x}:", end=" ")
                     print(f"{loop.spills} loads and stores, {loop.products} products", flush=True)
+    if process.returncode != 0:
+        sys.exit(f"cuobjdump failed after {num_loops} main loops, with status {process.returncode}")
     print(f"{num_spilling} of {num_loops} main loops spill")
     sys.exit(num_spilling > 0 or num_loops == 0)
 

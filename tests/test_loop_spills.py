@@ -1,5 +1,8 @@
 """The reader of machine code that looks for spills in loops, on a listing written by hand."""
 
+import os
+import sys
+
 import loop_spills
 import pytest
 
@@ -47,3 +50,29 @@ def test_counts_spills_of_main_loops(where, spills, spill):
 
 def test_leaves_out_other_kernels():
     assert not list(loop_spills.kernels(iter(listing("NOP", where="main")), ["sampled"]))
+
+
+def run(tmp_path, monkeypatch, lines, status):
+    """The script's exit status or message, where cuobjdump prints these lines and then ends."""
+    program = tmp_path / "cuobjdump"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + f"\nEND\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "argv", ["loop_spills.py", "--library", "libpbs.so"])
+    with pytest.raises(SystemExit) as end:
+        loop_spills.main()
+    return end.value.code
+
+
+@pytest.mark.parametrize(("spill", "status"), [("NOP", 0), ("STL [R1], R2", 1)])
+def test_fails_if_a_main_loop_spills(tmp_path, monkeypatch, spill, status):
+    assert run(tmp_path, monkeypatch, listing(spill, where="main"), 0) == status
+
+
+def test_fails_without_main_loops(tmp_path, monkeypatch):
+    assert run(tmp_path, monkeypatch, ["arch = sm_80"], 0) == 1
+
+
+def test_fails_if_the_listing_is_cut_off(tmp_path, monkeypatch):
+    message = run(tmp_path, monkeypatch, listing("NOP", where="main"), 3)
+    assert message == "cuobjdump failed after 2 main loops, with status 3"
